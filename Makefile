@@ -1,0 +1,56 @@
+# make demo   everything from nothing: sets up, trains eight users' adapters, publishes and pulls them
+# make test   the test suite, with a real PostgreSQL, a real S3 server where one can be had, and real PEFT
+# make check  format, lint, types, import contracts
+# make bench  the benchmarks behind the README's figures
+# make stack  the compose file's services as plain processes, without Docker
+PYTHON ?= python3
+BIN := .venv/bin
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+
+.PHONY: demo setup test quick check format bench stack clean
+
+demo: .venv/.demo-ready
+	$(BIN)/lora demo
+
+setup: .venv/.dev-ready
+
+test: .venv/.dev-ready
+	infra/install-test-servers
+	$(BIN)/pytest
+
+quick: .venv/.dev-ready
+	$(BIN)/pytest -m "not slow"
+
+check: .venv/.dev-ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.dev-ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.dev-ready
+	$(BIN)/python benchmarks/packed_vs_serial.py
+
+stack: .venv/.dev-ready
+	infra/install-test-servers
+	$(BIN)/python infra/stack.py
+
+clean:
+	rm -rf .venv .lora
+
+.venv/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "Python 3.11 or 3.12 is needed; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+
+.venv/.demo-ready: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable '.[all]'
+	touch $@
+
+.venv/.dev-ready: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@ .venv/.demo-ready

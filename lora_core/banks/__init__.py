@@ -1,0 +1,1 @@
+"""How each method's users are rows: one file a method."""

@@ -1,0 +1,146 @@
+"""The shared base: loaded once, frozen, fingerprinted, and the list of its adaptable sites."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from lora_core.errors import BaseModelError
+
+# What decides a base's behaviour.  Weights are safetensors only: nothing is unpickled.
+WEIGHTS = "*.safetensors"
+FINGERPRINTED = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*.tiktoken",
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One frozen linear that can be adapted: its path in the model, and how wide it is."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen model, its tokenizer, and what pins it: revision and digest of its files."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str
+    digest: str
+    sites: tuple[Site, ...]
+    transposed: bool  # linears keep their weight as [in, out] (GPT-2's Conv1D): PEFT's fan_in_fan_out
+    plain_head: bool  # logits are the last hidden state times the head's weight: no bias, scale or soft cap
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the base holds; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """The folder of a base's files: the path itself, or a download from the hub.  Raises BaseModelError."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise BaseModelError(name, "there is no such folder", "give a folder or a Hugging Face id")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*FINGERPRINTED]))
+    except HFValidationError as error:
+        raise BaseModelError(name, str(error).splitlines()[0], "give a folder or a Hugging Face id") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        why = f"cannot be had from the hub ({type(error).__name__})"
+        raise BaseModelError(name, why, "check the id, HF_TOKEN and HF_HUB_OFFLINE, or give a folder") from None
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the names and SHA-256 of the files that decide what the base computes."""
+    files = sorted({path for pattern in FINGERPRINTED for path in folder.glob(pattern) if path.is_file()})
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            total.update(f"{path.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def load_base(
+    name: str, revision: str | None = None, device: str | None = None, dtype: torch.dtype | None = None
+) -> BaseModel:
+    """Load a causal language model by folder or hub id; fp32 on CPU, bf16 on GPU.  Raises BaseModelError."""
+    folder = locate(name, revision)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    if not any(folder.glob(WEIGHTS)):
+        raise BaseModelError(name, "it has no safetensors weights", "convert them; pickles are never opened")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        why = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
+        raise BaseModelError(name, why, "give a causal language model that transformers knows") from None
+    return freeze(model.to(device), tokenizer, name, revision or "main", fingerprint(folder))
+
+
+def freeze(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "unnamed",
+    revision: str = "main",
+    digest: str = "",
+) -> BaseModel:
+    """A model already in memory as a base: no gradient, no dropout of its own."""
+    model.requires_grad_(False).eval()
+    linears = adaptable(model)
+    if not linears:
+        raise BaseModelError(name, "it has no linear layer to adapt", "choose a transformer language model")
+    sites = tuple(Site(path, *widths(linear)) for path, linear in linears.items())
+    transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
+    return BaseModel(model, tokenizer, name, revision, digest, sites, transposed, _has_plain_head(model))
+
+
+@torch.inference_mode()
+def _has_plain_head(model: PreTrainedModel) -> bool:
+    """Tried on a few tokens rather than read off the architecture: several scale or cap their logits."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    tokens = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return torch.equal(hidden @ head.weight.mT, model(input_ids=tokens, use_cache=False).logits)
+
+
+def adaptable(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear but the output head, by path: what PEFT calls all-linear."""
+    head = model.get_output_embeddings()
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def widths(linear: nn.Module) -> tuple[int, int]:
+    """How many numbers go in and come out of a linear or a Conv1D."""
+    rows, columns = linear.weight.shape
+    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)

@@ -1,0 +1,76 @@
+"""The cohort matrix: K users' adapters as K rows of P numbers, and everything that is a row beside them.
+
+A finished user is one row copied out; a new one is one row written in.  Nothing here knows what a row means.
+"""
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / golden ratio as a signed 64-bit number: spreads counters
+
+
+class Cohort:
+    """K slots: weights, gradient, both Adam moments (all K x P), and a column of settings a slot.
+
+    `weights_KP` is fp32; `working_KP` is what the forward pass reads: the same memory in fp32, a copy in bf16.
+    """
+
+    def __init__(self, slots: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.weights_KP = torch.zeros(slots, width, device=device)
+        self.first_KP = torch.zeros_like(self.weights_KP)
+        self.second_KP = torch.zeros_like(self.weights_KP)
+        self.working_KP = self.weights_KP if dtype == torch.float32 else self.weights_KP.to(dtype)
+        self.gradient_KP = torch.zeros_like(self.working_KP)
+        self.scale_K11 = torch.zeros(slots, 1, 1, device=device, dtype=dtype)
+        self.dropout_K = torch.zeros(slots, device=device)
+        self.key_K = torch.zeros(slots, device=device, dtype=torch.int64)
+        self.drops = False  # whether any slot drops inputs now; then every slot computes a mask
+
+    @property
+    def slots(self) -> int:
+        """K."""
+        return len(self.weights_KP)
+
+    def admit(self, slot: int, row_P: Tensor, scale: float) -> None:
+        """Write a user into a slot: its start row, and no memory of who was there."""
+        self.clear(slot)
+        self.weights_KP[slot] = row_P.to(self.weights_KP.device)
+        self.scale_K11[slot] = scale
+        self.refresh()
+
+    def clear(self, slot: int) -> None:
+        """Make a slot the base model: a row of zeros."""
+        for matrix in (self.weights_KP, self.first_KP, self.second_KP, self.gradient_KP, self.working_KP):
+            matrix[slot] = 0
+        self.scale_K11[slot] = 0
+
+    def row(self, slot: int) -> Tensor:
+        """A copy of a user's row, on the CPU, shape P."""
+        return self.weights_KP[slot].to("cpu", copy=True)
+
+    def refresh(self) -> None:
+        """Bring the working copy up to date after the weights changed."""
+        if self.working_KP is not self.weights_KP:
+            self.working_KP.copy_(self.weights_KP)
+
+    def set_dropout(self, rates: list[float], keys: list[int]) -> None:
+        """Each slot's dropout rate (0 when it is evaluated) and the key of this micro-step's mask."""
+        self.drops = any(rates)
+        self.dropout_K.copy_(torch.tensor(rates))
+        self.key_K.copy_(torch.tensor(keys))
+
+    def dropout_mask(self, site: int, x_KTI: Tensor) -> Tensor | None:
+        """What multiplies a site's inputs: 0 or 1 / (1 - rate), shape K T I; None when no slot drops.
+
+        A counter-based hash (Steele et al., 2014, SplitMix64's finaliser) of the slot's own key, the site and the place in the
+        row: the mask depends on nobody else, and on no generator's state.
+        """
+        if not self.drops:
+            return None
+        places = torch.arange(x_KTI[0].numel(), device=x_KTI.device).view(1, *x_KTI.shape[1:])
+        mixed = places * _GOLDEN + self.key_K[:, None, None] * (2 * site + 1)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+            mixed = (mixed ^ (mixed >> shift & (1 << 64 - shift) - 1)) * factor
+        uniform = ((mixed >> 40) & 0xFFFFFF).float() / 2**24
+        rate_K11 = self.dropout_K[:, None, None]
+        return ((uniform >= rate_K11) / (1 - rate_K11)).to(x_KTI.dtype)

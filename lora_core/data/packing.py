@@ -1,0 +1,98 @@
+"""A user's examples as rows of T tokens: packed end to end, each example a document of its own.
+
+Pure Python over token lists; the training loop stacks one row a slot into K x T tensors.  T tokens a row.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from lora_core.data.rendering import Rendered
+
+IGNORED = -100  # the target of a token whose prediction does not count
+
+
+@dataclass(frozen=True)
+class Row:
+    """T tokens of one user.  Attention and positions restart at each document; what is left over is its own document.
+
+    `targets[t]` is the token that position t must predict, or IGNORED; `documents[t]` numbers the example
+    within the row from 0; `examples[d]` is the index of document d among the examples that were packed.
+    """
+
+    tokens: tuple[int, ...]
+    targets: tuple[int, ...]
+    positions: tuple[int, ...]
+    documents: tuple[int, ...]
+    examples: tuple[int, ...]
+
+    @property
+    def counted(self) -> int:
+        """How many predictions count."""
+        return sum(target != IGNORED for target in self.targets)
+
+    @property
+    def used(self) -> int:
+        """How many of the T tokens are examples rather than filling."""
+        return sum(document < len(self.examples) for document in self.documents)
+
+
+@dataclass
+class _Filling:
+    """A row being filled."""
+
+    tokens: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
+
+    def add(self, index: int, rendered: Rendered) -> None:
+        length = len(rendered.tokens)
+        shifted = zip(rendered.tokens[1:], rendered.trained[1:], strict=True)
+        self.tokens += rendered.tokens
+        self.targets += [token if trained else IGNORED for token, trained in shifted] + [IGNORED]
+        self.positions += range(length)
+        self.documents += [len(self.examples)] * length
+        self.examples.append(index)
+
+    def close(self, row_tokens: int) -> Row:
+        rest = row_tokens - len(self.tokens)
+        return Row(
+            tokens=(*self.tokens, *[0] * rest),
+            targets=(*self.targets, *[IGNORED] * rest),
+            positions=(*self.positions, *range(rest)),
+            documents=(*self.documents, *[len(self.examples)] * rest),
+            examples=tuple(self.examples),
+        )
+
+
+def empty_row(row_tokens: int) -> Row:
+    """What a slot without work reads."""
+    return _Filling().close(row_tokens)
+
+
+def pack(examples: Sequence[tuple[int, Rendered]], row_tokens: int) -> list[Row]:
+    """Numbered examples into as few rows as first-fit finds, order kept within a row.
+
+    Raises ValueError for an example of more than `row_tokens` tokens: rendering should have cut it.
+    """
+    open_rows: list[_Filling] = []
+    for index, rendered in examples:
+        length = len(rendered.tokens)
+        if length > row_tokens:
+            raise ValueError(f"example {index} has {length} tokens, a row {row_tokens}; lower max_length")
+        row = next((row for row in open_rows if len(row.tokens) + length <= row_tokens), None)
+        if row is None:
+            row = _Filling()
+            open_rows.append(row)
+        row.add(index, rendered)
+    return [row.close(row_tokens) for row in open_rows]
+
+
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """The examples of one epoch, shuffled by (seed, epoch) alone, `batch_size` at a time."""
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    for start in range(0, count, batch_size):
+        yield order[start : start + batch_size]

@@ -1,0 +1,83 @@
+"""What can go wrong in the training core.
+
+LoraError
+├── DataError
+│   ├── BadRow            one row of a dataset cannot be used
+│   └── DatasetRefused    a dataset cannot be used at all
+├── RecipeError           a recipe is not valid
+├── BaseModelError        a base cannot be loaded or adapted
+├── ArtifactRefused       adapter files are hostile, broken or of another base
+└── TrainingError         a user's training cannot start or go on
+
+Facts are in `args`, prose is in `__str__`: an error survives pickling between processes.
+"""
+
+
+class LoraError(Exception):
+    """Everything the training core raises on purpose."""
+
+
+class DataError(LoraError):
+    """Something is wrong with a dataset."""
+
+
+class BadRow(DataError):
+    """One row cannot be used: which field, why, and how to mend it."""
+
+    def __init__(self, field: str, why: str, fix: str) -> None:
+        super().__init__(field, why, fix)
+        self.field, self.why, self.fix = field, why, fix
+
+    def __str__(self) -> str:
+        return "{}: {}; {}".format(*self.args)
+
+
+class DatasetRefused(DataError):
+    """A dataset cannot be used at all: where, why, and what to do."""
+
+    def __init__(self, source: str, why: str, fix: str) -> None:
+        super().__init__(source, why, fix)
+
+    def __str__(self) -> str:
+        return "{}: {}; {}".format(*self.args)
+
+
+class RecipeError(LoraError):
+    """A recipe is not valid: which key, what it held, and what it may hold."""
+
+    def __init__(self, where: str, problems: tuple[str, ...]) -> None:
+        super().__init__(where, problems)
+
+    def __str__(self) -> str:
+        where, problems = self.args
+        return f"{where}: " + "; ".join(problems)
+
+
+class BaseModelError(LoraError):
+    """A base cannot be loaded or adapted: which, why, and what to do."""
+
+    def __init__(self, base: str, why: str, fix: str) -> None:
+        super().__init__(base, why, fix)
+
+    def __str__(self) -> str:
+        return "base {}: {}; {}".format(*self.args)
+
+
+class ArtifactRefused(LoraError):
+    """Adapter files are hostile, broken or of another base: which file, why, and what to do."""
+
+    def __init__(self, file: str, why: str, fix: str) -> None:
+        super().__init__(file, why, fix)
+
+    def __str__(self) -> str:
+        return "{} refused: {}; {}".format(*self.args)
+
+
+class TrainingError(LoraError):
+    """A user's training cannot start or go on: whose, why, and what to do."""
+
+    def __init__(self, user: str, why: str, fix: str) -> None:
+        super().__init__(user, why, fix)
+
+    def __str__(self) -> str:
+        return "{}: {}; {}".format(*self.args)

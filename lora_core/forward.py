@@ -1,0 +1,81 @@
+"""One packed forward pass: K rows of T tokens in, each row's own loss out.  K slots, T tokens, V vocabulary."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_core.base_model import BaseModel
+from lora_core.data.packing import IGNORED, Row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """K rows as tensors on the base's device.  `allowed_K1TT` says which earlier tokens each token may see."""
+
+    tokens_KT: Tensor
+    targets_KT: Tensor
+    positions_KT: Tensor
+    documents_KT: Tensor
+    allowed_K1TT: Tensor
+
+
+def stack(rows: Sequence[Row], device: torch.device) -> Batch:
+    """K rows as one batch; a token sees its own document's earlier tokens and nothing else."""
+    fields = [[getattr(row, name) for row in rows] for name in ("tokens", "targets", "positions", "documents")]
+    tokens_KT, targets_KT, positions_KT, documents_KT = (
+        torch.tensor(field, dtype=torch.int64).to(device, non_blocking=True) for field in fields
+    )
+    together_KTT = documents_KT[:, :, None] == documents_KT[:, None, :]
+    # The mask is always given, even where plain causal attention would do: the kernel that runs, and so every
+    # bit of a row, must not depend on how the neighbours' rows are packed.
+    return Batch(tokens_KT, targets_KT, positions_KT, documents_KT, together_KTT.tril()[:, None])
+
+
+def token_losses(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Each token's next-token loss in nats (0 where it does not count) and whether the first guess was right; both K T."""
+    inputs = {
+        "input_ids": batch.tokens_KT,
+        "attention_mask": batch.allowed_K1TT,
+        "position_ids": batch.positions_KT,
+        "use_cache": False,
+    }
+    if base.plain_head:
+        hidden_KTD = base.model.base_model(**inputs).last_hidden_state
+        return _HeadLoss.apply(hidden_KTD, base.model.get_output_embeddings().weight, batch.targets_KT)
+    logits_KTV = base.model(**inputs).logits.float()
+    loss_KT = F.cross_entropy(logits_KTV.mT, batch.targets_KT, ignore_index=IGNORED, reduction="none")
+    return loss_KT, logits_KTV.detach().argmax(-1) == batch.targets_KT
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Next-token loss through a frozen head: -log softmax(h W^T)[target], with its gradient taken on the way.
+
+    The head needs no gradient, so the softmax becomes the gradient in place and the logits are never kept
+    (the fused loss of Hsu et al., "Liger Kernel", 2024, in plain torch).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_KTD: Tensor, head_VD: Tensor, targets_KT: Tensor) -> tuple[Tensor, Tensor]:
+        counted_KT1 = (targets_KT != IGNORED)[:, :, None]
+        safe_KT1 = targets_KT.clamp_min(0)[:, :, None]
+        logits_KTV = (hidden_KTD @ head_VD.mT).float()
+        wanted_KT1 = logits_KTV.gather(-1, safe_KT1)
+        highest_KT1 = logits_KTV.amax(-1, keepdim=True)
+        odds_KTV = logits_KTV.sub_(highest_KT1).exp_()
+        total_KT1 = odds_KTV.sum(-1, keepdim=True)
+        loss_KT1 = torch.where(counted_KT1, total_KT1.log() + highest_KT1 - wanted_KT1, 0.0)
+        right_KT = (counted_KT1 & (wanted_KT1 == highest_KT1))[:, :, 0]
+        if ctx.needs_input_grad[0]:
+            expected_KTD = (odds_KTV.to(head_VD.dtype) @ head_VD) / total_KT1.to(head_VD.dtype)
+            ctx.save_for_backward(torch.where(counted_KT1, expected_KTD - head_VD[safe_KT1[:, :, 0]], 0.0))
+        ctx.mark_non_differentiable(right_KT)
+        return loss_KT1[:, :, 0], right_KT
+
+    @staticmethod
+    def backward(ctx: Any, g_KT: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # torch's context object
+        (gradient_KTD,) = ctx.saved_tensors
+        return gradient_KTD * g_KT[:, :, None].to(gradient_KTD.dtype), None, None

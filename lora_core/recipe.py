@@ -1,0 +1,222 @@
+"""What decides a result besides data and base: frozen, validated, and readable in Hugging Face's spellings.
+
+Defaults follow Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025): every linear layer, alpha 32 whatever the rank, a
+rate about ten times that of full fine-tuning (2e-4 where 2e-5 is usual), small batches.  Betas and epsilon are AdamW's.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lora_core.errors import RecipeError
+
+
+class Frozen(BaseModel):
+    """Settings that cannot change after they were read, and know no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LoraSpec(Frozen):
+    """Low-rank adaptation (Hu et al., 2021): a delta B A of rank r on each target."""
+
+    name: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    alpha: Annotated[float, Field(gt=0, le=4096)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # None adapts every layer
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski, 2023)
+
+    @property
+    def scale(self) -> float:
+        """What multiplies B A."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+
+class HoldoutSpec(Frozen):
+    """Which examples are kept from training to judge the result."""
+
+    share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    by: Literal["content", "order"] = "content"  # order: the last ones, for data in order of time
+    minimum: Annotated[int, Field(ge=1, le=1000)] = 8
+
+
+class GateSpec(Frozen):
+    """The rule that decides whether a candidate is accepted."""
+
+    significance: Annotated[float, Field(gt=0, le=1)] = 0.05  # one-sided, paired by held-out example
+    min_gain: Annotated[float, Field(ge=0, le=10)] = 0.0  # nats a token
+
+
+class Recipe(Frozen):
+    """Everything that decides the result besides data and base."""
+
+    method: LoraSpec = LoraSpec()
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of all steps
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    clip: Annotated[float, Field(gt=0)] = 1.0  # largest norm of a user's own gradient
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    max_steps: Annotated[int, Field(ge=1)] | None = None  # stops earlier than the epochs would
+    max_tokens: Annotated[int, Field(ge=1)] | None = None  # at most this many distinct training tokens of a user
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 8  # examples an optimiser step
+    max_length: Annotated[int, Field(ge=8, le=131072)] = 512  # tokens an example; longer ones are cut
+    row_tokens: Annotated[int, Field(ge=8, le=131072)] = 512  # T: tokens a slot reads in one micro-step
+    patience: Annotated[int, Field(ge=1)] | None = 2  # epochs without a better held-out loss; None never stops early
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    holdout: HoldoutSpec = HoldoutSpec()
+    gate: GateSpec = GateSpec()
+
+    @model_validator(mode="after")
+    def _examples_fit_a_row(self) -> "Recipe":
+        if self.max_length > self.row_tokens:
+            raise ValueError(
+                f"max_length {self.max_length} is above row_tokens {self.row_tokens}: an example must fit a row"
+            )
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: equal recipes have equal digests, however they were spelt."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+# How PEFT's LoraConfig and transformers' TrainingArguments, and people in a hurry, spell our keys.
+SPELLINGS: Mapping[str, str] = {
+    "r": "method.rank", "lora_r": "method.rank", "rank": "method.rank",
+    "lora_alpha": "method.alpha", "alpha": "method.alpha",
+    "lora_dropout": "method.dropout", "dropout": "method.dropout",
+    "target_modules": "method.targets", "targets": "method.targets",
+    "layers_to_transform": "method.layers", "layers": "method.layers",
+    "use_rslora": "method.use_rslora", "peft_type": "method.name", "method": "method.name",
+    "lr": "learning_rate", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup",
+    "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "epsilon", "max_grad_norm": "clip",
+    "num_train_epochs": "epochs", "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size",
+    "max_seq_length": "max_length", "cutoff_len": "max_length", "sequence_len": "max_length",
+    "val_set_size": "holdout.share", "early_stopping_patience": "patience",
+}  # fmt: skip
+# PEFT keys that mean nothing else here than the one value we always have.
+IMPLIED: Mapping[str, object] = {"bias": "none", "task_type": "CAUSAL_LM"}
+_SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads 1e-4 as text
+
+
+def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file (or the defaults), with `key=value` overrides on top.  Raises RecipeError."""
+    where = str(source) if source else "recipe"
+    given = _read_yaml(Path(source)) if source else {}
+    return make_recipe({**_spelled(given, where), **_spelled(_overrides(overrides, where), where)}, where)
+
+
+def make_recipe(settings: Mapping[str, object], where: str = "recipe") -> Recipe:
+    """A recipe from settings in any accepted spelling, dotted or nested.  Raises RecipeError."""
+    tree: dict[str, object] = {}
+    for dotted, value in _spelled(settings, where).items():
+        head, _, tail = dotted.rpartition(".")
+        branch = tree.setdefault(head, {}) if head else tree
+        assert isinstance(branch, dict)  # only `method`, `holdout` and `gate` have leaves below them
+        branch[tail] = value
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(where, tuple(_problem(detail) for detail in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(str(path), (f"cannot be read ({error.strerror}); check the path",)) from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(str(path), (f"is not YAML: {str(error).splitlines()[0]}; mend that line",)) from None
+    if not isinstance(loaded, dict | None):
+        raise RecipeError(str(path), (f"holds a {type(loaded).__name__}; write `key: value` lines",))
+    return loaded or {}
+
+
+def _overrides(pairs: Sequence[str], where: str) -> dict[str, object]:
+    """`key=value` words as settings; the value is read as YAML would."""
+    settings: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(where, (f"override {pair!r} is not key=value; write for example rank=8",))
+        try:
+            settings[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise RecipeError(where, (f"override {pair!r}: the value is not YAML; quote it",)) from None
+    return settings
+
+
+def _spelled(settings: Mapping[str, object], where: str) -> dict[str, object]:
+    """Settings as dotted leaves under our own names; an unknown key raises with the nearest known one."""
+    flat: dict[str, object] = {}
+    for key, value in _leaves(settings):
+        if key in IMPLIED and value == IMPLIED[key]:
+            continue
+        name = SPELLINGS.get(key, key)
+        if name not in LEAVES:
+            raise RecipeError(where, (_unknown(key),))
+        if name in flat and flat[name] != value:
+            raise RecipeError(where, (f"{name} is given twice ({flat[name]!r}, {value!r}); keep one",))
+        flat[name] = _value(name, value)
+    return flat
+
+
+def _leaves(settings: Mapping[str, object], head: str = "") -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and str(key) in ("method", "holdout", "gate"):
+            found += _leaves(value, f"{key}.")
+        else:
+            found.append((f"{head}{key}", value))
+    return found
+
+
+def _value(name: str, value: object) -> object:
+    if name == "method.name" and isinstance(value, str):
+        return value.lower()
+    if name in ("method.targets", "method.layers") and isinstance(value, str | int) and value != "all-linear":
+        return tuple(str(value).split(","))
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
+def _unknown(key: str) -> str:
+    if key in IMPLIED:
+        return f"{key} can only be {IMPLIED[key]!r}; leave it out"
+    near = difflib.get_close_matches(key, [*LEAVES, *SPELLINGS], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(LEAVES))}"
+    return f"{key} is not a key of a recipe; {hint}"
+
+
+def _problem(detail: Mapping[str, object]) -> str:
+    location = detail["loc"]
+    assert isinstance(location, tuple)  # pydantic's error details
+    key = ".".join(map(str, location)) or "recipe"
+    return f"{key} = {detail['input']!r}: {detail['msg']}" if location else str(detail["msg"])
+
+
+def _model_leaves(model: type[BaseModel], head: str = "") -> list[str]:
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names += _model_leaves(inner, f"{name}.")
+        else:
+            names.append(head + name)
+    return names
+
+
+LEAVES = frozenset(_model_leaves(Recipe))
