@@ -1,0 +1,158 @@
+"""One cohort at work: each claimed job as a candidate on its way from raw examples to files ready to publish.
+
+Pure of databases and stores: `cohort.py` brings snapshots and earlier versions in and carries files out.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_core.banks.lora import LoraBank, lora_bank
+from lora_core.base_model import BaseModel
+from lora_core.curriculum import Learner, Trained, newest
+from lora_core.data.examples import Example
+from lora_core.data.rendering import Rendered, render, render_prompt
+from lora_core.data.snapshot import Snapshot
+from lora_core.data.splits import split
+from lora_core.errors import TrainingError
+from lora_core.evaluate import Scores, Trial, evaluate
+from lora_core.gate import Verdict, judge
+from lora_core.generate import TaskScore, generate, task_score
+from lora_core.recipe import Recipe
+from lora_core.train import Pace, train
+
+ANSWERS_JUDGED = 8  # held-out prompts a user that are answered and compared: generation is the slow part
+ANSWER_TOKENS = 48
+
+
+@dataclass
+class Candidate:
+    """One user's adapter in the making.  Fields fill up as it passes through the steps."""
+
+    label: str  # tenant/user/adapter, for people
+    recipe: Recipe
+    learner: Learner
+    held_out: tuple[Example, ...]
+    cut: int  # examples that were longer than max_length
+    live: Trial | None = None  # the version that `latest` points to now
+    live_number: int | None = None
+    trained: Trained | None = None
+    scores: dict[str, Scores] = field(default_factory=dict)  # base, previous, candidate
+    tasks: dict[str, TaskScore] = field(default_factory=dict)  # base, candidate
+    verdict: Verdict | None = None
+
+
+def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel) -> Candidate:
+    """Split and render one user's examples.  Raises TrainingError where nothing is left to learn from or to judge by."""
+    halves = split(snapshot.examples, recipe.holdout.share, recipe.holdout.by, recipe.holdout.minimum)
+    learned = _rendered(halves.train, base, recipe)
+    judged = _rendered(halves.held_out, base, recipe)
+    if not learned or not judged:
+        raise TrainingError(
+            label, f"{len(learned)} examples to learn from and {len(judged)} to judge by", "add examples"
+        )
+    cut = sum(rendered.truncated for rendered in (*learned, *judged))
+    learner = Learner(label, recipe, newest(learned, recipe.max_tokens), judged)
+    return Candidate(label, recipe, learner, halves.held_out, cut)
+
+
+def train_candidates(
+    base: BaseModel,
+    candidates: Sequence[Candidate],
+    slots: int,
+    watch: Callable[[Pace], None] | None = None,
+) -> None:
+    """Train a cohort packed.  All its recipes share base, row length, rank and targets: the same user, the same bytes."""
+    by_label = {candidate.label: candidate for candidate in candidates}
+    bank = training_bank(base, candidates)
+    learners = [candidate.learner for candidate in candidates]
+    for trained in train(base, learners, slots, candidates[0].recipe.row_tokens, bank, watch):
+        by_label[trained.name].trained = trained
+
+
+def training_bank(base: BaseModel, candidates: Iterable[Candidate]) -> LoraBank:
+    """The bank that holds every user of the cohort."""
+    return lora_bank(base, [candidate.recipe.method for candidate in candidates])
+
+
+def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: int) -> None:
+    """Score base, live version and candidate on each user's held-out examples, packed together, and pass the gate."""
+    bank = training_bank(base, candidates)
+    named = [(candidate, name, trial) for candidate in candidates for name, trial in _rivals(candidate).items()]
+    row_tokens = candidates[0].recipe.row_tokens
+    for (candidate, name, _), scores in zip(
+        named, evaluate(base, bank, [trial for *_, trial in named], slots, row_tokens), strict=True
+    ):
+        candidate.scores[name] = scores
+    for candidate in candidates:
+        candidate.verdict = _verdict(candidate)
+    _score_answers(base, bank, [(c, name, trial) for c, name, trial in named if name != "previous"], slots)
+
+
+def cross_matrix(base: BaseModel, candidates: Sequence[Candidate], slots: int) -> list[list[float]]:
+    """Held-out loss of each user's data (row) under each user's adapter (column)."""
+    trials = [
+        Trial(_row(other), other.recipe.method.scale, candidate.learner.held_out)
+        for candidate in candidates
+        for other in candidates
+    ]
+    bank = training_bank(base, candidates)
+    losses = [scores.loss for scores in evaluate(base, bank, trials, slots, candidates[0].recipe.row_tokens)]
+    width = len(candidates)
+    return [losses[start : start + width] for start in range(0, len(losses), width)]
+
+
+def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[Rendered, ...]:
+    found = (render(example, base.tokenizer, recipe.max_length) for example in examples)
+    return tuple(rendered for rendered in found if rendered)
+
+
+def _row(candidate: Candidate) -> Tensor:
+    assert candidate.trained  # judged only after it was trained
+    return candidate.trained.row_P
+
+
+def _rivals(candidate: Candidate) -> Mapping[str, Trial]:
+    held_out, scale = candidate.learner.held_out, candidate.recipe.method.scale
+    rivals = {"base": Trial(None, 0.0, held_out)}
+    if candidate.live:
+        rivals["previous"] = Trial(candidate.live.row_P, candidate.live.scale, held_out)
+    return {**rivals, "candidate": Trial(_row(candidate), scale, held_out)}
+
+
+def _verdict(candidate: Candidate) -> Verdict:
+    rival, name = candidate.scores["base"], "the base"
+    if "previous" in candidate.scores and candidate.scores["previous"].loss < rival.loss:
+        rival, name = candidate.scores["previous"], f"version {candidate.live_number}"
+    return judge(candidate.scores["candidate"], rival, name, candidate.recipe.gate)
+
+
+def _score_answers(
+    base: BaseModel, bank: LoraBank, named: Sequence[tuple[Candidate, str, Trial]], slots: int
+) -> None:
+    """Answer some held-out prompts as the base and as the candidate, and compare with what the user wrote."""
+    asked = [
+        (candidate, name, trial, prompt)
+        for candidate, name, trial in named
+        for prompt in _prompts(candidate, base)
+    ]
+    answers = generate(base, bank, [(trial, tokens) for _, _, trial, (tokens, _) in asked], slots, ANSWER_TOKENS)
+    collected: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    owners = {candidate.label: candidate for candidate, *_ in asked}
+    for (candidate, name, _, (_, reference)), answer in zip(asked, answers, strict=True):
+        collected.setdefault((candidate.label, name), []).append((answer, reference))
+    for (label, name), pairs in collected.items():
+        owners[label].tasks[name] = task_score([a for a, _ in pairs], [r for _, r in pairs])
+
+
+def _prompts(candidate: Candidate, base: BaseModel) -> list[tuple[list[int], str]]:
+    limit = candidate.recipe.max_length
+    prompts = (render_prompt(example, base.tokenizer) for example in candidate.held_out)
+    return [prompt for prompt in prompts if prompt and len(prompt[0]) <= limit][:ANSWERS_JUDGED]
+
+
+def finite(row_P: Tensor) -> bool:
+    """Whether a row may be published at all."""
+    return bool(torch.isfinite(row_P).all())

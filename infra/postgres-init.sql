@@ -1,0 +1,2 @@
+-- Prefect's own database beside the registry's; run once, on an empty volume.
+CREATE DATABASE prefect OWNER lora;

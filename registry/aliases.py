@@ -1,0 +1,91 @@
+"""Moving what an alias points to, and remembering every move."""
+
+from datetime import datetime
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.errors import PromotionRefused
+from registry.models import AdapterVersion, Alias, AliasMove
+from registry.names import AdapterId, Reference, TenantId, VersionId, check_plain
+from registry.queries import find_or_add, holder, note, version
+
+
+def promote(
+    session: Session,
+    tenant: TenantId,
+    reference: Reference,
+    alias: str,
+    *,
+    actor: str,
+    reason: str,
+    now: datetime,
+    force: bool = False,
+) -> AdapterVersion:
+    """Point an alias at the version that a reference means.  Raises PromotionRefused for one the gate refused."""
+    check_plain("alias", alias)
+    chosen = version(session, tenant, reference)
+    if chosen.state == "refused" and not force:
+        raise PromotionRefused(str(reference), f"the gate refused it ({chosen.reason})", "retrain or pass --force")
+    move(session, tenant, chosen, alias, actor=actor, reason=reason, now=now)
+    return chosen
+
+
+def rollback(
+    session: Session, tenant: TenantId, reference: Reference, alias: str, *, actor: str, reason: str, now: datetime
+) -> AdapterVersion:
+    """Point an alias back at the version it pointed to before its last move.  Raises PromotionRefused at the first."""
+    adapter_id = holder(session, tenant, reference.user, reference.adapter).adapter.id
+    target = _before(session, tenant, adapter_id, alias)
+    if target is None:
+        where = f"{reference.label}@{alias}"
+        raise PromotionRefused(where, "it has no earlier version to go back to", "see `lora history`")
+    chosen = session.get_one(AdapterVersion, target)
+    move(session, tenant, chosen, alias, actor=actor, reason=f"{ROLLED_BACK}: {reason}", now=now)
+    return chosen
+
+
+def move(
+    session: Session, tenant: TenantId, chosen: AdapterVersion, alias: str, *, actor: str, reason: str, now: datetime
+) -> None:
+    """Point an alias at a version, whatever it pointed to, and write the move down."""
+    mine = (Alias.tenant_id == tenant, Alias.adapter_id == chosen.adapter_id, Alias.name == alias)
+    made: list[Alias] = []
+
+    def make() -> Alias:
+        made.append(Alias(tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, version_id=chosen.id))
+        return made[0]
+
+    found = find_or_add(session, select(Alias).where(*mine).with_for_update(), make)
+    earlier = None if made and found is made[0] else found.version_id
+    if earlier == chosen.id:
+        return
+    found.version_id = chosen.id
+    session.add(
+        AliasMove(
+            tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, from_id=earlier, to_id=chosen.id,
+            actor=actor, reason=reason, at=now,
+        )
+    )  # fmt: skip
+    body = {"alias": alias, "number": chosen.number, "actor": actor}
+    note(session, tenant, "alias moved", chosen.id, body, now)
+    session.flush()
+
+
+ROLLED_BACK = "rolled back"
+
+
+def _before(session: Session, tenant: TenantId, adapter: AdapterId, alias: str) -> VersionId | None:
+    """Where an alias pointed before; going back twice goes back two, not to and fro."""
+    moves = session.scalars(
+        select(AliasMove)
+        .where(AliasMove.tenant_id == tenant, AliasMove.adapter_id == adapter, AliasMove.name == alias)
+        .order_by(AliasMove.id)
+    )
+    path: list[VersionId] = []
+    for step in moves:
+        if step.reason.startswith(ROLLED_BACK) and path:
+            path.pop()
+        else:
+            path.append(step.to_id)
+    return path[-2] if len(path) > 1 else None

@@ -1,0 +1,118 @@
+"""Pull: from a reference to a verified local folder.  What an inference host installs; no torch, no LIST."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy.engine import Engine
+
+from registry import queries
+from registry.errors import ObjectDiffers
+from registry.names import Reference
+from registry.publishing import MANIFEST
+from registry.session import open_database, reading
+from registry.settings import RegistrySettings
+from registry.store import ObjectStore, open_store
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a reference means now: one version, and where its files lie."""
+
+    reference: Reference
+    number: int
+    state: str
+    served_name: str
+    prefix: str
+    sha256: str  # of the manifest
+    files: Mapping[str, Mapping[str, int | str]]  # file name to sha256 and size
+
+
+class Client:
+    """Resolves references and keeps verified copies of adapters in a cache folder.  Safe to share by threads."""
+
+    def __init__(self, engine: Engine, store: ObjectStore, cache: Path) -> None:
+        self.engine, self.store, self.cache = engine, store, cache
+
+    @classmethod
+    def from_environment(cls) -> "Client":
+        """A client from LORA_DATABASE_URL, LORA_STORE_URL and LORA_HOME."""
+        settings = RegistrySettings()
+        return cls(open_database(settings.database), open_store(settings.store), settings.cache)
+
+    def resolve(self, reference: str | Reference) -> Resolved:
+        """What a reference such as `acme/alice` or `acme/alice:3` means now.  Raises NameRefused, NotFound."""
+        wanted = Reference.parse(reference) if isinstance(reference, str) else reference
+        with reading(self.engine) as session:
+            version = queries.version(session, queries.tenant_id(session, wanted.tenant), wanted)
+        return Resolved(
+            wanted, version.number, version.state, version.served_name, version.prefix, version.sha256, version.files
+        )
+
+    def pull(self, reference: str | Reference, verify: bool = False) -> Path:
+        """The local folder of a version's files, named as an engine serves it.  Raises ObjectDiffers, ObjectMissing.
+
+        A version in the cache touches no store; `verify` hashes its files again and fetches it anew if they changed.
+        """
+        return self.fetch(self.resolve(reference), verify)
+
+    def fetch(self, found: Resolved, verify: bool = False) -> Path:
+        """As `pull`, for a version resolved before."""
+        folder = self.cache / found.sha256 / found.served_name
+        if verify and folder.is_dir() and not _intact(folder, found):
+            shutil.rmtree(folder)
+        if not folder.is_dir():
+            self._download(found, folder)
+        return folder
+
+    def _download(self, found: Resolved, folder: Path) -> None:
+        """Fetch and check every file aside, then put the whole folder in place in one step."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=self.cache, prefix=".pull-"))
+        try:
+            content = aside / found.served_name
+            content.mkdir()
+            self._fetch(found, MANIFEST, found.sha256, content)
+            manifest = json.loads((content / MANIFEST).read_text(encoding="utf-8"))
+            for name, facts in manifest["files"].items():
+                self._fetch(found, name, facts["sha256"], content)
+            folder.parent.mkdir(exist_ok=True)
+            try:
+                content.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else somebody pulled the same bytes meanwhile: theirs will do
+                    raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _fetch(self, found: Resolved, name: str, sha256: str, folder: Path) -> None:
+        """Stream one file to disk, hashing on the way.  Raises ObjectDiffers."""
+        key, hashed = f"{found.prefix}/{name}", hashlib.sha256()
+        limit = int(found.files[name]["size"])
+        with (folder / Path(name).name).open("wb") as file:
+            for piece in self.store.stream(key):
+                hashed.update(piece)
+                limit -= len(piece)
+                if limit < 0:  # an endless object must not fill the disk
+                    break
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        if limit != 0 or hashed.hexdigest() != sha256:
+            raise ObjectDiffers(key, sha256, hashed.hexdigest())
+
+
+def _intact(folder: Path, found: Resolved) -> bool:
+    """Whether a cached folder still holds the bytes that were pulled."""
+    try:
+        return all(
+            hashlib.sha256((folder / name).read_bytes()).hexdigest() == facts["sha256"]
+            for name, facts in found.files.items()
+        )
+    except OSError:
+        return False

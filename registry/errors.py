@@ -1,0 +1,139 @@
+"""What can go wrong in the registry, the store and the pull client.
+
+RegistryError
+├── NameRefused          a tenant, user, adapter or alias name is not allowed
+├── NotFound             a reference, alias, job or schedule that does not exist
+├── LeaseLost            somebody else has the job now; this worker's result does not count
+├── ContentDiffers       the same job published other content before
+├── PromotionRefused     the version cannot be what an alias points to
+├── ScheduleRefused      a cron expression, interval or time zone is not valid
+├── DatabaseUnavailable  the database cannot be reached or is not set up
+└── StoreError
+    ├── ObjectMissing    no object under that key
+    ├── ObjectDiffers    other bytes are already under that key, or came back
+    ├── KeyRefused       a key that some store could misread
+    └── StoreUnavailable the store cannot be reached or refuses us
+
+Facts are in `args`, prose is in `__str__`: an error survives pickling between processes.
+"""
+
+
+class RegistryError(Exception):
+    """Everything the registry raises on purpose."""
+
+
+class NameRefused(RegistryError):
+    """A name is not allowed: what kind of name, the name, and what is allowed."""
+
+    def __init__(self, kind: str, name: str, allowed: str) -> None:
+        super().__init__(kind, name, allowed)
+
+    def __str__(self) -> str:
+        kind, name, allowed = self.args
+        return f"{ascii(name)[:80]} is not a valid {kind}; allowed are {allowed}"
+
+
+class NotFound(RegistryError):
+    """Something that was asked for does not exist: what, which, and what to do."""
+
+    def __init__(self, kind: str, name: str, fix: str) -> None:
+        super().__init__(kind, name, fix)
+
+    def __str__(self) -> str:
+        return "there is no {} {}; {}".format(*self.args)
+
+
+class LeaseLost(RegistryError):
+    """Somebody else has the job now, or it is over: this worker's result does not count."""
+
+    def __init__(self, job: str, fence: int) -> None:
+        super().__init__(job, fence)
+
+    def __str__(self) -> str:
+        return "job {} is no longer held under fence {}; drop this result, its new holder goes on".format(*self.args)
+
+
+class ContentDiffers(RegistryError):
+    """The same job was published before with other content."""
+
+    def __init__(self, job: str, number: int) -> None:
+        super().__init__(job, number)
+
+    def __str__(self) -> str:
+        return "job {} already published version {} with other content; enqueue a new job".format(*self.args)
+
+
+class PromotionRefused(RegistryError):
+    """A version cannot become what an alias points to: which, why, and what to do."""
+
+    def __init__(self, reference: str, why: str, fix: str) -> None:
+        super().__init__(reference, why, fix)
+
+    def __str__(self) -> str:
+        return "{} not promoted: {}; {}".format(*self.args)
+
+
+class ScheduleRefused(RegistryError):
+    """A schedule's timing is not valid: what was given, why, and what to do."""
+
+    def __init__(self, given: str, why: str, fix: str) -> None:
+        super().__init__(given, why, fix)
+
+    def __str__(self) -> str:
+        return "schedule {!r}: {}; {}".format(*self.args)
+
+
+class DatabaseUnavailable(RegistryError):
+    """The database cannot be reached or is not set up: where, why, and what to do."""
+
+    def __init__(self, url: str, why: str, fix: str) -> None:
+        super().__init__(url, why, fix)
+
+    def __str__(self) -> str:
+        return "database {}: {}; {}".format(*self.args)
+
+
+class StoreError(RegistryError):
+    """Something is wrong between us and the object store."""
+
+
+class ObjectMissing(StoreError):
+    """There is no object under that key."""
+
+    def __init__(self, key: str, store: str) -> None:
+        super().__init__(key, store)
+
+    def __str__(self) -> str:
+        return "no object {} in {}; was it swept, or is LORA_STORE_URL another store?".format(*self.args)
+
+
+class ObjectDiffers(StoreError):
+    """Other bytes are under that key than should be: expected and found SHA-256."""
+
+    def __init__(self, key: str, expected: str, found: str) -> None:
+        super().__init__(key, expected, found)
+
+    def __str__(self) -> str:
+        key, expected, found = self.args
+        return f"object {key} has SHA-256 {found[:12]}..., not {expected[:12]}...; it is corrupt or was tampered with"
+
+
+class KeyRefused(StoreError):
+    """A key that some store could misread: the key and why."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(key, why)
+
+    def __str__(self) -> str:
+        key, why = self.args
+        return f"key {ascii(key)[:80]} refused: {why}; use plain names between single slashes"
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be reached or refuses us: where, why, and what to do."""
+
+    def __init__(self, store: str, why: str, fix: str) -> None:
+        super().__init__(store, why, fix)
+
+    def __str__(self) -> str:
+        return "store {}: {}; {}".format(*self.args)

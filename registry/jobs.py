@@ -1,0 +1,189 @@
+"""The queue: a job is claimed under a lease and a fence, and whoever lost the lease can change nothing any more."""
+
+import hashlib
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import and_, or_, select, update
+from sqlalchemy.orm import Session
+
+from registry.errors import LeaseLost
+from registry.models import Adapter, AdapterVersion, Dataset, Facts, Job, SharedBase, Tenant, User
+from registry.names import AdapterId, DatasetId, JobId, Reference, TenantId
+from registry.queries import Holder, find_or_add, note
+
+MAX_ATTEMPTS = 3  # a job whose workers died this often has failed
+BUSY, OVER = ("queued", "running"), ("published", "refused")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be trained: data, base, recipe, and the group of jobs it can share a cohort with."""
+
+    dataset: Dataset
+    base: SharedBase
+    recipe: Facts
+    recipe_digest: str
+    group: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over dataset, base and recipe digests: with equal ones there is nothing new to train."""
+        parts = (self.dataset.digest, self.base.digest, self.recipe_digest)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Enqueued:
+    """The job of an order; `unchanged` when it is over already and nothing will be trained."""
+
+    job_id: JobId
+    state: str
+    unchanged: bool
+    number: int | None  # the version it gave, once it is over
+
+
+@dataclass(frozen=True)
+class ClaimedJob:
+    """A job in one worker's hands until `lease_until`; `fence` proves it later."""
+
+    id: JobId
+    fence: int
+    attempts: int
+    lease_until: datetime
+    tenant_id: TenantId
+    adapter_id: AdapterId
+    dataset_id: DatasetId
+    base_id: uuid.UUID
+    reference: Reference
+    opaque: str  # stands for the user in keys
+    dataset_key: str
+    dataset_digest: str
+    base_name: str
+    base_revision: str
+    base_digest: str
+    recipe: Facts
+    recipe_digest: str
+    group: str
+
+
+def enqueue(session: Session, tenant: TenantId, holder: Holder, order: Order, now: datetime) -> Enqueued:
+    """Ask for training.  The same data, base and recipe give the same job; one that failed is tried again."""
+    mine = (Job.tenant_id == tenant, Job.adapter_id == holder.adapter.id, Job.fingerprint == order.fingerprint)
+    job = find_or_add(session, select(Job).where(*mine).with_for_update(), lambda: _new_job(tenant, holder, order, now))
+    if job.state == "failed":
+        job.state, job.attempts, job.error, job.finished_at, job.created_at = "queued", 0, None, None, now
+        note(session, tenant, "job queued again", job.id, {"fingerprint": order.fingerprint}, now)
+    elif job.created_at == now:
+        note(session, tenant, "job queued", job.id, {"fingerprint": order.fingerprint}, now)
+    session.flush()
+    number = session.scalar(select(AdapterVersion.number).where(AdapterVersion.job_id == job.id))
+    return Enqueued(job.id, job.state, job.state in OVER, number)
+
+
+def _new_job(tenant: TenantId, holder: Holder, order: Order, now: datetime) -> Job:
+    return Job(
+        tenant_id=tenant, adapter_id=holder.adapter.id, dataset_id=order.dataset.id, base_id=order.base.id,
+        recipe=order.recipe, recipe_digest=order.recipe_digest, fingerprint=order.fingerprint,
+        cohort_group=order.group, state="queued", created_at=now,
+    )  # fmt: skip
+
+
+def claim(
+    session: Session,
+    worker: str,
+    lease: timedelta,
+    limit: int,
+    now: datetime,
+    only: Sequence[JobId] | None = None,
+) -> list[ClaimedJob]:
+    """Take up to `limit` waiting jobs of one group: the oldest job's.  Jobs whose worker died count as waiting.
+
+    Concurrent claims share nothing out twice (SKIP LOCKED on PostgreSQL, one writer at a time on SQLite).
+    """
+    waiting = or_(Job.state == "queued", and_(Job.state == "running", Job.lease_until < now))
+    oldest = select(Job).where(waiting).order_by(Job.created_at, Job.id).with_for_update(skip_locked=True)
+    if only is not None:
+        oldest = oldest.where(Job.id.in_(only))
+    first = session.scalar(oldest.limit(1))
+    if first is None:
+        return []
+    taken = list(session.scalars(oldest.where(Job.cohort_group == first.cohort_group).limit(limit)))
+    for job in taken:
+        _take(session, job, worker, now + lease, now)
+    session.flush()
+    return _claimed(session, [job.id for job in taken if job.state == "running"])
+
+
+def renew(session: Session, jobs: Sequence[ClaimedJob], lease: timedelta, now: datetime) -> list[JobId]:
+    """Extend the leases that are still held; returns their jobs.  What is missing belongs to somebody else."""
+    held: list[JobId] = []
+    for job in jobs:
+        kept = update(Job).where(*_held(job)).values(lease_until=now + lease).returning(Job.id)
+        held += session.scalars(kept).all()
+    return held
+
+
+def fail(session: Session, job: ClaimedJob, reason: str, now: datetime) -> None:
+    """Give a job up for good, with the reason.  Raises LeaseLost."""
+    close(session, job, "failed", now, reason)
+    note(session, job.tenant_id, "job failed", job.id, {"reason": reason}, now)
+
+
+def release(session: Session, job: ClaimedJob, now: datetime) -> None:
+    """Put a job back for others, as if it had not been claimed.  Raises LeaseLost."""
+    changed = {"state": "queued", "lease_until": None, "worker": None, "attempts": job.attempts - 1}
+    _change(session, job, changed)
+    note(session, job.tenant_id, "job released", job.id, {}, now)
+
+
+def close(session: Session, job: ClaimedJob, state: str, now: datetime, error: str | None = None) -> None:
+    """End a job under its fence.  Raises LeaseLost when somebody else has it."""
+    _change(session, job, {"state": state, "finished_at": now, "lease_until": None, "error": error})
+
+
+def _change(session: Session, job: ClaimedJob, values: Mapping[str, object]) -> None:
+    if session.scalar(update(Job).where(*_held(job)).values(**values).returning(Job.id)) is None:
+        raise LeaseLost(str(job.id), job.fence)
+
+
+def _held(job: ClaimedJob) -> tuple[Any, ...]:  # SQLAlchemy's conditions
+    return (Job.tenant_id == job.tenant_id, Job.id == job.id, Job.fence == job.fence, Job.state == "running")
+
+
+def _take(session: Session, job: Job, worker: str, until: datetime, now: datetime) -> None:
+    if job.attempts >= MAX_ATTEMPTS:
+        job.state, job.finished_at = "failed", now
+        job.error = f"its worker died {MAX_ATTEMPTS} times; see the workers' logs, then train again"
+        note(session, job.tenant_id, "job failed", job.id, {"reason": job.error}, now)
+        return
+    job.state, job.worker, job.lease_until = "running", worker, until
+    job.attempts, job.fence = job.attempts + 1, job.fence + 1
+    note(session, job.tenant_id, "job claimed", job.id, {"worker": worker, "fence": job.fence}, now)
+
+
+def _claimed(session: Session, ids: Sequence[JobId]) -> list[ClaimedJob]:
+    rows = session.execute(
+        select(Job, Tenant.name, User.name, User.opaque, Adapter.name, Dataset, SharedBase)
+        .join(Adapter, Adapter.id == Job.adapter_id)
+        .join(User, User.id == Adapter.user_id)
+        .join(Tenant, Tenant.id == Job.tenant_id)
+        .join(Dataset, Dataset.id == Job.dataset_id)
+        .join(SharedBase, SharedBase.id == Job.base_id)
+        .where(Job.id.in_(ids))
+        .order_by(Job.created_at, Job.id)
+    )
+    claimed = []
+    for job, tenant, user, opaque, adapter, dataset, base in rows.tuples():
+        assert job.lease_until  # set by the claim
+        claimed.append(
+            ClaimedJob(
+                job.id, job.fence, job.attempts, job.lease_until, job.tenant_id, job.adapter_id, job.dataset_id,
+                job.base_id, Reference(tenant, user, adapter), opaque, dataset.key, dataset.digest, base.name,
+                base.revision, base.digest, job.recipe, job.recipe_digest, job.cohort_group,
+            )
+        )  # fmt: skip
+    return claimed

@@ -1,0 +1,174 @@
+"""Publish: bytes first, row second.  A version exists when its row is committed, and only then.
+
+intent row with a lease -> files under an immutable, content-named prefix, the manifest last -> one transaction: fence, head,
+version, scores, alias, event, job.  A crash at any point leaves at most an intent, which the sweeper clears.
+"""
+
+import hashlib
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
+
+from registry import aliases
+from registry.errors import ContentDiffers, LeaseLost
+from registry.jobs import ClaimedJob, close
+from registry.models import Adapter, AdapterVersion, Evaluation, Facts, Upload
+from registry.names import LATEST, RunId, VersionId
+from registry.queries import find_or_add, note
+from registry.session import reading, transaction
+from registry.store import ObjectStore, version_prefix
+
+MANIFEST = "manifest.json"
+UPLOAD_LEASE = timedelta(minutes=15)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a job came to: files with the manifest among them, the gate's verdict, scores by subject."""
+
+    files: Mapping[str, bytes]
+    accepted: bool
+    reason: str
+    parameters: int
+    scores: Mapping[str, Facts]
+    run_id: RunId | None
+    code_version: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version as it stands in the registry."""
+
+    id: VersionId
+    number: int
+    accepted: bool
+    served_name: str
+    prefix: str
+    sha256: str
+    size: int
+
+
+def publish(engine: Engine, store: ObjectStore, job: ClaimedJob, finished: Finished, now: datetime) -> Published:
+    """Make a job's files a version, once: the job is the idempotency key.
+
+    Raises LeaseLost when somebody else has the job, ContentDiffers when it published other files before.
+    """
+    digest = hashlib.sha256(finished.files[MANIFEST]).hexdigest()
+    with reading(engine) as session:
+        done = _already(session, job, digest)
+    if done:
+        return done
+    prefix = declare(engine, job, digest, now)
+    upload(store, prefix, finished.files)
+    with transaction(engine) as session:
+        return _already(session, job, digest) or _commit(session, job, finished, digest, prefix, now)
+
+
+def declare(engine: Engine, job: ClaimedJob, digest: str, now: datetime) -> str:
+    """Write down the intent to upload; returns the prefix.  Raises LeaseLost once the sweeper has begun on it."""
+    name = served_name(job, digest)
+    prefix = version_prefix(job.reference.tenant, job.opaque, job.reference.adapter, name)
+    with transaction(engine) as session:
+        intent = find_or_add(
+            session,
+            select(Upload).where(Upload.prefix == prefix).with_for_update(),
+            lambda: Upload(prefix=prefix, tenant_id=job.tenant_id, job_id=job.id, lease_until=now + UPLOAD_LEASE),
+        )
+        if intent.sweeping:
+            raise LeaseLost(str(job.id), job.fence)
+        intent.lease_until = now + UPLOAD_LEASE
+    return prefix
+
+
+def upload(store: ObjectStore, prefix: str, files: Mapping[str, bytes]) -> None:
+    """Every file under its immutable key, the manifest last: a prefix with a manifest is whole."""
+    for name in sorted(files, key=lambda name: (name == MANIFEST, name)):
+        store.put_new(f"{prefix}/{name}", files[name])
+
+
+def served_name(job: ClaimedJob, digest: str) -> str:
+    """The name an engine serves the version under: never used twice, since engines cache by name.
+
+    The fence is part of it, so that a second attempt's upload has nothing to do with what the first one left.
+    """
+    nonce = hashlib.sha256(f"{job.id}/{job.fence}/{digest}".encode()).hexdigest()
+    return f"{job.reference.adapter}-{nonce[:20]}"
+
+
+def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:
+    """Clear the uploads whose lease has run out and that never became a version; returns their prefixes.
+
+    An intent is marked first: from then on its publisher, however slow, can no longer commit.
+    """
+    with transaction(engine) as session:
+        marked = session.scalars(
+            update(Upload).where(Upload.lease_until < now).values(sweeping=True).returning(Upload.prefix)
+        )
+        prefixes = sorted(marked)
+    for prefix in prefixes:
+        for key in list(store.keys(prefix)):
+            store.delete(key)
+        with transaction(engine) as session:
+            session.execute(delete(Upload).where(Upload.prefix == prefix))
+    return prefixes
+
+
+def _already(session: Session, job: ClaimedJob, digest: str) -> Published | None:
+    """The version this job published before, if it did.  Raises ContentDiffers for other files."""
+    mine = (AdapterVersion.tenant_id == job.tenant_id, AdapterVersion.job_id == job.id)
+    version = session.scalar(select(AdapterVersion).where(*mine))
+    if version and version.sha256 != digest:
+        raise ContentDiffers(str(job.id), version.number)
+    return _published(version) if version else None
+
+
+def _commit(
+    session: Session, job: ClaimedJob, finished: Finished, digest: str, prefix: str, now: datetime
+) -> Published:
+    """The one transaction that makes the version exist."""
+    close(session, job, "published" if finished.accepted else "refused", now)
+    intent = delete(Upload).where(Upload.prefix == prefix, Upload.sweeping.is_(False)).returning(Upload.prefix)
+    if session.scalar(intent) is None:
+        raise LeaseLost(str(job.id), job.fence)
+    # The row lock that this takes makes publishers of one adapter wait in line: numbers have no gaps.
+    head = update(Adapter).where(Adapter.tenant_id == job.tenant_id, Adapter.id == job.adapter_id)
+    number = session.scalars(head.values(head=Adapter.head + 1).returning(Adapter.head)).one()
+    version = _version(job, finished, digest, prefix, number, now)
+    session.add(version)
+    session.flush()
+    for subject, metrics in finished.scores.items():
+        session.add(Evaluation(tenant_id=job.tenant_id, version_id=version.id, subject=subject, metrics=dict(metrics)))
+    if finished.accepted:
+        aliases.move(session, job.tenant_id, version, LATEST, actor="gate", reason=finished.reason, now=now)
+    body = {"number": number, "accepted": finished.accepted, "reason": finished.reason}
+    note(session, job.tenant_id, "version published", version.id, body, now)
+    return _published(version)
+
+
+def _version(
+    job: ClaimedJob, finished: Finished, digest: str, prefix: str, number: int, now: datetime
+) -> AdapterVersion:
+    files = {
+        name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+        for name, data in sorted(finished.files.items())
+    }
+    return AdapterVersion(
+        id=VersionId(uuid.uuid4()), tenant_id=job.tenant_id, adapter_id=job.adapter_id, number=number,
+        state="accepted" if finished.accepted else "refused", reason=finished.reason,
+        served_name=prefix.rpartition("/")[2], prefix=prefix, sha256=digest, files=files,
+        size=sum(len(data) for data in finished.files.values()), parameters=finished.parameters,
+        recipe=job.recipe, recipe_digest=job.recipe_digest, code_version=finished.code_version,
+        base_id=job.base_id, dataset_id=job.dataset_id, job_id=job.id, run_id=finished.run_id, created_at=now,
+    )  # fmt: skip
+
+
+def _published(version: AdapterVersion) -> Published:
+    return Published(
+        version.id, version.number, version.state == "accepted", version.served_name, version.prefix,
+        version.sha256, version.size,
+    )  # fmt: skip

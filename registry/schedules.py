@@ -1,0 +1,159 @@
+"""When each user's adapter is due: set, listed, paused, removed, and fired once by whichever tick comes first."""
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from croniter import CroniterError, croniter
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.errors import NotFound, ScheduleRefused
+from registry.models import Adapter, Facts, Schedule, Tenant, User
+from registry.names import Reference, TenantId
+from registry.queries import Holder, note
+
+SHORTEST = timedelta(seconds=60)  # one tick
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_INTERVAL = re.compile(r"(\d{1,7})([smhd])")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Either a cron expression read in a time zone, or an interval."""
+
+    text: str  # "cron 0 3 * * *" or "every 6h"
+    time_zone: str = "UTC"
+
+    @classmethod
+    def cron(cls, expression: str, time_zone: str = "UTC") -> "Timing":
+        """Five cron fields in an IANA time zone.  Raises ScheduleRefused."""
+        fields = expression.split()
+        if len(fields) != 5 or not croniter.is_valid(expression):
+            raise ScheduleRefused(
+                expression[:80], "is not a cron expression", "give five fields, for example '0 3 * * *'"
+            )
+        try:
+            ZoneInfo(time_zone)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ScheduleRefused(
+                time_zone[:80], "is no time zone", "give an IANA name such as Europe/Berlin"
+            ) from None
+        timing = cls(f"cron {' '.join(fields)}", time_zone)
+        timing.after(datetime.now(UTC))  # one that never comes, such as 30 February, is refused now
+        return timing
+
+    @classmethod
+    def every(cls, interval: str) -> "Timing":
+        """An interval such as 90m, 6h or 1d.  Raises ScheduleRefused."""
+        match = _INTERVAL.fullmatch(interval)
+        if not match or timedelta(seconds=_seconds(interval)) < SHORTEST:
+            raise ScheduleRefused(interval[:80], "is not an interval of at least 60s", "give one such as 90m, 6h or 1d")
+        return cls(f"every {interval}")
+
+    def after(self, moment: datetime) -> datetime:
+        """The next due moment after `moment`, in UTC."""
+        kind, _, rest = self.text.partition(" ")
+        if kind == "every":
+            return moment + timedelta(seconds=_seconds(rest))
+        local = moment.astimezone(ZoneInfo(self.time_zone))
+        try:
+            following: datetime = croniter(rest, local).get_next(datetime)
+        except CroniterError:
+            raise ScheduleRefused(rest, "never comes", "give a date that exists") from None
+        return following.astimezone(UTC)
+
+
+@dataclass(frozen=True)
+class Due:
+    """A schedule that fired: whose adapter is to be trained, on which base, with which recipe."""
+
+    reference: Reference
+    base: str
+    recipe: Facts
+
+
+def put(
+    session: Session, tenant: TenantId, holder: Holder, timing: Timing, base: str, recipe: Facts, now: datetime
+) -> Schedule:
+    """Give an adapter its schedule, in place of the one it had."""
+    found = session.get(Schedule, holder.adapter.id)
+    if found is None:
+        found = Schedule(adapter_id=holder.adapter.id, tenant_id=tenant)
+        session.add(found)
+    found.timing, found.time_zone, found.paused = timing.text, timing.time_zone, False
+    found.base, found.recipe, found.next_due_at = base, recipe, timing.after(now)
+    note(session, tenant, "schedule set", holder.adapter.id, {"timing": timing.text}, now)
+    session.flush()
+    return found
+
+
+def schedules(session: Session, tenant: TenantId | None = None) -> list[tuple[Reference, Schedule]]:
+    """Every schedule, of one tenant or (for the operator) of all, by tenant, user and adapter."""
+    asked = _with_owner()
+    if tenant is not None:
+        asked = asked.where(Schedule.tenant_id == tenant)
+    rows = session.execute(asked.order_by(Tenant.name, User.name, Adapter.name))
+    return [(Reference(tenant_, user, adapter), schedule) for schedule, tenant_, user, adapter in rows.tuples()]
+
+
+def pause(session: Session, tenant: TenantId, holder: Holder, paused: bool, now: datetime) -> Schedule:
+    """Stop a schedule from firing, or let it fire again from its next moment on.  Raises NotFound."""
+    found = _one(session, tenant, holder)
+    found.paused = paused
+    if not paused:
+        found.next_due_at = Timing(found.timing, found.time_zone).after(now)
+    note(session, tenant, "schedule paused" if paused else "schedule resumed", holder.adapter.id, {}, now)
+    return found
+
+
+def remove(session: Session, tenant: TenantId, holder: Holder, now: datetime) -> None:
+    """Take an adapter's schedule away.  Raises NotFound."""
+    session.delete(_one(session, tenant, holder))
+    note(session, tenant, "schedule removed", holder.adapter.id, {}, now)
+
+
+def fire(session: Session, now: datetime, limit: int = 1000) -> list[Due]:
+    """Take the schedules that are due and set their next moment, in one transaction with what the caller does.
+
+    One that was missed while everything was down fires once, not once for each moment missed.
+    """
+    rows = session.execute(
+        _with_owner()
+        .where(Schedule.next_due_at <= now, Schedule.paused.is_(False))
+        .order_by(Schedule.next_due_at)
+        .limit(limit)
+        .with_for_update(of=Schedule, skip_locked=True)
+    )
+    fired = []
+    for schedule, tenant, user, adapter in rows.tuples():
+        schedule.last_fired_at = now
+        schedule.next_due_at = Timing(schedule.timing, schedule.time_zone).after(now)
+        note(session, schedule.tenant_id, "schedule fired", schedule.adapter_id, {}, now)
+        fired.append(Due(Reference(tenant, user, adapter), schedule.base, schedule.recipe))
+    session.flush()
+    return fired
+
+
+def _with_owner() -> Any:  # a select of four entities: SQLAlchemy's type for it helps nobody
+    return (
+        select(Schedule, Tenant.name, User.name, Adapter.name)
+        .join(Adapter, Adapter.id == Schedule.adapter_id)
+        .join(User, User.id == Adapter.user_id)
+        .join(Tenant, Tenant.id == Schedule.tenant_id)
+    )
+
+
+def _one(session: Session, tenant: TenantId, holder: Holder) -> Schedule:
+    found = session.get(Schedule, holder.adapter.id)
+    if found is None or found.tenant_id != tenant:
+        raise NotFound("schedule of", f"{holder.user.name}/{holder.adapter.name}", "set one: lora schedule set")
+    return found
+
+
+def _seconds(interval: str) -> int:
+    match = _INTERVAL.fullmatch(interval)
+    assert match  # checked when it was set
+    return int(match[1]) * _UNITS[match[2]]

@@ -1,0 +1,36 @@
+"""Where registry, store and cache are: read once from the environment, frozen, passed down."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class RegistrySettings(BaseSettings):
+    """Settings of everything that talks to the registry; names begin with LORA_ in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="LORA_", frozen=True, extra="ignore", env_ignore_empty=True)
+
+    home: Path = Path("~/.lora")  # caches, and registry and store where no URL says otherwise
+    database_url: str = Field(default="", repr=False)  # may hold a password
+    store_url: str = ""
+
+    @property
+    def home_folder(self) -> Path:
+        """The home folder, absolute."""
+        return self.home.expanduser().absolute()
+
+    @property
+    def database(self) -> str:
+        """The registry's URL: by default SQLite in the home folder, for one trusted machine."""
+        return self.database_url or f"sqlite:///{self.home_folder / 'registry.db'}"
+
+    @property
+    def store(self) -> str:
+        """The object store's URL: by default a folder in the home folder."""
+        return self.store_url or (self.home_folder / "store").as_uri()
+
+    @property
+    def cache(self) -> Path:
+        """Where pulled adapters are kept."""
+        return self.home_folder / "pulled"
