@@ -63,9 +63,7 @@ class NotFinite(LoraError):
         super().__init__(what, step)
 
     def __str__(self) -> str:
-        return "{} is not finite after step {}; lower learning_rate or look for odd rows in the data".format(
-            *self.args
-        )
+        return "{} is not finite after step {}; lower learning_rate or look for odd rows in the data".format(*self.args)
 
 
 Heard = tuple[float, float]  # the row's summed loss and the slot's gradient norm

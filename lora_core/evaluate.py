@@ -73,9 +73,7 @@ class Scores:
         }
 
 
-def evaluate(
-    base: BaseModel, bank: LoraBank, trials: Sequence[Trial], slots: int, row_tokens: int
-) -> list[Scores]:
+def evaluate(base: BaseModel, bank: LoraBank, trials: Sequence[Trial], slots: int, row_tokens: int) -> list[Scores]:
     """Score every trial, `slots` rows at a time, in the order given.  Example order is kept."""
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
     found: list[dict[int, ExampleScore]] = [{} for _ in trials]
@@ -114,6 +112,4 @@ def _by_document(batch: Batch, loss_KT: Tensor, right_KT: Tensor) -> list[list[E
     slots, documents = len(loss_KT), int(batch.documents_KT.max()) + 1
     sums_KD3 = figures_KT3.new_zeros(slots, documents, 3)
     sums_KD3.scatter_add_(1, batch.documents_KT[:, :, None].expand_as(figures_KT3), figures_KT3)
-    return [
-        [ExampleScore(loss, int(tokens), int(right)) for loss, tokens, right in row] for row in sums_KD3.tolist()
-    ]
+    return [[ExampleScore(loss, int(tokens), int(right)) for loss, tokens, right in row] for row in sums_KD3.tolist()]

@@ -72,9 +72,7 @@ def train(
                 watch(Pace(micro_steps, names, len(waiting), finished, tokens, micro_steps * slots * row_tokens))
 
 
-def micro_step(
-    base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int
-) -> list[Heard]:
+def micro_step(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[Heard]:
     """One forward and backward over K rows, and an optimiser step of the rows that are due.
 
     Returns each slot's summed loss and gradient norm.  A row whose numbers are not finite does not step.
@@ -96,7 +94,9 @@ def micro_step(
     for slot, finite in enumerate(finite_K.tolist()):
         if not finite:
             cohort.gradient_KP[slot] = 0  # so that the row stays as it is: 0 x inf would reach its weights
-    due = [lesson and lesson.step if finite else None for lesson, finite in zip(lessons, finite_K.tolist(), strict=True)]
+    due = [
+        lesson and lesson.step if finite else None for lesson, finite in zip(lessons, finite_K.tolist(), strict=True)
+    ]
     if any(due):
         step_rows(cohort, due, [norm for _, norm in heard])
     return heard

@@ -1,7 +1,8 @@
 """Publish: bytes first, row second.  A version exists when its row is committed, and only then.
 
-intent row with a lease -> files under an immutable, content-named prefix, the manifest last -> one transaction: fence, head,
-version, scores, alias, event, job.  A crash at any point leaves at most an intent, which the sweeper clears.
+intent row with a lease -> files under an immutable, content-named prefix, the manifest last -> one transaction: fence,
+head, version, scores, alias, event, job.  A crash anywhere leaves at most an intent, which the
+sweeper clears.
 """
 
 import hashlib

@@ -80,9 +80,7 @@ class LoraBank:
 
     def parameters(self, spec: LoraSpec) -> int:
         """How many numbers of a user's row are trained."""
-        return sum(
-            spec.rank * (site.inputs + site.outputs) for site in self.sites if adapts(spec, site)
-        )
+        return sum(spec.rank * (site.inputs + site.outputs) for site in self.sites if adapts(spec, site))
 
     @contextmanager
     def attached(self, base: BaseModel, cohort: Cohort) -> Iterator[None]:

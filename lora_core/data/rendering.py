@@ -1,12 +1,134 @@
-"""Placeholder until the data package lands."""
+"""Examples as tokens of one base, with a mark on each token that is to be learnt."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_core.data.examples import Completion, Conversation, Example, Message, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Tokens of one example."""
+    """One example's tokens; `trained[i]` says that predicting token i counts."""
 
     tokens: tuple[int, ...]
     trained: tuple[bool, ...]
     truncated: bool = False
+
+
+def render(example: Example, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Rendered | None:
+    """An example as tokens, cut to `max_length` from the end; None when nothing that counts is left.
+
+    Loss on the answers only, with the token that ends them; on everything for plain text.
+    """
+    match example:
+        case Conversation(messages):
+            text, spans = _conversation(messages, tokenizer)
+            tokens, trained = _marked(text, spans, tokenizer, special=False)
+        case Completion(prompt, completion):
+            whole = prompt + completion + (tokenizer.eos_token or "")
+            tokens, trained = _marked(whole, [(len(prompt), len(whole))], tokenizer, special=True)
+        case Text(text):
+            whole = text + (tokenizer.eos_token or "")
+            tokens, trained = _marked(whole, [(0, len(whole))], tokenizer, special=True)
+    cut = len(tokens) > max_length
+    tokens, trained = tokens[:max_length], trained[:max_length]
+    if not any(trained[1:]):  # the first token is never predicted
+        return None
+    return Rendered(tuple(tokens), tuple(trained), cut)
+
+
+def render_prompt(example: Example, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], str] | None:
+    """What to generate from, and the answer to compare with: the last assistant turn, or the completion."""
+    match example:
+        case Conversation(messages) if messages[-1].role == "assistant":
+            text = _template(messages[:-1], tokenizer, prompting=True)
+            return _encode(text, tokenizer, special=False), messages[-1].content
+        case Completion(prompt, completion) if prompt:
+            return _encode(prompt, tokenizer, special=True), completion
+        case _:
+            return None
+
+
+def text_to_prompt(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What a person typed as one user turn of a chat, or as raw text where the base has no chat template."""
+    if not tokenizer.chat_template:
+        return _encode(text, tokenizer, special=True)
+    return _encode(_template([Message("user", text)], tokenizer, prompting=True), tokenizer, special=False)
+
+
+def _conversation(
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered text, and where the assistant's words are in it, each with what ends its turn."""
+    spans = []
+    whole = _template(messages, tokenizer, prompting=False)
+    for index, message in enumerate(messages):
+        if message.role == "assistant":
+            start = len(_common(_template(messages[:index], tokenizer, prompting=True), whole))
+            until = _template(messages[: index + 1], tokenizer, prompting=False)
+            spans.append((start, len(_common(until, whole))))
+    return whole, spans
+
+
+def _common(left: str, right: str) -> str:
+    """The beginning that two texts share: templates may treat the last turn in a way of its own."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return left[:index]
+    return min(left, right, key=len)
+
+
+def _template(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", prompting: bool) -> str:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    if not tokenizer.chat_template:
+        return _plain(messages, tokenizer, prompting)
+    if not turns:
+        return tokenizer.bos_token or "" if prompting else ""
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompting))
+    except Exception as error:
+        if type(error).__module__.split(".")[0] != "jinja2" or turns[0]["role"] != "system" or len(turns) < 2:
+            raise
+        # Some templates know no system turn (Gemma's): its words then open the first user turn, as their makers advise.
+        first = Message(messages[1].role, f"{messages[0].content}\n\n{messages[1].content}")
+        return _template([first, *messages[2:]], tokenizer, prompting)
+
+
+def _plain(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", prompting: bool) -> str:
+    """Chat for a base without a template: `role: words`, a blank line between, the end token after each answer."""
+    end = tokenizer.eos_token or ""
+    turns = [f"{m.role}: {m.content}{end if m.role == 'assistant' else ''}\n\n" for m in messages]
+    return (tokenizer.bos_token or "") + "".join(turns) + ("assistant: " if prompting else "")
+
+
+def _encode(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    eos = tokenizer.eos_token_id
+    return ids[:-1] if special and ids and ids[-1] == eos and not text.endswith(tokenizer.eos_token or "\0") else ids
+
+
+def _marked(
+    text: str, spans: Sequence[tuple[int, int]], tokenizer: "PreTrainedTokenizerBase", special: bool
+) -> tuple[list[int], list[bool]]:
+    """Tokens of the whole text, so that no boundary changes them, marked where they begin inside a span."""
+    encoded: Any = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    tokens: list[int] = encoded["input_ids"]
+    trained = [
+        any(start <= _begin(text, first, last) < end for start, end in spans) and last > first
+        for first, last in encoded["offset_mapping"]
+    ]
+    end = tokenizer.eos_token_id
+    if special and len(tokens) > 1 and tokens[-1] == tokens[-2] == end:  # the tokenizer adds its own as well
+        return tokens[:-1], trained[:-1]
+    return tokens, trained
+
+
+def _begin(text: str, first: int, last: int) -> int:
+    """Where a token's first letter is: one that begins with the blank before an answer belongs to the answer."""
+    while first < last - 1 and text[first].isspace():
+        first += 1
+    return first

@@ -1,0 +1,144 @@
+"""What a valid row is: every format that people bring, read into one of three kinds of example."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_core.errors import BadRow
+
+Role = Literal["system", "user", "assistant"]
+
+# What other formats call the three roles (ShareGPT's names among them).
+ROLES: Mapping[str, Role] = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "model": "assistant", "chatgpt": "assistant", "bot": "assistant",
+}  # fmt: skip
+KNOWN = ("messages", "conversations", "prompt", "completion", "text", "instruction", "input", "output")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, rendered with the base's chat template; every assistant turn is learnt.  Also ShareGPT and Alpaca rows."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and what follows it, as raw text; only what follows is learnt."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text, learnt whole."""
+
+    text: str
+
+
+Example = Conversation | Completion | Text
+
+
+def parse_example(row: Mapping[str, object]) -> Example:
+    """One row of any accepted format.  Raises BadRow with the field, why, and how to mend it."""
+    if "messages" in row:
+        return Conversation(_turns(row["messages"], "messages", "role", "content"))
+    if "conversations" in row:
+        return Conversation(_turns(row["conversations"], "conversations", "from", "value"))
+    if "instruction" in row:
+        return _alpaca(row)
+    if "prompt" in row or "completion" in row:
+        return Completion(_string(row, "prompt", blank=True), _string(row, "completion"))
+    if "text" in row:
+        return Text(_string(row, "text"))
+    raise _unknown(row)
+
+
+def canonical_line(example: Example) -> str:
+    """The example as compact JSON without a line end; `parse_example` reads it back equal."""
+    match example:
+        case Conversation(messages):
+            row: object = {"messages": [{"content": turn.content, "role": turn.role} for turn in messages]}
+        case Completion(prompt, completion):
+            row = {"completion": completion, "prompt": prompt}
+        case Text(text):
+            row = {"text": text}
+    return json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _turns(value: object, field: str, role_key: str, text_key: str) -> tuple[Message, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise BadRow(
+            field, f"is {_shown(value)}, not a list of turns", f"give [{{{role_key!r}: ..., {text_key!r}: ...}}]"
+        )
+    turns = tuple(_turn(turn, f"{field}[{index}]", role_key, text_key) for index, turn in enumerate(value))
+    for index, turn in enumerate(turns):
+        if turn.role == "system" and index:
+            raise BadRow(f"{field}[{index}]", "a system turn after the first", "move it to the front")
+    if not any(turn.role == "assistant" for turn in turns):
+        raise BadRow(field, "has no assistant turn, so there is nothing to learn", "add the answer")
+    return turns
+
+
+def _turn(turn: object, field: str, role_key: str, text_key: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise BadRow(field, f"is {_shown(turn)}, not an object", f"give {role_key!r} and {text_key!r}")
+    role = turn.get(role_key)
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise BadRow(f"{field}.{role_key}", f"is {_shown(role)}", "use system, user or assistant")
+    known = ROLES[role.lower()]
+    content = _text(turn.get(text_key), f"{field}.{text_key}", blank=known != "assistant")
+    return Message(known, content)
+
+
+def _alpaca(row: Mapping[str, object]) -> Conversation:
+    instruction, output = _string(row, "instruction"), _string(row, "output")
+    more = _string(row, "input", blank=True) if row.get("input") is not None else ""
+    asked = f"{instruction}\n\n{more}" if more.strip() else instruction
+    return Conversation((Message("user", asked), Message("assistant", output)))
+
+
+def _string(row: Mapping[str, object], field: str, blank: bool = False) -> str:
+    if field not in row:
+        near = difflib.get_close_matches(field, [str(key) for key in row], n=1)
+        raise BadRow(field, "is missing", f"rename {near[0]!r} to {field!r}" if near else f"add {field!r}")
+    return _text(row[field], field, blank)
+
+
+def _text(value: object, field: str, blank: bool) -> str:
+    if not isinstance(value, str):
+        raise BadRow(field, f"is {_shown(value)}, not text", "put it in quotes")
+    if not blank and not value.strip():
+        raise BadRow(field, "is empty", "write the text that is to be learnt, or drop the row")
+    if "\0" in value:
+        raise BadRow(field, "holds a NUL character", "remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(field, "holds half of a surrogate pair", "write the character itself") from None
+    return value
+
+
+def _unknown(row: Mapping[str, object]) -> BadRow:
+    for key in row:
+        near = difflib.get_close_matches(str(key), KNOWN, n=1, cutoff=0.75)
+        if near:
+            return BadRow(str(key)[:40], "is not a known field", f"did you mean {near[0]!r}?")
+    given = ", ".join(repr(str(key)[:40]) for key in list(row)[:6]) or "nothing"
+    return BadRow("row", f"has {given}", "give messages, prompt and completion, text, instruction or conversations")
+
+
+def _shown(value: object) -> str:
+    return "missing" if value is None else f"{type(value).__name__} {str(value)[:30]!r}"

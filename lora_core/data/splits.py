@@ -1,0 +1,48 @@
+"""Which examples are learnt and which are kept to judge by: decided by their content, the same on every machine."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_core.data.examples import Example, canonical_line
+
+
+@dataclass(frozen=True)
+class Split:
+    """The two halves of a dataset, each in its order."""
+
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+
+
+def split(
+    examples: Sequence[Example],
+    share: float = 0.1,
+    by: Literal["content", "order"] = "content",
+    minimum: int = 8,
+) -> Split:
+    """Keep about `share` of the examples, at least `minimum` of them but never more than half, from training.
+
+    By content: an example is kept back when its hash is low, so it does not change sides as the data grows.  By order: the
+    last ones are, for data in order of time.
+    """
+    least = min(minimum, len(examples) // 2)
+    if by == "order":
+        count = min(max(least, round(share * len(examples))), len(examples) // 2)
+        return Split(tuple(examples[: len(examples) - count]), tuple(examples[len(examples) - count :]))
+    ranks = [_rank(example) for example in examples]
+    low = [index for index, rank in enumerate(ranks) if rank < share]
+    if len(low) < least:
+        low = sorted(range(len(ranks)), key=ranks.__getitem__)[:least]
+    kept = set(low)
+    return Split(
+        tuple(example for index, example in enumerate(examples) if index not in kept),
+        tuple(example for index, example in enumerate(examples) if index in kept),
+    )
+
+
+def _rank(example: Example) -> float:
+    """A number from 0 to 1 that depends on the example's content alone."""
+    digest = hashlib.sha256(canonical_line(example).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
