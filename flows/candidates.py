@@ -129,14 +129,10 @@ def _verdict(candidate: Candidate) -> Verdict:
     return judge(candidate.scores["candidate"], rival, name, candidate.recipe.gate)
 
 
-def _score_answers(
-    base: BaseModel, bank: LoraBank, named: Sequence[tuple[Candidate, str, Trial]], slots: int
-) -> None:
+def _score_answers(base: BaseModel, bank: LoraBank, named: Sequence[tuple[Candidate, str, Trial]], slots: int) -> None:
     """Answer some held-out prompts as the base and as the candidate, and compare with what the user wrote."""
     asked = [
-        (candidate, name, trial, prompt)
-        for candidate, name, trial in named
-        for prompt in _prompts(candidate, base)
+        (candidate, name, trial, prompt) for candidate, name, trial in named for prompt in _prompts(candidate, base)
     ]
     answers = generate(base, bank, [(trial, tokens) for _, _, trial, (tokens, _) in asked], slots, ANSWER_TOKENS)
     collected: dict[tuple[str, str], list[tuple[str, str]]] = {}

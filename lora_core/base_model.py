@@ -1,12 +1,14 @@
 """The shared base: loaded once, frozen, fingerprinted, and the list of its adaptable sites."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -80,6 +82,15 @@ def fingerprint(folder: Path) -> str:
         with path.open("rb") as stream:
             total.update(f"{path.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
+
+
+def count_parameters(folder: Path) -> int:
+    """How many numbers the files of a base hold, from their headers alone."""
+    total = 0
+    for path in folder.glob(WEIGHTS):
+        with safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  not a dict
+    return total
 
 
 def load_base(

@@ -46,9 +46,7 @@ class Plan:
     vocabulary_documents: int = 3000
 
 
-def make_base(
-    folder: Path, seed: int = 0, say: Callable[[str], None] | None = None, plan: Plan | None = None
-) -> Path:
+def make_base(folder: Path, seed: int = 0, say: Callable[[str], None] | None = None, plan: Plan | None = None) -> Path:
     """A trained base in `folder`: the one already there, if it was made from the same plan, seed and text.
 
     It is made beside the folder and renamed when complete, so an interrupted call leaves nothing that looks finished.

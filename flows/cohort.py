@@ -1,0 +1,250 @@
+"""The steps that take a cohort of jobs from the queue to published versions.  `adapt.py` and the command line run them.
+
+Every step may run twice or die at any line: leases, fences and idempotent publishing make that harmless.
+"""
+
+import math
+import platform
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from flows.candidates import Candidate, finite, judge_candidates, make_candidate, train_candidates, training_bank
+from flows.factory import Factory, now
+from lora_core.artifact import AdapterConfig, write_artifact
+from lora_core.banks.lora import LoraBank
+from lora_core.base_model import BaseModel, load_base
+from lora_core.data.snapshot import load_snapshot
+from lora_core.errors import ArtifactRefused, LoraError
+from lora_core.evaluate import Trial
+from lora_core.intake import read_artifact
+from lora_core.recipe import make_recipe
+from lora_core.train import Pace
+from registry import jobs, queries
+from registry.errors import LeaseLost, NotFound, StoreError
+from registry.jobs import ClaimedJob
+from registry.models import Run
+from registry.names import JobId, RunId
+from registry.publishing import Finished, Published, publish
+from registry.session import reading, transaction
+
+LIBRARIES = ("lora-factory", "torch", "transformers", "safetensors", "numpy")
+
+
+@dataclass
+class Cohort:
+    """Jobs on one base in one process, and what they came to."""
+
+    base: BaseModel
+    run_id: RunId
+    slots: int
+    started_at: datetime
+    work: dict[JobId, tuple[ClaimedJob, Candidate]]
+    failed: dict[str, str] = field(default_factory=dict)  # label to reason
+    published: dict[str, Published] = field(default_factory=dict)  # by label
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The users still in it."""
+        return [candidate for _, candidate in self.work.values()]
+
+
+def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[ClaimedJob]:
+    """Take waiting jobs that can share a cohort, as many as there are slots."""
+    settings = factory.settings
+    lease = timedelta(seconds=settings.lease_seconds)
+    with transaction(factory.engine) as session:
+        return jobs.claim(session, settings.worker, lease, settings.slots, now(), only)
+
+
+def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
+    """Load the base and every user's examples; a user with bad data drops out alone, with the reason."""
+    first = claimed[0]
+    try:
+        base = load_base(first.base_name, _revision(first), factory.settings.device or None)
+        if base.digest != first.base_digest:
+            raise ArtifactRefused(
+                first.base_name, "the base's files have changed since the job was made", "train again"
+            )
+    except LoraError as error:
+        give_up(factory, claimed, str(error))
+        raise
+    slots = min(factory.settings.slots, 1 << math.ceil(math.log2(len(claimed))))
+    cohort = Cohort(base, RunId(uuid.uuid4()), slots, now(), {})
+    for job in claimed:
+        try:
+            cohort.work[job.id] = (job, _candidate(factory, base, job))
+        except (LoraError, StoreError) as error:
+            _drop(factory, cohort, job, str(error))
+    _open_run(factory, cohort, first)
+    return cohort
+
+
+def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None = None) -> None:
+    """Train everybody packed, keeping the leases; who was retired drops out, with the reason."""
+    with _leases_kept(factory, cohort):
+        if cohort.work:
+            train_candidates(cohort.base, cohort.candidates, cohort.slots, watch)
+    for job, candidate in list(cohort.work.values()):
+        trained = candidate.trained
+        if trained is None or trained.outcome == "retired" or not finite(trained.row_P):
+            _drop(factory, cohort, job, trained.reason if trained else "was not trained")
+
+
+def judge(factory: Factory, cohort: Cohort) -> None:
+    """Score base, live version and candidate of every user, and pass the gate."""
+    with _leases_kept(factory, cohort):
+        if cohort.work:
+            judge_candidates(cohort.base, cohort.candidates, cohort.slots)
+
+
+def publish_all(factory: Factory, cohort: Cohort) -> None:
+    """Publish every candidate, accepted or refused; one whose job went to another worker meanwhile is left to it."""
+    bank = training_bank(cohort.base, cohort.candidates) if cohort.work else None
+    for job, candidate in list(cohort.work.values()):
+        assert bank  # there is work
+        try:
+            finished = _finished(cohort, bank, job, candidate)
+            cohort.published[candidate.label] = publish(factory.engine, factory.store, job, finished, now())
+        except LeaseLost as error:
+            cohort.failed[candidate.label] = str(error)
+    _close_run(factory, cohort)
+
+
+def give_up(factory: Factory, claimed: Sequence[ClaimedJob], reason: str) -> None:
+    """Fail jobs for a reason that is theirs, such as a base that cannot be loaded."""
+    for job in claimed:
+        with transaction(factory.engine) as session:
+            jobs.fail(session, job, reason, now())
+
+
+def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob) -> Candidate:
+    snapshot = load_snapshot(factory.store.get(job.dataset_key), job.dataset_digest)
+    candidate = make_candidate(job.reference.label, make_recipe(job.recipe), snapshot, base)
+    candidate.live, candidate.live_number = _live(factory, base, job, candidate)
+    return candidate
+
+
+def _live(factory: Factory, base: BaseModel, job: ClaimedJob, candidate: Candidate) -> tuple[Trial | None, int | None]:
+    """The version that `latest` points to, as a rival; None where there is none for this base that fits the bank."""
+    try:
+        found = factory.client.resolve(job.reference)
+        files = read_artifact(factory.client.fetch(found), {site.name: site for site in base.sites})
+    except (NotFound, ArtifactRefused):
+        return None, None
+    bank = LoraBank(base.sites, max(files.rank, candidate.recipe.method.rank))
+    return Trial(bank.from_tensors(files.tensors), files.scale, candidate.learner.held_out), found.number
+
+
+def _drop(factory: Factory, cohort: Cohort, job: ClaimedJob, reason: str) -> None:
+    """One user leaves the cohort; the others go on."""
+    cohort.failed[job.reference.label] = reason
+    cohort.work.pop(job.id, None)
+    try:
+        with transaction(factory.engine) as session:
+            jobs.fail(session, job, reason, now())
+    except LeaseLost:
+        pass  # its new holder will find out for itself
+
+
+@contextmanager
+def _leases_kept(factory: Factory, cohort: Cohort) -> Iterator[None]:
+    """Renew the cohort's leases from a thread while the block computes."""
+    done = threading.Event()
+    lease = timedelta(seconds=factory.settings.lease_seconds)
+    held = [job for job, _ in cohort.work.values()]
+
+    def beat() -> None:
+        while not done.wait(lease.total_seconds() / 3):
+            with transaction(factory.engine) as session:
+                jobs.renew(session, held, lease, now())
+
+    thread = threading.Thread(target=beat, name="leases", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _finished(cohort: Cohort, bank: LoraBank, job: ClaimedJob, candidate: Candidate) -> Finished:
+    """A candidate as files and facts; the same candidate gives the same bytes."""
+    trained, verdict = candidate.trained, candidate.verdict
+    assert trained and verdict  # it came through training and the gate
+    spec = candidate.recipe.method
+    tensors = bank.to_tensors(trained.row_P, spec)
+    scores = {
+        name: figures.summary() | {f"answer_{key}": value for key, value in _task(candidate, name).items()}
+        for name, figures in candidate.scores.items()
+    }
+    facts = {
+        "base": {"name": AdapterConfig.of(cohort.base, spec, tensors).base_name, "digest": job.base_digest},
+        "dataset": {"digest": job.dataset_digest, "cut": candidate.cut},
+        "recipe": candidate.recipe.model_dump(mode="json"),
+        "scores": scores,
+        "training": {"steps": trained.steps, "best_step": trained.best_step, "tokens": trained.tokens,
+                     "outcome": trained.outcome, "losses": trained.losses, "held_out": trained.held_out},
+        "gate": {"accepted": verdict.accepted, "reason": verdict.reason},
+        "cohort": {"slots": cohort.slots, "row_tokens": candidate.recipe.row_tokens, "rank": bank.rank},
+        "versions": code_versions(),
+    }  # fmt: skip
+    files = write_artifact(tensors, AdapterConfig.of(cohort.base, spec, tensors), facts)
+    return Finished(
+        files, verdict.accepted, verdict.reason, bank.parameters(spec), scores, cohort.run_id,
+        code_versions()["lora-factory"],
+    )  # fmt: skip
+
+
+def _task(candidate: Candidate, subject: str) -> dict[str, float]:
+    return asdict(candidate.tasks[subject]) if subject in candidate.tasks else {}
+
+
+def code_versions() -> dict[str, str]:
+    """What computed a version: this code, Python and the libraries under it."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _open_run(factory: Factory, cohort: Cohort, first: ClaimedJob) -> None:
+    with transaction(factory.engine) as session:
+        row_tokens = make_recipe(first.recipe).row_tokens
+        session.add(
+            Run(
+                id=cohort.run_id, worker=factory.settings.worker, device=_device_name(cohort.base),
+                slots=cohort.slots, row_tokens=row_tokens, started_at=cohort.started_at, finished_at=None, facts={},
+            )
+        )  # fmt: skip
+
+
+def _close_run(factory: Factory, cohort: Cohort) -> None:
+    with transaction(factory.engine) as session:
+        run = session.get_one(Run, cohort.run_id)
+        run.finished_at = now()
+        run.facts = {"published": len(cohort.published), "failed": len(cohort.failed)}
+
+
+def _device_name(base: BaseModel) -> str:
+    device = base.model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+
+
+def _revision(job: ClaimedJob) -> str | None:
+    return None if job.base_revision == "main" else job.base_revision
+
+
+def waiting(factory: Factory) -> int:
+    """How many jobs wait for a worker."""
+    with reading(factory.engine) as session:
+        return queries.job_counts(session).get("queued", 0)

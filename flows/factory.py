@@ -1,0 +1,125 @@
+"""A process's connections, and the few moves that need both sides: add data, ask for training, find what is live."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
+
+from flows.errors import Unready
+from flows.settings import FactorySettings
+from lora_core.data.snapshot import IngestReport, SkipPolicy, take_snapshot
+from lora_core.recipe import Recipe
+from registry import queries
+from registry.client import Client
+from registry.jobs import Enqueued, Order, enqueue
+from registry.models import SharedBase
+from registry.names import Reference
+from registry.session import open_database, transaction, upgrade
+from registry.store import ObjectStore, dataset_key, open_store
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A base as its name, revision and digest pin it."""
+
+    name: str
+    revision: str
+    digest: str
+    parameters: int
+
+
+class Factory:
+    """The registry, the store and the settings of one process."""
+
+    def __init__(self, settings: FactorySettings) -> None:
+        self.settings = settings
+
+    @classmethod
+    def from_environment(cls) -> "Factory":
+        """A factory as the environment says."""
+        return cls(FactorySettings())
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The registry's database."""
+        return open_database(self.settings.database)
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        """The object store."""
+        return open_store(self.settings.store)
+
+    @cached_property
+    def client(self) -> Client:
+        """The pull client on the same registry and store."""
+        return Client(self.engine, self.store, self.settings.cache)
+
+    def set_up(self) -> None:
+        """Make what is missing: home folder, tables, bucket.  Safe to run again."""
+        self.settings.home_folder.mkdir(parents=True, exist_ok=True)
+        upgrade(self.engine)
+        self.store.set_up()
+
+
+def now() -> datetime:
+    """The moment, in UTC: the flows' one clock."""
+    return datetime.now(UTC)
+
+
+def add_data(
+    factory: Factory, reference: Reference, sources: Sequence[str], max_bad_share: float | None = None
+) -> tuple[str, IngestReport]:
+    """Snapshot a user's files into the store and the registry; returns the digest.  Raises DatasetRefused."""
+    share = factory.settings.max_bad_share if max_bad_share is None else max_bad_share
+    snapshot, report = take_snapshot(sources, SkipPolicy(share))
+    with transaction(factory.engine) as session:
+        opaque = queries.ensure_adapter(session, reference, now()).user.opaque
+    key = dataset_key(reference.tenant, opaque, snapshot.digest)
+    factory.store.put_new(key, snapshot.content)
+    with transaction(factory.engine) as session:
+        holder = queries.ensure_adapter(session, reference, now())
+        queries.ensure_dataset(
+            session, holder.tenant_id, holder, digest=snapshot.digest, key=key,
+            examples=len(snapshot.examples), size=len(snapshot.content), now=now(),
+        )  # fmt: skip
+    return snapshot.digest, report
+
+
+def request_training(session: Session, reference: Reference, base: Pinned, recipe: Recipe) -> Enqueued:
+    """Enqueue a user's newest dataset; what was trained before from equal data, base and recipe stays as it is."""
+    tenant = queries.tenant_id(session, reference.tenant)
+    holder = queries.holder(session, tenant, reference.user, reference.adapter)
+    dataset = queries.newest_dataset(session, tenant, holder)
+    order = Order(dataset, _base_row(session, base), recipe.model_dump(mode="json"), recipe.digest, group(base, recipe))
+    return enqueue(session, tenant, holder, order, now())
+
+
+def group(base: Pinned, recipe: Recipe) -> str:
+    """Jobs of one group can share a cohort: with equal base, row length and bank, neighbours change nobody's bytes."""
+    method = recipe.method
+    shape = (base.digest, recipe.row_tokens, method.name, method.rank, method.targets, method.layers)
+    return hashlib.sha256(repr(shape).encode()).hexdigest()
+
+
+def pin_base(factory: Factory, name: str | None = None, revision: str | None = None) -> Pinned:
+    """The base that is meant, read and fingerprinted without loading it.  Raises Unready, BaseModelError."""
+    from lora_core.base_model import count_parameters, fingerprint, locate  # imported late: needs torch
+
+    name = name or factory.settings.base
+    if not name:
+        raise Unready("no base is named", "pass --base or set LORA_BASE to a folder or a Hugging Face id")
+    revision = revision or factory.settings.base_revision or None
+    folder = locate(name, revision)
+    shown = os.path.abspath(name) if os.path.isdir(name) else name
+    return Pinned(shown, revision or "main", fingerprint(folder), count_parameters(folder))
+
+
+def _base_row(session: Session, base: Pinned) -> SharedBase:
+    return queries.ensure_base(
+        session, name=base.name, revision=base.revision, digest=base.digest, parameters=base.parameters, now=now()
+    )

@@ -1,0 +1,25 @@
+"""Every setting of a factory process: read once from the environment, frozen, passed down."""
+
+import os
+import socket
+from typing import Annotated
+
+from pydantic import Field
+
+from registry.settings import RegistrySettings
+
+
+def _worker_name() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+class FactorySettings(RegistrySettings):
+    """RegistrySettings, and how this process trains."""
+
+    base: str = ""  # the base that is used where none is named: a folder or a Hugging Face id
+    base_revision: str = ""  # of the base above; empty takes its main branch
+    slots: Annotated[int, Field(ge=1, le=1024)] = 16  # K: users trained at once
+    device: str = ""  # cpu, cuda, cuda:1; empty takes a GPU where there is one
+    lease_seconds: Annotated[int, Field(ge=1)] = 300  # how long a silent worker keeps its jobs
+    worker: str = Field(default_factory=_worker_name)
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of a dataset's rows, before it is refused
