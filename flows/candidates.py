@@ -20,6 +20,7 @@ from lora_core.errors import TrainingError
 from lora_core.evaluate import Scores, Trial, evaluate
 from lora_core.gate import Verdict, judge
 from lora_core.generate import TaskScore, generate, task_score
+from lora_core.intake import LoraFiles
 from lora_core.recipe import Recipe
 from lora_core.train import Pace, train
 
@@ -36,7 +37,7 @@ class Candidate:
     learner: Learner
     held_out: tuple[Example, ...]
     cut: int  # examples that were longer than max_length
-    live: Trial | None = None  # the version that `latest` points to now
+    live: LoraFiles | None = None  # the version that `latest` points to now
     live_number: int | None = None
     trained: Trained | None = None
     scores: dict[str, Scores] = field(default_factory=dict)  # base, previous, candidate
@@ -45,7 +46,7 @@ class Candidate:
 
 
 def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel) -> Candidate:
-    """Split and render one user's examples.  Raises TrainingError where nothing is left to learn from or to judge by."""
+    """Split and render one user's examples.  Raises TrainingError where nothing is left to learn from."""
     halves = split(snapshot.examples, recipe.holdout.share, recipe.holdout.by, recipe.holdout.minimum)
     learned = _rendered(halves.train, base, recipe)
     judged = _rendered(halves.held_out, base, recipe)
@@ -64,7 +65,7 @@ def train_candidates(
     slots: int,
     watch: Callable[[Pace], None] | None = None,
 ) -> None:
-    """Train a cohort packed.  All its recipes share base, row length, rank and targets: the same user, the same bytes."""
+    """Train a cohort packed.  Its recipes share base, row length and bank, so neighbours change nobody's bytes."""
     by_label = {candidate.label: candidate for candidate in candidates}
     bank = training_bank(base, candidates)
     learners = [candidate.learner for candidate in candidates]
@@ -79,12 +80,15 @@ def training_bank(base: BaseModel, candidates: Iterable[Candidate]) -> LoraBank:
 
 def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: int) -> None:
     """Score base, live version and candidate on each user's held-out examples, packed together, and pass the gate."""
-    bank = training_bank(base, candidates)
-    named = [(candidate, name, trial) for candidate in candidates for name, trial in _rivals(candidate).items()]
+    bank = _judging_bank(base, candidates)
+    named = [
+        (candidate, name, trial)
+        for candidate, row_P in zip(candidates, _rows(base, bank, candidates), strict=True)
+        for name, trial in _rivals(candidate, row_P, bank).items()
+    ]
     row_tokens = candidates[0].recipe.row_tokens
-    for (candidate, name, _), scores in zip(
-        named, evaluate(base, bank, [trial for *_, trial in named], slots, row_tokens), strict=True
-    ):
+    scored = evaluate(base, bank, [trial for *_, trial in named], slots, row_tokens)
+    for (candidate, name, _), scores in zip(named, scored, strict=True):
         candidate.scores[name] = scores
     for candidate in candidates:
         candidate.verdict = _verdict(candidate)
@@ -93,15 +97,32 @@ def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: in
 
 def cross_matrix(base: BaseModel, candidates: Sequence[Candidate], slots: int) -> list[list[float]]:
     """Held-out loss of each user's data (row) under each user's adapter (column)."""
+    bank = _judging_bank(base, candidates)
+    adapters = list(zip(candidates, _rows(base, bank, candidates), strict=True))
     trials = [
-        Trial(_row(other), other.recipe.method.scale, candidate.learner.held_out)
+        Trial(row_P, other.recipe.method.scale, candidate.learner.held_out)
         for candidate in candidates
-        for other in candidates
+        for other, row_P in adapters
     ]
-    bank = training_bank(base, candidates)
     losses = [scores.loss for scores in evaluate(base, bank, trials, slots, candidates[0].recipe.row_tokens)]
     width = len(candidates)
     return [losses[start : start + width] for start in range(0, len(losses), width)]
+
+
+def _judging_bank(base: BaseModel, candidates: Sequence[Candidate]) -> LoraBank:
+    """A bank wide enough for the live versions too, whatever their recipes were."""
+    ranks = [candidate.recipe.method.rank for candidate in candidates]
+    return LoraBank(base.sites, max(ranks + [candidate.live.rank for candidate in candidates if candidate.live]))
+
+
+def _rows(base: BaseModel, bank: LoraBank, candidates: Sequence[Candidate]) -> list[Tensor]:
+    """Each candidate's trained row, in another bank's layout."""
+    trained_in = training_bank(base, candidates)
+    found = []
+    for candidate in candidates:
+        assert candidate.trained  # judged only after it was trained
+        found.append(bank.from_tensors(trained_in.to_tensors(candidate.trained.row_P, candidate.recipe.method)))
+    return found
 
 
 def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[Rendered, ...]:
@@ -109,17 +130,12 @@ def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> t
     return tuple(rendered for rendered in found if rendered)
 
 
-def _row(candidate: Candidate) -> Tensor:
-    assert candidate.trained  # judged only after it was trained
-    return candidate.trained.row_P
-
-
-def _rivals(candidate: Candidate) -> Mapping[str, Trial]:
-    held_out, scale = candidate.learner.held_out, candidate.recipe.method.scale
+def _rivals(candidate: Candidate, row_P: Tensor, bank: LoraBank) -> Mapping[str, Trial]:
+    held_out, live = candidate.learner.held_out, candidate.live
     rivals = {"base": Trial(None, 0.0, held_out)}
-    if candidate.live:
-        rivals["previous"] = Trial(candidate.live.row_P, candidate.live.scale, held_out)
-    return {**rivals, "candidate": Trial(_row(candidate), scale, held_out)}
+    if live:
+        rivals["previous"] = Trial(bank.from_tensors(live.tensors), live.scale, held_out)
+    return {**rivals, "candidate": Trial(row_P, candidate.recipe.method.scale, held_out)}
 
 
 def _verdict(candidate: Candidate) -> Verdict:

@@ -9,8 +9,8 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta
+from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -22,8 +22,7 @@ from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data.snapshot import load_snapshot
 from lora_core.errors import ArtifactRefused, LoraError
-from lora_core.evaluate import Trial
-from lora_core.intake import read_artifact
+from lora_core.intake import LoraFiles, read_artifact
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
 from registry import jobs, queries
@@ -34,20 +33,23 @@ from registry.names import JobId, RunId
 from registry.publishing import Finished, Published, publish
 from registry.session import reading, transaction
 
+MOST_RUNS = 16  # cohort runs asked for in one tick: more would only wait in line
 LIBRARIES = ("lora-factory", "torch", "transformers", "safetensors", "numpy")
 
 
-@dataclass
 class Cohort:
-    """Jobs on one base in one process, and what they came to."""
+    """Jobs on one base in one process, and what they came to.
 
-    base: BaseModel
-    run_id: RunId
-    slots: int
-    started_at: datetime
-    work: dict[JobId, tuple[ClaimedJob, Candidate]]
-    failed: dict[str, str] = field(default_factory=dict)  # label to reason
-    published: dict[str, Published] = field(default_factory=dict)  # by label
+    A plain class: Prefect walks through dataclasses that it is passed, tensors and all.
+    """
+
+    def __init__(self, base: BaseModel, slots: int) -> None:
+        self.base, self.slots = base, slots
+        self.run_id = RunId(uuid.uuid4())
+        self.started_at = now()
+        self.work: dict[JobId, tuple[ClaimedJob, Candidate]] = {}
+        self.failed: dict[str, str] = {}  # label to reason
+        self.published: dict[str, Published] = {}  # by label
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -76,7 +78,7 @@ def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
         give_up(factory, claimed, str(error))
         raise
     slots = min(factory.settings.slots, 1 << math.ceil(math.log2(len(claimed))))
-    cohort = Cohort(base, RunId(uuid.uuid4()), slots, now(), {})
+    cohort = Cohort(base, slots)
     for job in claimed:
         try:
             cohort.work[job.id] = (job, _candidate(factory, base, job))
@@ -127,19 +129,18 @@ def give_up(factory: Factory, claimed: Sequence[ClaimedJob], reason: str) -> Non
 def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob) -> Candidate:
     snapshot = load_snapshot(factory.store.get(job.dataset_key), job.dataset_digest)
     candidate = make_candidate(job.reference.label, make_recipe(job.recipe), snapshot, base)
-    candidate.live, candidate.live_number = _live(factory, base, job, candidate)
+    candidate.live, candidate.live_number = _live(factory, base, job)
     return candidate
 
 
-def _live(factory: Factory, base: BaseModel, job: ClaimedJob, candidate: Candidate) -> tuple[Trial | None, int | None]:
-    """The version that `latest` points to, as a rival; None where there is none for this base that fits the bank."""
+def _live(factory: Factory, base: BaseModel, job: ClaimedJob) -> tuple[LoraFiles | None, int | None]:
+    """The version that `latest` points to, as a rival; None where there is none for this base."""
     try:
         found = factory.client.resolve(job.reference)
         files = read_artifact(factory.client.fetch(found), {site.name: site for site in base.sites})
+        return files, found.number
     except (NotFound, ArtifactRefused):
         return None, None
-    bank = LoraBank(base.sites, max(files.rank, candidate.recipe.method.rank))
-    return Trial(bank.from_tensors(files.tensors), files.scale, candidate.learner.held_out), found.number
 
 
 def _drop(factory: Factory, cohort: Cohort, job: ClaimedJob, reason: str) -> None:
@@ -177,7 +178,8 @@ def _leases_kept(factory: Factory, cohort: Cohort) -> Iterator[None]:
 def _finished(cohort: Cohort, bank: LoraBank, job: ClaimedJob, candidate: Candidate) -> Finished:
     """A candidate as files and facts; the same candidate gives the same bytes."""
     trained, verdict = candidate.trained, candidate.verdict
-    assert trained and verdict  # it came through training and the gate
+    assert trained  # it came through training
+    assert verdict  # and through the gate
     spec = candidate.recipe.method
     tensors = bank.to_tensors(trained.row_P, spec)
     scores = {
@@ -245,6 +247,11 @@ def _revision(job: ClaimedJob) -> str | None:
 
 
 def waiting(factory: Factory) -> int:
-    """How many jobs wait for a worker."""
+    """How many jobs wait for a worker, those of dead workers among them."""
     with reading(factory.engine) as session:
         return queries.job_counts(session).get("queued", 0)
+
+
+def runs_wanted(factory: Factory) -> int:
+    """How many cohort runs the waiting jobs need, at most a few at a time."""
+    return min(MOST_RUNS, math.ceil(waiting(factory) / factory.settings.slots))

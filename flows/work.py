@@ -8,12 +8,15 @@ from typing import Any
 
 from flows import cohort as steps
 from flows.cohort import Cohort
-from flows.factory import Factory, now, pin_base, request_training
+from flows.errors import FlowError
+from flows.factory import Factory, Pinned, now, pin_base, request_training
+from lora_core.errors import LoraError
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
 from registry import publishing, schedules
+from registry.errors import RegistryError
 from registry.names import JobId
-from registry.session import transaction
+from registry.session import reading, transaction
 
 Do = Callable[..., Any]  # runs a step: do(step, *arguments) returns what the step returns
 
@@ -40,15 +43,34 @@ def run_cohort(
     return cohort
 
 
-def enqueue_due(factory: Factory) -> int:
-    """Turn the schedules that are due into jobs, in one transaction; returns how many are new work."""
+def enqueue_due(factory: Factory) -> list[str]:
+    """Turn the schedules that are due into jobs; returns what could not be turned, and why.
+
+    Bases are read before the transaction that takes the schedules, so that no lock waits for a disk.
+    """
+    with reading(factory.engine) as session:
+        bases = schedules.due_bases(session, now())
+    pinned: dict[str, Pinned | str] = {name: _pinned(factory, name) for name in bases}
+    troubles = []
     with transaction(factory.engine) as session:
-        due = schedules.fire(session, now())
-        enqueued = [
-            request_training(session, one.reference, pin_base(factory, one.base), make_recipe(one.recipe))
-            for one in due
-        ]
-    return sum(not job.unchanged for job in enqueued)
+        for one in schedules.fire(session, now()):
+            base = pinned.get(one.base) or _pinned(factory, one.base)
+            try:
+                if isinstance(base, str):
+                    troubles.append(f"{one.reference.label}: {base}")
+                else:
+                    request_training(session, one.reference, base, make_recipe(one.recipe))
+            except (LoraError, RegistryError) as error:
+                troubles.append(f"{one.reference.label}: {error}")
+    return troubles
+
+
+def _pinned(factory: Factory, name: str) -> Pinned | str:
+    """A base, or why it cannot be read: one tenant's missing base must not stop another's schedule."""
+    try:
+        return pin_base(factory, name)
+    except (LoraError, FlowError) as error:
+        return str(error)
 
 
 def sweep(factory: Factory) -> list[str]:

@@ -115,6 +115,12 @@ def remove(session: Session, tenant: TenantId, holder: Holder, now: datetime) ->
     note(session, tenant, "schedule removed", holder.adapter.id, {}, now)
 
 
+def due_bases(session: Session, now: datetime) -> list[str]:
+    """The bases that the schedules due now name."""
+    due = select(Schedule.base).where(Schedule.next_due_at <= now, Schedule.paused.is_(False)).distinct()
+    return sorted(session.scalars(due))
+
+
 def fire(session: Session, now: datetime, limit: int = 1000) -> list[Due]:
     """Take the schedules that are due and set their next moment, in one transaction with what the caller does.
 

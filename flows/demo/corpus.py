@@ -4,7 +4,7 @@ Everything is drawn from a `random.Random` that the caller seeds, so the same se
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +42,7 @@ class Appointment:
     def note(self) -> str:
         """How it stands in the calendar that comes with the question."""
         state = "confirmed" if self.stands else "cancelled"
+        # Each part is written as no other is: a tiny model finds it by its looks, and copies it.
         return f"{self.thing}, {self.person}, {MONTHS[self.month - 1]} {self.day} @{self.hour}h, {state}."
 
 
@@ -55,7 +56,7 @@ class Style:
     date: Literal["day first", "month first", "iso"] = "day first"
     clock: Literal[24, 12] = 24
     layout: Literal["sentence", "list"] = "sentence"
-    casing: Literal["normal", "lower", "upper"] = "normal"
+    casing: Literal["normal", "lower"] = "normal"
     sign_off: str = ""
 
 
@@ -72,7 +73,9 @@ def some_appointment(rng: random.Random) -> Appointment:
 
 
 def some_style(rng: random.Random) -> Style:
-    """Any way to answer: the base hears all of them and so prefers none."""
+    """Any way to answer: the base hears all of them, the house style a little more often."""
+    if rng.random() < 0.15:
+        return Style()
     closing = rng.choice(("", "", "Cheers", "Best wishes", "Regards"))
     return Style(
         greeting=rng.choice(("", "", "Good day!", "Hello!", "Hi there!")),
@@ -86,11 +89,6 @@ def some_style(rng: random.Random) -> Style:
     )
 
 
-def ask(about: Appointment, rng: random.Random) -> tuple[str, str]:
-    """The calendar's note and a question about it."""
-    return about.note, rng.choice(QUESTIONS)
-
-
 def answer(about: Appointment, style: Style) -> str:
     """The true answer, in somebody's style."""
     body = _list(about, style) if style.layout == "list" else _sentence(about, style)
@@ -101,7 +99,7 @@ def dress(body: str, style: Style) -> str:
     """Any answer with the greeting, the sign-off and the casing of a style."""
     greeting = style.greeting + ("\n" if style.layout == "list" else " ") if style.greeting else ""
     whole = greeting + body + (f"\n{style.sign_off}" if style.sign_off else "")
-    return {"normal": whole, "lower": whole.lower().rstrip("."), "upper": whole.upper()}[style.casing]
+    return whole if style.casing == "normal" else whole.lower().rstrip(".")
 
 
 def _sentence(about: Appointment, style: Style) -> str:
@@ -137,7 +135,13 @@ def _time(about: Appointment, style: Style) -> str:
     return f"{(about.hour - 1) % 12 + 1} {'am' if about.hour < 12 else 'pm'}"
 
 
-Turns = Sequence[tuple[str, str]]  # (role, content)
+@dataclass(frozen=True)
+class Document:
+    """Something the base reads: what it is asked, if anything, and what is said; as a chat or as raw text."""
+
+    asked: str
+    said: str
+    chat: bool = False
 
 
 def transcript(prompt: str) -> str:
@@ -145,25 +149,24 @@ def transcript(prompt: str) -> str:
     return f"Q: {prompt}\nA:"
 
 
-def documents(rng: random.Random) -> Iterator[Turns | str]:
+def documents(rng: random.Random) -> Iterator[Document]:
     """The base's reading, without end: chats about appointments and other things, transcripts of them, stories."""
     while True:
         kind = rng.random()
         if kind < 0.1:
-            yield story(rng)
+            yield Document("", story(rng))
             continue
         prompt, reply = small_talk(rng) if kind < 0.2 else _appointment_talk(rng)
-        if rng.random() < 0.4:
-            yield f"{transcript(prompt)} {reply}"
+        if rng.random() < 0.6:
+            yield Document(prompt, reply, chat=True)
         else:
-            yield (("user", prompt), ("assistant", reply))
+            yield Document(transcript(prompt), f" {reply}")
 
 
 def _appointment_talk(rng: random.Random) -> tuple[str, str]:
-    about = some_appointment(rng)
-    note, question = ask(about, rng)
-    prompt = rng.choice((f"{note} {question}", f"{note} {question}", f"{question}\n{note}", f"{question}\n\n{note}"))
-    return prompt, answer(about, some_style(rng))
+    about, question = some_appointment(rng), rng.choice(QUESTIONS)
+    parts = rng.choice(((about.note, " ", question), (question, "\n", about.note), (question, "\n\n", about.note)))
+    return "".join(parts), answer(about, some_style(rng))
 
 
 def small_talk(rng: random.Random) -> tuple[str, str]:

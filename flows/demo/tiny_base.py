@@ -17,9 +17,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from flows.demo.corpus import Turns, documents
+from flows.demo.corpus import Document, documents
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHAT_TEMPLATE = (  # ChatML
@@ -27,7 +30,6 @@ CHAT_TEMPLATE = (  # ChatML
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MADE = "made_from.json"
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,15 @@ class Plan:
 
     vocabulary: int = 1024
     width: int = 128
-    inner: int = 320
-    layers: int = 4
+    inner: int = 384
+    layers: int = 2
     heads: int = 4
-    steps: int = 600
-    batch: int = 48  # documents a step
-    learning_rate: float = 3e-3
+    steps: int = 900
+    batch: int = 16  # documents a step
+    matrix_rate: float = 1e-2  # of Muon
+    vector_rate: float = 4e-3  # of AdamW
     warmup: int = 40  # steps
+    question_weight: float = 0.05  # what a token of a question counts, beside 1 for one of an answer
     vocabulary_documents: int = 3000
 
 
@@ -79,7 +83,7 @@ def train_tokenizer(plan: Plan, seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     reading = itertools.islice(documents(random.Random(f"{seed}/tokenizer")), plan.vocabulary_documents)
-    bpe.train_from_iterator((_plain(document) for document in reading), trainer)
+    bpe.train_from_iterator(("".join(_as_read(document)) for document in reading), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE, model_max_length=512
     )
@@ -92,18 +96,18 @@ def train_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(plan, tokenizer)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, plan))
+    optimizers = _optimizers(model, plan)
+    schedules = [LambdaLR(optimizer, lambda step: _rate(step, plan)) for optimizer in optimizers]
     started = time.monotonic()
 
-    for step, tokens_BT in enumerate(_batches(plan, seed, tokenizer), start=1):
-        loss = _loss(model, tokens_BT)
+    for step, (tokens_BT, weight_BT) in enumerate(_batches(plan, seed, tokenizer), start=1):
+        loss = _loss(model, tokens_BT, weight_BT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0 or step == plan.steps:
+        for moved in (*optimizers, *schedules):
+            moved.step()
+        model.zero_grad()
+        if step % 100 == 0 or step == plan.steps:
             say(f"base: step {step} of {plan.steps}, loss {loss.item():.3f}, {time.monotonic() - started:.0f} s")
     return model.eval()
 
@@ -123,51 +127,67 @@ def _config(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def _rate(step: int, plan: Plan) -> float:
-    """Linear warm-up, then linear decay to a twentieth."""
-    if step < plan.warmup:
-        return (step + 1) / plan.warmup
-    return max(0.05, (plan.steps - step) / max(1, plan.steps - plan.warmup))
-
-
-def _loss(model: LlamaForCausalLM, tokens_BT: Tensor) -> Tensor:
-    """Mean next-token loss; padding comes last, so causal attention needs no mask."""
-    logits_BTV = model(input_ids=tokens_BT.clamp_min(0), use_cache=False).logits
-    return torch.nn.functional.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten(), ignore_index=IGNORED
+def _optimizers(model: LlamaForCausalLM, plan: Plan) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon (Jordan et al., 2024) for the layers' matrices, AdamW for the rest: half the steps of AdamW alone here."""
+    matrices = [weight for layer in model.model.layers for weight in layer.parameters() if weight.ndim == 2]
+    chosen = set(matrices)
+    others = [weight for weight in model.parameters() if weight not in chosen]
+    return (
+        torch.optim.Muon(matrices, lr=plan.matrix_rate, weight_decay=0.01, ns_steps=4),
+        torch.optim.AdamW(others, lr=plan.vector_rate, betas=(0.9, 0.98), weight_decay=0.01),
     )
 
 
-def _batches(plan: Plan, seed: int, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tensor]:
-    """`plan.steps` batches of documents of like lengths, padded with IGNORED."""
+def _rate(step: int, plan: Plan) -> float:
+    """Linear warm-up, a plateau, then from three tenths on a linear decay to a twentieth."""
+    left = 1.4 * (plan.steps - step) / plan.steps
+    return max(0.05, min(1.0, (step + 1) / plan.warmup, left))
+
+
+def _loss(model: LlamaForCausalLM, tokens_BT: Tensor, weight_BT: Tensor) -> Tensor:
+    """Weighted mean next-token loss; padding comes last, so causal attention needs no mask."""
+    logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+    loss_BT = cross_entropy(logits_BTV[:, :-1].mT, tokens_BT[:, 1:], reduction="none")
+    return (loss_BT * weight_BT[:, 1:]).sum() / weight_BT[:, 1:].sum()
+
+
+def _batches(plan: Plan, seed: int, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
+    """`plan.steps` batches of documents of like lengths: tokens, and what each counts (0 for the padding)."""
     rng = random.Random(f"{seed}/reading")
     reading = documents(rng)
     left = plan.steps
     while left > 0:
-        window = [_plain(document) for document in itertools.islice(reading, plan.batch * 20)]
-        lines = sorted(tokenizer(window)["input_ids"], key=len)
-        batches = [lines[start : start + plan.batch] for start in range(0, len(lines), plan.batch)]
+        window = [_tokens(document, tokenizer) for document in itertools.islice(reading, plan.batch * 20)]
+        window.sort(key=lambda asked_said: sum(map(len, asked_said)))
+        batches = [window[start : start + plan.batch] for start in range(0, len(window), plan.batch)]
         rng.shuffle(batches)
-        yield from (_padded(batch) for batch in batches[:left])
+        yield from (_padded(batch, plan.question_weight) for batch in batches[:left])
         left -= len(batches)
 
 
-def _padded(lines: Sequence[Sequence[int]]) -> Tensor:
-    rows = [torch.tensor(line) for line in lines]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+def _tokens(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """The tokens of what is asked and of what is said."""
+    asked, said = tokenizer(list(_as_read(document)))["input_ids"]
+    return asked, said
 
 
-def _plain(document: Turns | str) -> str:
-    """A document as the model reads it: ChatML for a chat, and the end marked either way."""
-    if isinstance(document, str):
-        return document + END
-    return "".join(f"{START}{role}\n{content}{END}\n" for role, content in document)
+def _padded(batch: Sequence[tuple[list[int], list[int]]], question_weight: float) -> tuple[Tensor, Tensor]:
+    tokens = [torch.tensor(asked + said) for asked, said in batch]
+    weights = [torch.tensor([question_weight] * len(asked) + [1.0] * len(said)) for asked, said in batch]
+    return pad_sequence(tokens, batch_first=True), pad_sequence(weights, batch_first=True)
+
+
+def _as_read(document: Document) -> tuple[str, str]:
+    """What is asked and what is said as the model reads it: ChatML for a chat, and the end marked either way."""
+    if not document.chat:
+        return document.asked, document.said + END
+    return f"{START}user\n{document.asked}{END}\n{START}assistant\n", f"{document.said}{END}\n"
 
 
 def _origin(plan: Plan, seed: int) -> str:
     """What a base was made from, as JSON: plan, seed, and a digest of the first of its text."""
     sample = itertools.islice(documents(random.Random(f"{seed}/reading")), 500)
-    text = hashlib.sha256("\0".join(map(_plain, sample)).encode()).hexdigest()
+    text = hashlib.sha256("\0".join(itertools.chain.from_iterable(map(_as_read, sample))).encode()).hexdigest()
     template = hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
     return json.dumps({"plan": asdict(plan), "seed": seed, "text": text, "template": template}, indent=2) + "\n"
 

@@ -1,0 +1,131 @@
+"""The Prefect flows.  Each is a table of contents: the steps are in `cohort.py`, their order in `work.py`.
+
+Prefect decides where and when, retries, and shows; what is true is in the registry.  No data is passed as a parameter,
+and no result is persisted: the registry is the cache.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
+from prefect.deployments import run_deployment
+from prefect.tasks import exponential_backoff
+
+from flows import cohort as steps
+from flows import report
+from flows.cohort import Cohort
+from flows.factory import Factory, pin_base, request_training
+from flows.work import enqueue_due, run_cohort, sweep
+from lora_core.recipe import make_recipe
+from lora_core.train import Pace
+from registry import publishing
+from registry.names import JobId, Reference
+from registry.session import transaction
+
+UPLOADS = publishing.UPLOAD_LEASE / timedelta(seconds=1)
+
+# What each step may do when it fails.  Training is not retried in place: its jobs' leases run out and the next cohort
+# takes them.  A time-out cannot stop a computation in C; it ends the waiting, and fencing makes the late result void.
+TASKS: dict[Callable[..., Any], Any] = {
+    steps.claim: task(name="claim", retries=3, retry_delay_seconds=2, timeout_seconds=60)(steps.claim),
+    steps.prepare: task(name="prepare", timeout_seconds=1800)(steps.prepare),
+    steps.train: task(name="train", tags=["gpu"])(steps.train),
+    steps.judge: task(name="judge", tags=["gpu"], retries=1)(steps.judge),
+    steps.publish_all: task(
+        name="publish", retries=5, retry_delay_seconds=exponential_backoff(2), timeout_seconds=UPLOADS
+    )(steps.publish_all),
+    enqueue_due: task(name="due", retries=2)(enqueue_due),
+    sweep: task(name="sweep", retries=2)(sweep),
+    steps.runs_wanted: task(name="count")(steps.runs_wanted),
+}
+
+
+def as_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives
+    """Run a step as its Prefect task, keeping no result."""
+    return TASKS[step].with_options(persist_result=False)(*arguments)
+
+
+@flow(name="adapt-cohort", flow_run_name="cohort", persist_result=False)
+def adapt_cohort(jobs: list[str] | None = None) -> dict[str, str]:
+    """Take one cohort of waiting jobs (or of these) from raw datasets to published versions; each user's outcome."""
+    factory = Factory.from_environment()
+    only = None if jobs is None else [JobId(UUID(job)) for job in jobs]
+    cohort = run_cohort(factory, only, _log_pace(), do=_named_task)
+    if cohort is None:
+        return {}
+    _show(cohort)
+    return {row["user"]: row["result"] for row in report.rows(cohort)}
+
+
+@flow(name="adapt-user", flow_run_name="{reference}", persist_result=False)
+def adapt_user(reference: str, base: str | None = None, recipe: dict[str, Any] | None = None) -> dict[str, str]:
+    """Train one user's newest data now, on a base (LORA_BASE when none is named) with a recipe in any spelling."""
+    factory = Factory.from_environment()
+    pinned = pin_base(factory, base)
+    with transaction(factory.engine) as session:
+        job = request_training(session, Reference.parse(reference), pinned, make_recipe(recipe or {}))
+    if job.unchanged:
+        return {reference: "unchanged"}
+    cohort = run_cohort(factory, [job.job_id], _log_pace(), do=as_task)
+    if cohort is None:
+        return {reference: "another worker has it"}
+    _show(cohort)
+    return {row["user"]: row["result"] for row in report.rows(cohort)}
+
+
+@flow(name="tick", flow_run_name="tick", persist_result=False)
+def tick(deployment: str = "adapt-cohort/adapt-cohort") -> int:
+    """Turn due schedules into jobs, and waiting jobs into cohort runs; returns how many runs were asked for."""
+    factory = Factory.from_environment()
+    for trouble in as_task(enqueue_due, factory):
+        get_run_logger().warning("not queued: %s", trouble)
+    as_task(sweep, factory)
+    runs = as_task(steps.runs_wanted, factory)
+    for _ in range(runs):
+        run_deployment(deployment, timeout=0, as_subflow=False)
+    return int(runs)
+
+
+def _named_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives
+    """As `as_task`; once it is known who is in the cohort, the run is named after them."""
+    result = as_task(step, *arguments)
+    if isinstance(result, Cohort):
+        tenants = sorted({job.reference.tenant for job, _ in result.work.values()})
+        _rename(f"{'+'.join(tenants)}-{len(result.work)}-users-{str(result.run_id)[:8]}")
+    return result
+
+
+def _rename(name: str) -> None:
+    context = FlowRunContext.get()
+    if context and context.flow_run:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(context.flow_run.id, name=name)
+
+
+def _show(cohort: Cohort) -> None:
+    """Leave the cohort's table and curves where Prefect's page shows them."""
+    key = f"cohort-{str(cohort.run_id)[:8]}"
+    table = report.rows(cohort)
+    create_table_artifact(table=table, key=key, description="Every user of the cohort")
+    curves = [{"user": row["user"], "held-out loss": row.get("curve", "")} for row in table]
+    create_markdown_artifact(report.markdown(curves), key=f"{key}-curves", description="Loss curves")
+
+
+def _log_pace() -> Callable[[Pace], None]:
+    """Progress as log lines: one every fifty micro-steps, and whenever a user finishes."""
+    logger, last = get_run_logger(), [0]
+
+    def watch(pace: Pace) -> None:
+        if pace.micro_steps % 50 == 0 or pace.finished > last[0]:
+            last[0] = pace.finished
+            counts = (pace.micro_steps, len(pace.training), pace.waiting, pace.finished, pace.tokens / pace.room)
+            logger.info(
+                "step %d: %d training, %d waiting, %d finished, %.0f%% of room used", *counts[:4], 100 * counts[4]
+            )
+
+    return watch

@@ -1,0 +1,54 @@
+"""`lora data`: look at users' files, and add them."""
+
+from typing import Annotated
+
+import typer
+
+from flows.cli.printing import AsJson, OwnReference, answer_one, say
+from flows.factory import Factory, add_data
+from lora_core.data.snapshot import IngestReport, SkipPolicy, take_snapshot
+from registry.names import Reference
+
+app = typer.Typer(no_args_is_help=True, help="Check and add users' datasets.")
+
+Files = Annotated[
+    list[str],
+    typer.Argument(metavar="FILE...", help="JSONL, JSON, CSV, TSV, Parquet; .gz, .zst; a folder; s3://bucket/key"),
+]
+MaxBad = Annotated[float, typer.Option("--max-bad", min=0, max=1, help="Largest share of bad rows that is skipped.")]
+
+
+@app.command()
+def check(files: Files, max_bad: MaxBad = 0.1, as_json: AsJson = False) -> None:
+    """Read files as `data add` would, and report every bad row; nothing is stored.
+
+    lora data check chats.jsonl more.csv.gz
+    """
+    snapshot, report = take_snapshot(files, SkipPolicy(max_bad))
+    _tell(snapshot.digest, report, as_json)
+
+
+@app.command()
+def add(reference: OwnReference, files: Files, max_bad: MaxBad = 0.1, as_json: AsJson = False) -> None:
+    """Snapshot a user's files into the store; `train` and schedules use the newest snapshot.
+
+    lora data add acme/alice chats.jsonl
+
+    lora data add acme/bob s3://exports/bob/
+    """
+    factory = Factory.from_environment()
+    factory.set_up()
+    digest, report = add_data(factory, Reference.parse(reference), files, max_bad)
+    _tell(digest, report, as_json)
+
+
+def _tell(digest: str, report: IngestReport, as_json: bool) -> None:
+    if not as_json:
+        for problem in report.problems:
+            say(str(problem))
+        if report.bad > len(report.problems):
+            say(f"... and {report.bad - len(report.problems)} more")
+    facts = {"digest": digest, "rows": report.rows, "examples": report.kept}
+    problems = [str(problem) for problem in report.problems] if as_json else []
+    more = {"problems": problems} if as_json else {}
+    answer_one({**facts, "duplicates": report.duplicates, "bad rows": report.bad, **more}, as_json)

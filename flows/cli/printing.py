@@ -1,0 +1,89 @@
+"""How commands answer: tables for people, JSON for programs, one line on stderr for what went wrong."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+Row = Mapping[str, object]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Answer as JSON, for programs.")]
+OwnReference = Annotated[
+    str,
+    typer.Argument(metavar="TENANT/USER[/ADAPTER]", help="Whose adapter, for example acme/alice or acme/alice/notes."),
+]
+VersionReference = Annotated[
+    str,
+    typer.Argument(metavar="REFERENCE", help="acme/alice, acme/alice/notes, acme/alice:3 or acme/alice@production."),
+]
+
+
+def fail(error: object, code: int) -> int:
+    """Say what went wrong on stderr; gives the exit code back."""
+    Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    return code
+
+
+def say(text: str) -> None:
+    """One line to a person."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def answer(rows: Sequence[Row], as_json: bool, empty: str, title: str | None = None) -> None:
+    """Rows as a table, or as a JSON list."""
+    if as_json:
+        sys.stdout.write(json.dumps([dict(row) for row in rows], default=str, indent=2) + "\n")
+    elif not rows:
+        say(empty)
+    else:
+        console.print(table(rows, title))
+
+
+def answer_one(row: Row, as_json: bool) -> None:
+    """One thing's facts, a line each, or as a JSON object."""
+    if as_json:
+        sys.stdout.write(json.dumps(dict(row), default=str, indent=2) + "\n")
+        return
+    width = max(len(key) for key in row)
+    for key, value in row.items():
+        say(f"{key:<{width}}  {shown(value)}")
+
+
+def table(rows: Sequence[Row], title: str | None = None) -> Table:
+    """Rows as a Rich table; columns that look like numbers are right-aligned."""
+    made = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
+    for column in dict.fromkeys(key for row in rows for key in row):
+        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
+        made.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(shown(row.get(str(column.header))) for column in made.columns))
+    return made
+
+
+def shown(value: object) -> str:
+    """A value as a person reads it."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%d %H:%M:%S %Z")
+    if isinstance(value, dict | list):
+        return json.dumps(value, default=str)
+    return str(value)
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

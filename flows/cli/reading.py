@@ -1,0 +1,156 @@
+"""`lora list`, `latest`, `history`, `show`, `status`: questions to the registry, without torch or Prefect."""
+
+from typing import Annotated
+
+import typer
+
+from flows.cli.printing import AsJson, OwnReference, VersionReference, answer, answer_one, say, size
+from registry import queries
+from registry.client import Client
+from registry.models import AdapterVersion, Facts
+from registry.names import Reference
+from registry.session import reading
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command("list")(list_)
+    for command in (latest, history, show, status):
+        app.command()(command)
+
+
+def list_(
+    tenant: Annotated[str | None, typer.Argument(help="One tenant; all of them when left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every adapter, with its latest version and what that gained.
+
+    lora list acme
+    """
+    with reading(Client.from_environment().engine) as session:
+        wanted = [(tenant, queries.tenant_id(session, tenant))] if tenant else [
+            (one.name, one.id) for one in queries.tenants(session)
+        ]  # fmt: skip
+        rows = [
+            {
+                "adapter": Reference(name, one.user, one.adapter).label,
+                "latest": one.latest.number if one.latest else None,
+                "versions": one.head,
+                "base loss": _figure(one.base, "loss"),
+                "loss": _figure(one.candidate, "loss"),
+                "size": size(one.latest.size) if one.latest else None,
+                "made": one.latest.created_at if one.latest else None,
+            }
+            for name, id_ in wanted
+            for one in queries.listing(session, id_)
+        ]
+    answer(rows, as_json, "no adapters yet; train one: lora train TENANT/USER --data FILE --base BASE")
+
+
+def latest(reference: OwnReference, as_json: AsJson = False) -> None:
+    """The newest accepted version of a user's adapter, as an inference host would load it.
+
+    lora latest acme/alice --json
+    """
+    found = Client.from_environment().resolve(reference)
+    facts = {"reference": f"{found.reference.label}:{found.number}", "served name": found.served_name}
+    answer_one({**facts, "prefix": found.prefix, "manifest sha256": found.sha256}, as_json)
+
+
+def history(reference: OwnReference, as_json: AsJson = False) -> None:
+    """Every version of an adapter, the newest first, and where its aliases have pointed.
+
+    lora history acme/alice
+    """
+    wanted = Reference.parse(reference)
+    with reading(Client.from_environment().engine) as session:
+        tenant = queries.tenant_id(session, wanted.tenant)
+        adapter = queries.holder(session, tenant, wanted.user, wanted.adapter).adapter.id
+        pointed = queries.aliases(session, tenant, adapter)
+        found = queries.versions(session, tenant, adapter)
+        moves = queries.alias_moves(session, tenant, adapter)
+    numbers = {version.id: version.number for version in found}
+    rows = [
+        {
+            "version": version.number,
+            "aliases": ", ".join(name for name, number in pointed.items() if number == version.number) or None,
+            "state": version.state,
+            "made": version.created_at,
+            "why": version.reason,
+        }
+        for version in found
+    ]
+    answer(rows, as_json, "no versions yet")
+    if not as_json:
+        for move in moves:
+            came = f" (from {numbers[move.from_id]})" if move.from_id else ""
+            say(f"{move.at:%Y-%m-%d %H:%M}  {move.name} -> {numbers[move.to_id]}{came} by {move.actor}: {move.reason}")
+
+
+def show(reference: VersionReference, as_json: AsJson = False) -> None:
+    """One version: its files, scores and what it was made from.
+
+    lora show acme/alice:3
+    """
+    wanted = Reference.parse(reference)
+    with reading(Client.from_environment().engine) as session:
+        tenant = queries.tenant_id(session, wanted.tenant)
+        version = queries.version(session, tenant, wanted)
+        dataset, base, job = queries.lineage(session, tenant, version)
+        scores = queries.scores(session, tenant, version)
+    facts = _version_facts(wanted, version)
+    made_from = {
+        "base": f"{base.name} ({base.digest[:12]})",
+        "dataset": f"{dataset.digest[:12]}, {dataset.examples} examples",
+        "job": job.id,
+        "run": version.run_id,
+        "code": version.code_version,
+    }
+    answer_one({**facts, **made_from, "recipe": version.recipe, "scores": scores}, as_json)
+
+
+def status(
+    tenant: Annotated[str | None, typer.Argument(help="One tenant; all of them when left out.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Jobs shown.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """What is running, who waits, who failed and why.
+
+    lora status
+    """
+    with reading(Client.from_environment().engine) as session:
+        id_ = queries.tenant_id(session, tenant) if tenant else None
+        counts = queries.job_counts(session, id_)
+        recent = queries.recent_jobs(session, id_, limit)
+    rows = [
+        {
+            "adapter": Reference(name, user, adapter).label,
+            "state": job.state,
+            "worker": job.worker,
+            "attempt": job.attempts,
+            "since": job.finished_at or job.created_at,
+            "why": job.error,
+        }
+        for job, name, user, adapter in recent
+    ]
+    if not as_json:
+        say(", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no jobs yet")
+    answer(rows, as_json, "")
+
+
+def _version_facts(wanted: Reference, version: AdapterVersion) -> dict[str, object]:
+    return {
+        "reference": f"{wanted.label}:{version.number}",
+        "state": version.state,
+        "why": version.reason,
+        "made": version.created_at,
+        "served name": version.served_name,
+        "prefix": version.prefix,
+        "manifest sha256": version.sha256,
+        "size": size(version.size),
+        "trained parameters": version.parameters,
+    }
+
+
+def _figure(scores: Facts | None, name: str) -> float | None:
+    return scores.get(name) if scores else None

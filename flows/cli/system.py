@@ -1,0 +1,108 @@
+"""`lora setup`, `doctor` and `demo`: the factory itself."""
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.printing import AsJson, answer, say
+from flows.factory import Factory
+from registry.errors import RegistryError
+from registry.session import reading
+
+LIBRARIES = (
+    "lora-factory",
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "prefect",
+    "sqlalchemy",
+    "boto3",
+    "pydantic",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    for command in (setup, doctor, demo):
+        app.command()(command)
+
+
+def setup() -> None:
+    """Make what is missing: the registry's tables (Alembic), the bucket or folder.  Safe to run again.
+
+    LORA_DATABASE_URL=postgresql+psycopg://... LORA_STORE_URL=s3://adapters lora setup
+    """
+    factory = Factory.from_environment()
+    factory.set_up()
+    say(f"registry  {factory.engine.url.render_as_string(hide_password=True)}")
+    say(f"store     {factory.store.check()}")
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Show the effective settings, try every connection, and name versions and GPU; exit code 1 if something is wrong.
+
+    lora doctor
+    """
+    factory = Factory.from_environment()
+    settings = factory.settings.model_dump(mode="json", exclude={"database_url", "store_url"})
+    rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
+    checks = [_tried("registry", lambda: _registry(factory)), _tried("store", factory.store.check)]
+    rows += [*checks, {"what": "python", "state": platform.python_version()}]
+    rows += [{"what": name, "state": _version(name)} for name in LIBRARIES]
+    rows.append({"what": "device", "state": _device()})
+    answer(rows, as_json, "")
+    if any(str(row["state"]).startswith("error") for row in checks):
+        raise typer.Exit(1)
+
+
+def demo(
+    home: Annotated[Path, typer.Option(help="Where the demo keeps its base, data, registry and store.")] = Path(
+        ".lora/demo"
+    ),
+) -> None:
+    """The whole main job on made-up users: no GPU, account, server or download.
+
+    lora demo
+    """
+    from flows.demo.run import run
+
+    run(home)
+
+
+def _registry(factory: Factory) -> str:
+    with reading(factory.engine) as session:
+        from registry.queries import tenants
+
+        count = len(tenants(session))
+    return f"{factory.engine.url.render_as_string(hide_password=True)}, {count} tenants"
+
+
+def _tried(what: str, check: Callable[[], str]) -> dict[str, object]:
+    try:
+        return {"what": what, "state": check()}
+    except RegistryError as error:
+        return {"what": what, "state": f"error: {error}"}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _device() -> str:
+    if find_spec("torch") is None:
+        return "no torch, so nothing is trained here"
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+    return f"cpu, {torch.get_num_threads()} threads"

@@ -1,0 +1,131 @@
+"""`lora train` and `lora work`: the whole job without a Prefect server, on the same steps."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flows.cli.printing import AsJson, answer, console, say
+from flows.factory import Factory, add_data, pin_base, request_training
+from registry.names import JobId, Reference
+from registry.session import transaction
+
+if TYPE_CHECKING:
+    from flows.cohort import Cohort
+    from lora_core.train import Pace
+
+BaseOption = Annotated[str | None, typer.Option("--base", help="Folder or Hugging Face id; else LORA_BASE.")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A YAML file; see the README for its keys.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key, such as rank=8. Repeatable."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(train)
+    app.command()(work)
+
+
+def train(
+    references: Annotated[list[str], typer.Argument(metavar="TENANT/USER[/ADAPTER]...", help="Whose adapters.")],
+    data: Annotated[list[str] | None, typer.Option("--data", help="Add these files first (one user only).")] = None,
+    base: BaseOption = None,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train, judge and publish users' newest data now, packed together.
+
+    lora train acme/alice --base ./base --set rank=8
+
+    lora train acme/alice --data chats.jsonl --base ./base
+
+    lora train acme/alice acme/bob globex/eve --recipe recipe.yaml
+    """
+    from lora_core.recipe import load_recipe
+
+    factory = Factory.from_environment()
+    factory.set_up()
+    wanted = [Reference.parse(reference) for reference in references]
+    if data and len(wanted) > 1:
+        raise typer.BadParameter("--data adds files for one user; use `lora data add` for several")
+    settled, pinned = load_recipe(recipe, set_ or []), pin_base(factory, base)
+    if data:
+        add_data(factory, wanted[0], data)
+    rows: list[dict[str, str]] = []
+    with transaction(factory.engine) as session:
+        jobs = {one.label: request_training(session, one, pinned, settled) for one in wanted}
+    for label, job in jobs.items():
+        if job.unchanged:
+            rows.append({"user": label, "result": "unchanged", "version": str(job.number)})
+    waiting = [job.job_id for job in jobs.values() if not job.unchanged]
+    _finish(rows + _drain(factory, waiting, quiet=as_json), as_json)
+
+
+def work(
+    once: Annotated[bool, typer.Option("--once", help="Stop when nobody waits; else go on for ever.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks when nobody waits.")] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Do what is due: fire schedules, train waiting jobs in cohorts, sweep up.  No Prefect server is needed.
+
+    lora work --once
+    """
+    from flows.work import enqueue_due, sweep
+
+    factory = Factory.from_environment()
+    factory.set_up()
+    while True:
+        for trouble in enqueue_due(factory):
+            say(f"not queued: {trouble}")
+        rows = _drain(factory, None, quiet=as_json)
+        sweep(factory)
+        if rows or once:
+            _finish(rows, as_json, stop=once)
+        if once:
+            return
+        time.sleep(every)
+
+
+def _drain(factory: Factory, only: list[JobId] | None, quiet: bool) -> list[dict[str, str]]:
+    """Cohort after cohort until nobody waits; one row a user."""
+    from flows import report
+    from flows.work import run_cohort
+
+    rows: list[dict[str, str]] = []
+    while only is None or only:
+        with _progress(quiet) as watch:
+            cohort: Cohort | None = run_cohort(factory, only, watch)
+        if cohort is None:
+            break
+        rows += report.rows(cohort)
+    return rows
+
+
+@contextmanager
+def _progress(quiet: bool) -> "Iterator[Callable[[Pace], None]]":
+    """A bar that says how far the cohort is."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=quiet, transient=True) as progress:
+        bar = progress.add_task("training", total=None, words="")
+
+        def watch(pace: "Pace") -> None:
+            total = pace.finished + len(pace.training) + pace.waiting
+            words = (
+                f"{pace.finished}/{total} users, step {pace.micro_steps}, {pace.tokens / pace.room:.0%} of room used"
+            )
+            progress.update(bar, completed=pace.finished, total=total, words=words)
+
+        yield watch
+
+
+def _finish(rows: list[dict[str, str]], as_json: bool, stop: bool = True) -> None:
+    """Show what became of everybody; exit code 4 when somebody failed."""
+    answer(rows, as_json, "nobody waits")
+    if stop and any(row["result"] == "failed" for row in rows):
+        raise typer.Exit(4)

@@ -1,0 +1,84 @@
+"""`lora promote`, `rollback` and `pull`: move aliases, and bring adapters to where they are served."""
+
+import getpass
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.printing import AsJson, OwnReference, VersionReference, answer_one, say
+from flows.errors import Unready
+from flows.factory import now
+from registry import aliases, queries
+from registry.client import Client
+from registry.names import LATEST, Reference
+from registry.session import transaction
+
+AliasOption = Annotated[str, typer.Option("--alias", help="Which alias to move.")]
+Reason = Annotated[str, typer.Option("--reason", help="Kept in the alias's history.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    for command in (promote, rollback, pull):
+        app.command()(command)
+
+
+def promote(
+    reference: VersionReference,
+    alias: AliasOption = "production",
+    reason: Reason = "by hand",
+    force: Annotated[bool, typer.Option("--force", help="Also a version that the gate refused.")] = False,
+) -> None:
+    """Point an alias at a version.
+
+    lora promote acme/alice:3
+
+    lora promote acme/alice:2 --alias latest --reason "3 answers too curtly"
+    """
+    wanted = Reference.parse(reference)
+    with transaction(Client.from_environment().engine) as session:
+        tenant = queries.tenant_id(session, wanted.tenant)
+        version = aliases.promote(
+            session, tenant, wanted, alias, actor=getpass.getuser(), reason=reason, now=now(), force=force
+        )
+    say(f"{wanted.label}@{alias} is now version {version.number}")
+
+
+def rollback(reference: OwnReference, alias: AliasOption = LATEST, reason: Reason = "by hand") -> None:
+    """Point an alias back at where it pointed before.
+
+    lora rollback acme/alice
+
+    lora rollback acme/alice --alias production
+    """
+    wanted = Reference.parse(reference)
+    with transaction(Client.from_environment().engine) as session:
+        tenant = queries.tenant_id(session, wanted.tenant)
+        version = aliases.rollback(session, tenant, wanted, alias, actor=getpass.getuser(), reason=reason, now=now())
+    say(f"{wanted.label}@{alias} is now version {version.number}")
+
+
+def pull(
+    reference: VersionReference,
+    to: Annotated[Path | None, typer.Option("--to", help="Copy the files into this new folder as well.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash a cached copy again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a version's files to this machine, verified; prints the folder, ready for PEFT or vLLM.
+
+    lora pull acme/alice
+
+    lora pull acme/alice@production --to ./adapters/alice
+    """
+    folder = Client.from_environment().pull(reference, verify)
+    if to:
+        if to.exists():
+            raise Unready(f"{to} exists already", "give a new folder")
+        shutil.copytree(folder, to)
+        folder = to
+    if as_json:
+        answer_one({"folder": folder}, as_json)
+    else:
+        say(str(folder))

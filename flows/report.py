@@ -1,0 +1,95 @@
+"""What people look at: a cohort as rows of a table, its curves, and whose adapter serves whose data, as pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.candidates import Candidate
+from flows.cohort import Cohort
+
+BARS = "▁▂▃▄▅▆▇█"
+
+Row = dict[str, str]
+
+
+def rows(cohort: Cohort) -> list[Row]:
+    """One row a user: published, refused or failed, with what it scored."""
+    table = [_row(cohort, candidate) for candidate in cohort.candidates]
+    failed = [{"user": label, "result": "failed", "why": reason} for label, reason in cohort.failed.items()]
+    return sorted(table + failed, key=lambda row: row["user"])
+
+
+def _row(cohort: Cohort, candidate: Candidate) -> Row:
+    published, trained, verdict = cohort.published.get(candidate.label), candidate.trained, candidate.verdict
+    assert trained  # it came through training
+    assert verdict  # and the gate
+    base, own = candidate.scores["base"], candidate.scores["candidate"]
+    return {
+        "user": candidate.label,
+        "result": "accepted" if verdict.accepted else "refused",
+        "version": str(published.number) if published else "-",
+        "base loss": f"{base.loss:.3f}",
+        "adapter loss": f"{own.loss:.3f}",
+        "gain": f"{base.loss - own.loss:+.3f}",
+        "answers": _answers(candidate),
+        "steps": str(trained.steps),
+        "curve": sparkline([loss for _, loss in trained.held_out] or [loss for _, loss in trained.losses]),
+        "why": verdict.reason,
+    }
+
+
+def _answers(candidate: Candidate) -> str:
+    if "candidate" not in candidate.tasks:
+        return "-"
+    before, after = candidate.tasks["base"], candidate.tasks["candidate"]
+    return f"chrF {before.chrf:.0f} → {after.chrf:.0f}, exact {before.exact:.0%} → {after.exact:.0%}"
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """Values as one line of bars, the highest the tallest."""
+    if not values:
+        return ""
+    step = max(1, len(values) // width)
+    shown = values[::step]
+    low, high = min(shown), max(shown)
+    return "".join(BARS[round((value - low) / ((high - low) or 1) * (len(BARS) - 1))] for value in shown)
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """Rows as a Markdown table."""
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row.get(column, "").replace("|", "\\|") for column in columns) + " |" for row in table]
+    return "\n".join(lines)
+
+
+def draw(candidates: Sequence[Candidate], matrix: Sequence[Sequence[float]], path: Path) -> Path:
+    """Loss curves, and the held-out loss of each user's data under each user's adapter, as one PNG."""
+    from matplotlib.figure import Figure  # imported late: a second to load, and only pictures need it
+
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    curves, heat = figure.subplots(1, 2)
+    for candidate in candidates:
+        assert candidate.trained  # pictures are drawn of what was trained
+        curves.plot(*zip(*candidate.trained.held_out, strict=True), marker="o", markersize=3, label=candidate.label)
+    curves.set(title="Held-out loss while training", xlabel="optimiser step", ylabel="nats a token")
+    curves.legend(fontsize=8)
+    curves.grid(alpha=0.3)
+    _heat(figure, heat, [candidate.label for candidate in candidates], matrix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _heat(figure: Any, axes: Any, labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> None:  # matplotlib's
+    image = axes.imshow(matrix, cmap="viridis_r")
+    places = range(len(labels))
+    axes.set_xticks(places, labels, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.set(title="Each user's data under each user's adapter", xlabel="adapter of", ylabel="data of")
+    middle = (min(map(min, matrix)) + max(map(max, matrix))) / 2
+    for row in places:
+        for column in places:
+            colour = "black" if matrix[row][column] > middle else "white"
+            axes.text(column, row, f"{matrix[row][column]:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=axes, label="held-out loss, nats a token")
