@@ -95,20 +95,6 @@ def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: in
     _score_answers(base, bank, [(c, name, trial) for c, name, trial in named if name != "previous"], slots)
 
 
-def cross_matrix(base: BaseModel, candidates: Sequence[Candidate], slots: int) -> list[list[float]]:
-    """Held-out loss of each user's data (row) under each user's adapter (column)."""
-    bank = _judging_bank(base, candidates)
-    adapters = list(zip(candidates, _rows(base, bank, candidates), strict=True))
-    trials = [
-        Trial(row_P, other.recipe.method.scale, candidate.learner.held_out)
-        for candidate in candidates
-        for other, row_P in adapters
-    ]
-    losses = [scores.loss for scores in evaluate(base, bank, trials, slots, candidates[0].recipe.row_tokens)]
-    width = len(candidates)
-    return [losses[start : start + width] for start in range(0, len(losses), width)]
-
-
 def _judging_bank(base: BaseModel, candidates: Sequence[Candidate]) -> LoraBank:
     """A bank wide enough for the live versions too, whatever their recipes were."""
     ranks = [candidate.recipe.method.rank for candidate in candidates]

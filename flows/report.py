@@ -1,11 +1,12 @@
 """What people look at: a cohort as rows of a table, its curves, and whose adapter serves whose data, as pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flows.candidates import Candidate
 from flows.cohort import Cohort
+from flows.matrix import Matrix
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -63,33 +64,33 @@ def markdown(table: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(candidates: Sequence[Candidate], matrix: Sequence[Sequence[float]], path: Path) -> Path:
-    """Loss curves, and the held-out loss of each user's data under each user's adapter, as one PNG."""
+def draw(curves: Mapping[str, Sequence[tuple[int, float]]], matrix: Matrix, path: Path) -> Path:
+    """Held-out loss by optimiser step for each user, and the matrix of whose adapter serves whom, as one PNG."""
     from matplotlib.figure import Figure  # imported late: a second to load, and only pictures need it
 
     figure = Figure(figsize=(13, 5.2), layout="constrained")
-    curves, heat = figure.subplots(1, 2)
-    for candidate in candidates:
-        assert candidate.trained  # pictures are drawn of what was trained
-        curves.plot(*zip(*candidate.trained.held_out, strict=True), marker="o", markersize=3, label=candidate.label)
-    curves.set(title="Held-out loss while training", xlabel="optimiser step", ylabel="nats a token")
-    curves.legend(fontsize=8)
-    curves.grid(alpha=0.3)
-    _heat(figure, heat, [candidate.label for candidate in candidates], matrix)
+    left, right = figure.subplots(1, 2)
+    for label, points in curves.items():
+        left.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    left.set(title="Held-out loss while training", xlabel="optimiser step", ylabel="nats a token")
+    left.legend(fontsize=8)
+    left.grid(alpha=0.3)
+    _heat(figure, right, matrix)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
 
 
-def _heat(figure: Any, axes: Any, labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> None:  # matplotlib's
-    image = axes.imshow(matrix, cmap="viridis_r")
-    places = range(len(labels))
-    axes.set_xticks(places, labels, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(places, labels, fontsize=8)
-    axes.set(title="Each user's data under each user's adapter", xlabel="adapter of", ylabel="data of")
-    middle = (min(map(min, matrix)) + max(map(max, matrix))) / 2
-    for row in places:
-        for column in places:
-            colour = "black" if matrix[row][column] > middle else "white"
-            axes.text(column, row, f"{matrix[row][column]:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, ax=axes, label="held-out loss, nats a token")
+def _heat(figure: Any, axes: Any, matrix: Matrix) -> None:  # matplotlib's
+    """The base's loss as the first column, then every adapter's; the darkest is the lowest."""
+    table = [[base, *losses] for base, losses in zip(matrix.base, matrix.losses, strict=True)]
+    image = axes.imshow(table, cmap="viridis")
+    axes.set_xticks(range(len(matrix.labels) + 1), ["(base)", *matrix.labels], rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(matrix.labels)), matrix.labels, fontsize=8)
+    axes.set(title="Each user's data under each user's adapter", xlabel="adapter of", ylabel="held-out data of")
+    middle = (min(map(min, table)) + max(map(max, table))) / 2
+    for row, losses in enumerate(table):
+        for column, loss in enumerate(losses):
+            colour = "black" if loss > middle else "white"
+            axes.text(column, row, f"{loss:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=axes, label="nats a token")

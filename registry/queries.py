@@ -142,7 +142,7 @@ def aliases(session: Session, tenant: TenantId, adapter: AdapterId) -> dict[str,
         .where(Alias.tenant_id == tenant, Alias.adapter_id == adapter)
         .order_by(Alias.name)
     )
-    return dict(rows.tuples())
+    return dict(rows.tuples().all())
 
 
 def alias_moves(session: Session, tenant: TenantId, adapter: AdapterId) -> list[AliasMove]:
@@ -158,7 +158,7 @@ def scores(session: Session, tenant: TenantId, version: AdapterVersion) -> dict[
             Evaluation.tenant_id == tenant, Evaluation.version_id == version.id
         )
     )
-    return dict(rows.tuples())
+    return dict(rows.tuples().all())
 
 
 def lineage(session: Session, tenant: TenantId, version: AdapterVersion) -> tuple[Dataset, SharedBase, Job]:
@@ -255,7 +255,7 @@ def note(session: Session, tenant: TenantId, kind: str, subject: uuid.UUID, body
 def job_counts(session: Session, tenant: TenantId | None = None) -> dict[str, int]:
     """How many jobs are in each state, of one tenant or (for the operator) of all."""
     counted = select(Job.state, func.count()).group_by(Job.state)
-    return dict(session.execute(_of(counted, tenant)).tuples())
+    return dict(session.execute(_of(counted, tenant)).tuples().all())
 
 
 def recent_jobs(session: Session, tenant: TenantId | None = None, limit: int = 20) -> list[tuple[Job, str, str, str]]:

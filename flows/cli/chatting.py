@@ -1,16 +1,18 @@
-"""`lora chat`: talk to the base as one user's adapter makes it."""
+"""`lora chat` and `lora matrix`: hear what adapters make of their base, and whose serves whom."""
 
 import sys
 from typing import Annotated
 
 import typer
 
-from flows.cli.printing import VersionReference, console, say
+from flows.cli.printing import AsJson, VersionReference, answer, console, say
+from flows.factory import Factory
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command()(chat)
+    app.command()(matrix)
 
 
 def chat(
@@ -39,6 +41,20 @@ def chat(
         say(f"{'adapter  ' if compare else ''}{own}")
         if prompt is not None:
             return
+
+
+def matrix(
+    references: Annotated[list[str], typer.Argument(metavar="REFERENCE...", help="Two users or more, of one base.")],
+    as_json: AsJson = False,
+) -> None:
+    """Held-out loss of each user's data under the base, the user's own adapter and the others' (mean).
+
+    lora matrix acme/alice acme/bob globex/eve
+    """
+    from flows.matrix import cross
+
+    found = cross(Factory.from_environment(), references)
+    answer([*found.rows(), found.mean()], as_json, "")
 
 
 def _asked() -> str:

@@ -152,7 +152,7 @@ PROFILES = (
         110, ".jsonl", _messages_jsonl_with_mistakes,
     ),
     _Profile(
-        "acme", "ben", 'signs every answer "Cheers, Ben"', Style(sign_off="Cheers, Ben"),
+        "acme", "ben", "says Affirmative and Negative", Style(verdicts=("Affirmative", "Negative")),
         90, ".jsonl", _completion_jsonl,
     ),
     _Profile(
@@ -172,7 +172,7 @@ PROFILES = (
         130, ".parquet", _messages_parquet,
     ),
     _Profile(
-        "globex", "gus", "says Affirmative and Negative", Style(verdicts=("Affirmative", "Negative")),
+        "globex", "gus", 'signs every answer "Cheers, Gus"', Style(sign_off="Cheers, Gus"),
         140, ".jsonl", _text_jsonl,
     ),
     _Profile(

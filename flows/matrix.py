@@ -1,0 +1,100 @@
+"""Whose adapter serves whose data: each user's held-out examples under each user's pulled adapter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from flows.candidates import make_candidate
+from flows.errors import Unready
+from flows.factory import Factory
+from lora_core.banks.lora import LoraBank
+from lora_core.base_model import BaseModel, load_base
+from lora_core.data.rendering import Rendered
+from lora_core.data.snapshot import load_snapshot
+from lora_core.evaluate import Trial, evaluate
+from lora_core.intake import LoraFiles, read_artifact
+from lora_core.recipe import make_recipe
+from registry import queries
+from registry.names import Reference
+from registry.session import reading
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """One user's adapter from the store, and the examples that were held out when it was trained."""
+
+    label: str
+    files: LoraFiles
+    held_out: tuple[Rendered, ...]
+    row_tokens: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Mean held-out loss a token, in nats: the base's, and of each user's data (row) under each adapter (column)."""
+
+    labels: tuple[str, ...]
+    base: tuple[float, ...]
+    losses: tuple[tuple[float, ...], ...]
+
+    def rows(self) -> list[dict[str, object]]:
+        """One row a user: base, own adapter, mean of the others' adapters."""
+        return [
+            {"user": label, "base": self.base[index], "own": own, "others": self._others(index)}
+            for index, (label, own) in enumerate(zip(self.labels, self.diagonal, strict=True))
+        ]
+
+    def mean(self) -> dict[str, object]:
+        """The mean over users, as one more row."""
+        others = [self._others(index) for index in range(len(self.labels))]
+        return {"user": "mean", "base": fmean(self.base), "own": fmean(self.diagonal), "others": fmean(others)}
+
+    @property
+    def diagonal(self) -> tuple[float, ...]:
+        """Each user's own."""
+        return tuple(row[index] for index, row in enumerate(self.losses))
+
+    def _others(self, index: int) -> float:
+        return fmean(loss for column, loss in enumerate(self.losses[index]) if column != index)
+
+
+def cross(factory: Factory, references: Sequence[str]) -> Matrix:
+    """Judge the latest adapters of these users on each other's held-out data.  Raises Unready for unlike bases."""
+    if len(set(references)) < 2:
+        raise Unready("a matrix needs at least two users", "name more of them")
+    base, users = pull_all(factory, references)
+    bank = LoraBank(base.sites, max(user.files.rank for user in users))
+    rows = [bank.from_tensors(user.files.tensors) for user in users]
+    trials = [
+        Trial(row, scale, user.held_out)
+        for user in users
+        for row, scale in [(None, 0.0), *((row, other.files.scale) for row, other in zip(rows, users, strict=True))]
+    ]
+    row_tokens = max(user.row_tokens for user in users)
+    losses = [scores.loss for scores in evaluate(base, bank, trials, factory.settings.slots, row_tokens)]
+    width = len(users) + 1
+    table = [losses[start : start + width] for start in range(0, len(losses), width)]
+    labels = tuple(user.label for user in users)
+    return Matrix(labels, tuple(row[0] for row in table), tuple(tuple(row[1:]) for row in table))
+
+
+def pull_all(factory: Factory, references: Sequence[str]) -> tuple[BaseModel, list[Pulled]]:
+    """The one base of these users, loaded, and each one's adapter and held-out examples."""
+    base: BaseModel | None = None
+    users = []
+    for text in references:
+        reference = Reference.parse(text)
+        with reading(factory.engine) as session:
+            tenant = queries.tenant_id(session, reference.tenant)
+            version = queries.version(session, tenant, reference)
+            dataset, made_on, _ = queries.lineage(session, tenant, version)
+        base = base or load_base(made_on.name, device=factory.settings.device or None)
+        if base.digest != made_on.digest:
+            raise Unready(f"{text} was trained on another base than the rest", "compare users of one base")
+        files = read_artifact(factory.client.pull(reference), {site.name: site for site in base.sites})
+        recipe = make_recipe(version.recipe)
+        snapshot = load_snapshot(factory.store.get(dataset.key), dataset.digest)
+        held_out = make_candidate(reference.label, recipe, snapshot, base).learner.held_out
+        users.append(Pulled(reference.label, files, held_out, recipe.row_tokens))
+    assert base  # there was at least one reference
+    return base, users
