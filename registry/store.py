@@ -301,7 +301,7 @@ def s3_client() -> "S3Client":
         s3={"addressing_style": "path" if os.environ.get("AWS_ENDPOINT_URL_S3") else "auto"},
     )
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return boto3.client("s3", config=config, region_name=region)
+    return boto3.Session().client("s3", config=config, region_name=region)
 
 
 def _code(error: Any) -> str:  # botocore's ClientError, imported late

@@ -1,0 +1,58 @@
+"""A registry with one adapter, and jobs on it in a worker's hands."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
+
+from registry import jobs, queries
+from registry.jobs import ClaimedJob, Order
+from registry.names import Reference
+from registry.publishing import Finished
+from registry.session import transaction
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+LEASE = timedelta(minutes=5)
+
+Claim = Callable[..., list[ClaimedJob]]
+
+
+@pytest.fixture
+def claim(engine: Engine) -> Claim:
+    """Enqueue `count` jobs with different data for a reference, and claim them."""
+
+    def enqueue_and_claim(count: int = 1, reference: str = "acme/alice", worker: str = "worker") -> list[ClaimedJob]:
+        with transaction(engine) as session:
+            enqueue(session, reference, count)
+        with transaction(engine) as session:
+            return jobs.claim(session, worker, LEASE, count, NOW)
+
+    return enqueue_and_claim
+
+
+def enqueue(session: Session, reference: str, count: int, group: str = "g", now: datetime = NOW) -> list[jobs.Enqueued]:
+    """`count` jobs, each on its own data."""
+    holder = queries.ensure_adapter(session, Reference.parse(reference), NOW)
+    base = queries.ensure_base(session, name="tiny", revision="main", digest="b" * 64, parameters=7, now=NOW)
+    made = []
+    for number in range(count):
+        digest = hashlib.sha256(f"{reference} {number}".encode()).hexdigest()
+        dataset = queries.ensure_dataset(
+            session, holder.tenant_id, holder, digest=digest, key=f"t/d/{digest}", examples=3, size=9, now=NOW
+        )
+        order = Order(dataset, base, {"rank": 8}, "r" * 64, group)
+        made.append(jobs.enqueue(session, holder.tenant_id, holder, order, now))
+    return made
+
+
+def finished(content: str = "weights", accepted: bool = True) -> Finished:
+    """What a trained job comes to."""
+    data = content.encode()
+    facts = {"weights.bin": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}}
+    files = {"weights.bin": data, "manifest.json": json.dumps({"files": facts}).encode()}
+    scores = {"base": {"loss": 2.0}, "candidate": {"loss": 1.0}}
+    return Finished(files, accepted, "because", 40, scores, None, "0.1")

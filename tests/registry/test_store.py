@@ -1,0 +1,189 @@
+"""One contract for both stores: the folder, and S3 on a real server."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from registry.errors import KeyRefused, ObjectDiffers, ObjectMissing, StoreUnavailable
+from registry.store import FolderStore, ObjectStore, open_store, version_prefix
+from tests.conftest import S3Server
+
+KEY = "t/acme/u/0a1b/default/default-1/adapter_model.safetensors"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """An empty store of each kind in turn."""
+    url = str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3_url")
+    opened = open_store(url)
+    opened.set_up()
+    return opened
+
+
+def test_what_was_put_comes_back(store: ObjectStore) -> None:
+    """Bytes are bytes, the empty object and one larger than a chunk included."""
+    large = bytes(range(256)) * 20_000
+
+    for number, data in enumerate([b"", b"\0\r\n", large]):
+        assert store.put_new(f"t/a/{number}", data)
+
+        assert store.get(f"t/a/{number}") == data
+        assert b"".join(store.stream(f"t/a/{number}")) == data
+        assert store.size(f"t/a/{number}") == len(data)
+
+
+def test_putting_the_same_again_changes_nothing(store: ObjectStore) -> None:
+    """A retry after a lost answer must be harmless."""
+    assert store.put_new(KEY, b"weights") is True
+
+    assert store.put_new(KEY, b"weights") is False
+    assert store.get(KEY) == b"weights"
+
+
+def test_an_object_is_never_overwritten(store: ObjectStore) -> None:
+    """Keys are immutable: other bytes are an error that names both digests, and the first stay."""
+    store.put_new(KEY, b"first")
+
+    with pytest.raises(ObjectDiffers, match=hashlib.sha256(b"first").hexdigest()[:12]):
+        store.put_new(KEY, b"second")
+
+    assert store.get(KEY) == b"first"
+
+
+def test_of_sixteen_racers_one_writes(store: ObjectStore) -> None:
+    """The store decides who was first, not a look before the leap."""
+    with ThreadPoolExecutor(16) as pool:
+        wrote = list(pool.map(lambda _: store.put_new(KEY, b"same"), range(16)))
+
+    assert sum(wrote) == 1
+    assert store.get(KEY) == b"same"
+
+
+def test_of_sixteen_different_racers_one_wins_and_the_rest_are_told(store: ObjectStore) -> None:
+    """No mixture, no silent loser."""
+
+    def race(number: int) -> str:
+        try:
+            store.put_new(KEY, f"bytes of {number}".encode())
+        except ObjectDiffers:
+            return "told"
+        return f"bytes of {number}"
+
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(race, range(16)))
+
+    assert results.count("told") == 15
+    assert store.get(KEY).decode() in results
+
+
+def test_a_missing_object_is_named(store: ObjectStore) -> None:
+    """Asking for what is not there says which key, and asking for its size says None."""
+    assert store.size(KEY) is None
+
+    with pytest.raises(ObjectMissing, match="adapter_model"):
+        store.get(KEY)
+
+
+def test_deleting_twice_is_fine(store: ObjectStore) -> None:
+    """A sweeper that was interrupted runs again."""
+    store.put_new(KEY, b"weights")
+
+    store.delete(KEY)
+    store.delete(KEY)
+
+    assert store.size(KEY) is None
+
+
+def test_keys_lists_what_is_below_a_prefix_and_nothing_beside_it(store: ObjectStore) -> None:
+    """`u/1` must not list `u/10`: sweeping one user must not reach another."""
+    for key in ("t/a/u/1/x", "t/a/u/1/y/z", "t/a/u/10/x"):
+        store.put_new(key, b"1")
+
+    assert sorted(store.keys("t/a/u/1")) == ["t/a/u/1/x", "t/a/u/1/y/z"]
+    assert len(list(store.keys(""))) == 3
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "/a",
+        "a/",
+        "a//b",
+        "../a",
+        "a/../b",
+        "a/.hidden",
+        "a\\b",
+        "a\0b",
+        "a\nb",
+        "ä",
+        "a b",
+        "a/" + "x" * 256,
+        "x/" * 600 + "y",
+    ],
+)
+def test_a_key_that_some_store_could_misread_is_refused(store: ObjectStore, key: str) -> None:
+    """Traversal, empty parts, control characters and lengths that differ between servers never reach one."""
+    with pytest.raises(KeyRefused):
+        store.put_new(key, b"1")
+
+
+def test_checking_and_setting_up_again_are_harmless(store: ObjectStore) -> None:
+    """`lora setup` may run at every start."""
+    store.set_up()
+
+    assert store.check()
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    """Somebody with a foot in the folder must not reach the rest of the disk through us."""
+    store = FolderStore(tmp_path / "store")
+    store.set_up()
+    (tmp_path / "store" / "t").symlink_to(tmp_path)
+
+    with pytest.raises(KeyRefused, match="link"):
+        store.put_new("t/secret", b"1")
+
+
+def test_a_file_half_written_by_a_dead_process_has_no_key(tmp_path: Path) -> None:
+    """What a crash leaves aside is never listed, read or in the way."""
+    store = FolderStore(tmp_path)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / ".put-dead").write_bytes(b"half")
+
+    assert store.put_new("t/x", b"whole")
+    assert list(store.keys("")) == ["t/x"]
+
+
+@pytest.mark.parametrize("url", ["", "http://host/bucket", "s3://", "file://elsewhere/x"])
+def test_a_url_that_is_no_store_is_refused(url: str) -> None:
+    """With the forms that are."""
+    with pytest.raises(StoreUnavailable, match=r"s3://bucket/prefix or file:///folder"):
+        open_store(url)
+
+
+def test_a_store_that_is_not_there_says_what_to_do(tmp_path: Path) -> None:
+    """Not a traceback from the file system."""
+    with pytest.raises(StoreUnavailable, match="lora setup"):
+        FolderStore(tmp_path / "nowhere").check()
+
+
+def test_a_wrong_secret_is_refused_without_showing_it(
+    s3_server: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the variable, never its value."""
+    if not s3_server.real:
+        pytest.skip("moto checks no signature; run infra/install-test-servers for a server that does")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+
+    with pytest.raises(StoreUnavailable, match="AWS_SECRET_ACCESS_KEY|rights") as caught:
+        open_store(s3_url).set_up()
+
+    assert "not-the-secret" not in str(caught.value)
+
+
+def test_a_versions_place_names_no_person() -> None:
+    """Keys reach logs and bills: the opaque id stands for the user."""
+    assert version_prefix("acme", "0a1b", "default", "default-9") == "t/acme/u/0a1b/default/default-9"
