@@ -1,0 +1,162 @@
+"""The queue: everything once, nothing lost, whoever dies."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from sqlalchemy.engine import Engine
+
+from registry import jobs, queries
+from registry.errors import LeaseLost
+from registry.jobs import MAX_ATTEMPTS
+from registry.models import Job
+from registry.session import reading, transaction
+from tests.registry.conftest import LEASE, NOW, Claim, enqueue
+
+
+def test_the_same_work_is_one_job(engine: Engine) -> None:
+    """Equal data, base and recipe: nothing new to train."""
+    with transaction(engine) as session:
+        (first,) = enqueue(session, "acme/alice", 1)
+        (second,) = enqueue(session, "acme/alice", 1)
+
+    assert first.job_id == second.job_id
+    assert not second.unchanged
+
+
+def test_finished_work_is_reported_as_unchanged(engine: Engine, claim: Claim) -> None:
+    """A second run of everything makes no second version."""
+    (job,) = claim()
+    with transaction(engine) as session:
+        jobs.close(session, job, "published", NOW)
+
+    with transaction(engine) as session:
+        (again,) = enqueue(session, "acme/alice", 1)
+
+    assert again.unchanged
+
+
+def test_failed_work_can_be_asked_for_again(engine: Engine, claim: Claim) -> None:
+    """The reason may be mended by now."""
+    (job,) = claim()
+    with transaction(engine) as session:
+        jobs.fail(session, job, "no space", NOW)
+
+    with transaction(engine) as session:
+        (again,) = enqueue(session, "acme/alice", 1)
+
+    assert (again.job_id, again.state, again.unchanged) == (job.id, "queued", False)
+
+
+def test_a_claim_takes_only_jobs_that_can_share_a_cohort(engine: Engine) -> None:
+    """The oldest job decides the group; others wait for the next cohort."""
+    with transaction(engine) as session:
+        enqueue(session, "acme/alice", 2, group="one")
+        enqueue(session, "acme/bob", 3, group="two", now=NOW + timedelta(seconds=1))
+
+    with transaction(engine) as session:
+        first = jobs.claim(session, "w", LEASE, 10, NOW)
+    with transaction(engine) as session:
+        second = jobs.claim(session, "w", LEASE, 2, NOW)
+
+    assert {job.group for job in first} == {"one"}
+    assert [len(first), len(second)] == [2, 2]
+    assert {job.reference.label for job in second} == {"acme/bob"}
+
+
+def test_many_workers_never_get_the_same_job(engine: Engine) -> None:
+    """Each of 60 jobs goes to exactly one of 12 claims at once."""
+    with transaction(engine) as session:
+        enqueue(session, "acme/alice", 60)
+
+    def take(worker: int) -> list[object]:
+        taken: list[object] = []
+        while True:
+            with transaction(engine) as session:
+                claimed = jobs.claim(session, f"w{worker}", LEASE, 5, NOW)
+            if not claimed:
+                return taken
+            taken += [job.id for job in claimed]
+
+    with ThreadPoolExecutor(12) as pool:
+        taken = [job for got in pool.map(take, range(12)) for job in got]
+
+    assert len(taken) == len(set(taken)) == 60
+
+
+def test_many_requests_at_once_make_one_user_and_one_job(engine: Engine) -> None:
+    """Creation races end in one row, not in an error."""
+
+    def ask(_: int) -> object:
+        with transaction(engine) as session:
+            return enqueue(session, "acme/alice", 1)[0].job_id
+
+    with ThreadPoolExecutor(12) as pool:
+        ids = set(pool.map(ask, range(24)))
+
+    assert len(ids) == 1
+
+
+def test_a_dead_workers_job_is_taken_after_its_lease(engine: Engine, claim: Claim) -> None:
+    """With a new fence, so that a worker that was only slow changes nothing any more."""
+    (job,) = claim()
+    with transaction(engine) as session:
+        assert jobs.claim(session, "early", LEASE, 1, NOW + LEASE) == []
+    with transaction(engine) as session:
+        (again,) = jobs.claim(session, "late", LEASE, 1, NOW + LEASE + timedelta(seconds=1))
+
+    assert (again.id, again.fence, again.attempts) == (job.id, job.fence + 1, 2)
+    with transaction(engine) as session:
+        assert jobs.renew(session, [job], LEASE, NOW) == []
+    with pytest.raises(LeaseLost), transaction(engine) as session:
+        jobs.fail(session, job, "slow", NOW)
+
+
+def test_a_renewed_lease_keeps_the_job(engine: Engine, claim: Claim) -> None:
+    """A long training is not a dead one."""
+    (job,) = claim()
+
+    with transaction(engine) as session:
+        assert jobs.renew(session, [job], LEASE, NOW + LEASE) == [job.id]
+    with transaction(engine) as session:
+        assert jobs.claim(session, "thief", LEASE, 1, NOW + LEASE + timedelta(seconds=1)) == []
+
+
+def test_a_job_that_kills_its_workers_fails_for_good(engine: Engine, claim: Claim) -> None:
+    """Else one poisonous dataset would take the fleet down for ever."""
+    (job,) = claim()
+    moment = NOW
+    for _ in range(MAX_ATTEMPTS):
+        moment += 2 * LEASE
+        with transaction(engine) as session:
+            last = jobs.claim(session, "w", LEASE, 1, moment)
+
+    assert last == []
+    with reading(engine) as session:
+        row = session.get_one(Job, job.id)
+        assert (row.state, row.error and "died 3 times" in row.error) == ("failed", True)
+
+
+def test_a_released_job_waits_again(engine: Engine, claim: Claim) -> None:
+    """A worker that shuts down in good order costs no attempt."""
+    (job,) = claim()
+    with transaction(engine) as session:
+        jobs.release(session, job, NOW)
+
+    with transaction(engine) as session:
+        (again,) = jobs.claim(session, "w", LEASE, 1, NOW)
+
+    assert again.attempts == 1
+
+
+def test_counts_and_recent_jobs_tell_one_tenant_from_another(engine: Engine, claim: Claim) -> None:
+    """The status page of a tenant shows nothing of the next."""
+    claim(2)
+    with transaction(engine) as session:
+        enqueue(session, "globex/eve", 3)
+
+    with reading(engine) as session:
+        acme = queries.tenant_id(session, "acme")
+        assert queries.job_counts(session, acme) == {"running": 2}
+        assert queries.job_counts(session) == {"running": 2, "queued": 3}
+        assert {tenant for _, tenant, _, _ in queries.recent_jobs(session, acme)} == {"acme"}

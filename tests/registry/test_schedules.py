@@ -1,0 +1,137 @@
+"""Who is due, when, and only once."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy.engine import Engine
+
+from registry import queries, schedules
+from registry.errors import NotFound, ScheduleRefused
+from registry.names import Reference
+from registry.schedules import Timing
+from registry.session import reading, transaction
+from tests.registry.conftest import NOW
+
+
+def put(engine: Engine, reference: str, timing: Timing) -> None:
+    """Give a user a schedule at NOW."""
+    with transaction(engine) as session:
+        holder = queries.ensure_adapter(session, Reference.parse(reference), NOW)
+        schedules.put(session, holder.tenant_id, holder, timing, "base", {"rank": 8}, NOW)
+
+
+def fire(engine: Engine, moment: datetime) -> list[str]:
+    """Whose schedules fire at a moment."""
+    with transaction(engine) as session:
+        return [due.reference.label for due in schedules.fire(session, moment)]
+
+
+def test_a_schedule_fires_when_it_is_due_and_not_before(engine: Engine) -> None:
+    """And then waits for its next moment."""
+    put(engine, "acme/alice", Timing.every("1h"))
+
+    assert fire(engine, NOW + timedelta(minutes=59)) == []
+    assert fire(engine, NOW + timedelta(minutes=60)) == ["acme/alice"]
+    assert fire(engine, NOW + timedelta(minutes=61)) == []
+
+
+def test_one_that_was_missed_while_everything_was_down_fires_once(engine: Engine) -> None:
+    """A weekend off does not mean sixty trainings on Monday."""
+    put(engine, "acme/alice", Timing.every("1h"))
+
+    assert fire(engine, NOW + timedelta(hours=60)) == ["acme/alice"]
+    assert fire(engine, NOW + timedelta(hours=60, minutes=1)) == []
+
+
+def test_many_ticks_at_once_fire_it_once(engine: Engine) -> None:
+    """Two schedulers are as good as one."""
+    for number in range(20):
+        put(engine, f"acme/user{number}", Timing.every("1h"))
+
+    with ThreadPoolExecutor(8) as pool:
+        fired = [label for got in pool.map(lambda _: fire(engine, NOW + timedelta(hours=1)), range(8)) for label in got]
+
+    assert sorted(fired) == sorted(f"acme/user{number}" for number in range(20))
+
+
+def test_a_paused_schedule_is_silent_and_resumes_from_now(engine: Engine) -> None:
+    """What was missed during the pause stays missed."""
+    put(engine, "acme/alice", Timing.every("1h"))
+    with transaction(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+        alice = queries.holder(session, tenant, "alice", "default")
+        schedules.pause(session, tenant, alice, True, NOW)
+    assert fire(engine, NOW + timedelta(hours=5)) == []
+
+    with transaction(engine) as session:
+        schedules.pause(session, tenant, alice, False, NOW + timedelta(hours=5))
+
+    assert fire(engine, NOW + timedelta(hours=5, minutes=30)) == []
+    assert fire(engine, NOW + timedelta(hours=6)) == ["acme/alice"]
+
+
+def test_a_removed_schedule_is_gone_and_removing_again_says_so(engine: Engine) -> None:
+    """With the command that would set one."""
+    put(engine, "acme/alice", Timing.every("1h"))
+    with transaction(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+        schedules.remove(session, tenant, queries.holder(session, tenant, "alice", "default"), NOW)
+
+    assert fire(engine, NOW + timedelta(days=1)) == []
+    with pytest.raises(NotFound, match="schedule set"), transaction(engine) as session:
+        schedules.remove(session, tenant, queries.holder(session, tenant, "alice", "default"), NOW)
+
+
+def test_the_list_shows_one_tenants_schedules(engine: Engine) -> None:
+    """In order of user."""
+    for reference in ("acme/bob", "acme/alice", "globex/eve"):
+        put(engine, reference, Timing.every("1d"))
+
+    with reading(engine) as session:
+        found = schedules.schedules(session, queries.tenant_id(session, "acme"))
+
+    assert [reference.label for reference, _ in found] == ["acme/alice", "acme/bob"]
+
+
+def test_cron_is_read_in_the_users_own_time_zone() -> None:
+    """Three in the morning in Berlin, in winter and in summer."""
+    timing = Timing.cron("0 3 * * *", "Europe/Berlin")
+
+    assert timing.after(datetime(2026, 1, 10, 12, tzinfo=UTC)) == datetime(2026, 1, 11, 2, tzinfo=UTC)
+    assert timing.after(datetime(2026, 7, 10, 12, tzinfo=UTC)) == datetime(2026, 7, 11, 1, tzinfo=UTC)
+
+
+@given(st.datetimes(datetime(2025, 1, 1), datetime(2028, 1, 1), timezones=st.just(UTC)))
+def test_the_next_moment_is_always_later(moment: datetime) -> None:
+    """Also when clocks change: a schedule that is due at its own moment would fire for ever."""
+    for zone in ("Europe/Berlin", "America/New_York", "Australia/Lord_Howe"):
+        following = Timing.cron("30 2 * * *", zone).after(moment)
+
+        assert moment < following <= moment + timedelta(hours=50)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["", "* * * *", "* * * * * *", "61 * * * *", "0 0 30 2 *", "@daily", "DROP TABLE", "0 3 * * *\n* * * * *"],
+)
+def test_a_cron_expression_that_is_none_is_refused(expression: str) -> None:
+    """When it is set, not at night."""
+    with pytest.raises(ScheduleRefused):
+        Timing.cron(expression)
+
+
+@pytest.mark.parametrize("interval", ["", "5", "0h", "59s", "-1h", "1w", "1.5h", "99999999d", "h"])
+def test_an_interval_that_is_none_is_refused(interval: str) -> None:
+    """With an example of one that is."""
+    with pytest.raises(ScheduleRefused, match="6h"):
+        Timing.every(interval)
+
+
+@pytest.mark.parametrize("zone", ["", "Mars/Olympus", "../../etc/passwd", "UTC+1\0"])
+def test_a_time_zone_that_is_none_is_refused(zone: str) -> None:
+    """Names are IANA's."""
+    with pytest.raises(ScheduleRefused, match="IANA"):
+        Timing.cron("0 3 * * *", zone)

@@ -1,0 +1,95 @@
+"""Transactions, migrations, and the rules that code must keep."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import select
+from sqlalchemy.engine import Engine
+
+import registry
+from registry import queries
+from registry.errors import DatabaseUnavailable
+from registry.models import Base, Tenant
+from registry.session import open_database, reading, transaction, upgrade
+from tests.registry.conftest import NOW
+
+PACKAGE = Path(str(registry.__file__)).parent
+
+
+def test_what_raises_is_rolled_back(engine: Engine) -> None:
+    """A unit of work is whole or nothing."""
+    with pytest.raises(KeyError), transaction(engine) as session:
+        session.add(Tenant(name="acme", created_at=NOW))
+        session.flush()
+        raise KeyError
+
+    with reading(engine) as session:
+        assert session.scalars(select(Tenant)).all() == []
+
+
+def test_migrations_make_the_tables_that_the_code_means(engine: Engine) -> None:
+    """On both databases; and running them again changes nothing."""
+    upgrade(engine)
+
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_moments_keep_their_zone(engine: Engine) -> None:
+    """SQLite forgets zones; we do not."""
+    with transaction(engine) as session:
+        session.add(Tenant(name="acme", created_at=NOW))
+
+    with reading(engine) as session:
+        assert session.scalars(select(Tenant)).one().created_at == NOW
+
+
+def test_a_moment_without_a_zone_is_refused(engine: Engine) -> None:
+    """It would mean another moment on another machine."""
+    with pytest.raises(Exception, match="no time zone"), transaction(engine) as session:
+        session.add(Tenant(name="acme", created_at=NOW.replace(tzinfo=None)))
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "mysql://u:secret@h/d", "postgresql+psycopg://u:secret@127.0.0.1:1/d"])
+def test_a_database_that_is_not_there_is_told_without_its_password(url: str) -> None:
+    """Where, why, what to do."""
+    with pytest.raises(DatabaseUnavailable) as caught, reading(open_database(url)) as session:
+        session.scalars(select(Tenant)).all()
+
+    assert "secret" not in str(caught.value)
+
+
+def test_tables_that_are_missing_are_told(tmp_path: Path) -> None:
+    """With the command that makes them."""
+    with (
+        pytest.raises(DatabaseUnavailable, match="lora setup"),
+        reading(open_database(f"sqlite:///{tmp_path}/x")) as session,
+    ):
+        session.scalars(select(Tenant)).all()
+
+
+def test_only_one_module_commits() -> None:
+    """Sessions are opened by `transaction`; nobody else ends one."""
+    assert PACKAGE.is_dir()
+    for path in PACKAGE.rglob("*.py"):
+        calls = [node.func.attr for node in ast.walk(ast.parse(path.read_text())) if _is_method_call(node)]
+        assert path.name == "session.py" or not {"commit", "rollback"} & set(calls), path
+
+
+def test_every_query_takes_the_session_and_then_the_tenant() -> None:
+    """What is for the operator of the whole factory takes none, or says so by `tenant: TenantId | None`."""
+    whole_factory = {"tenants", "tenant_id", "ensure_adapter", "ensure_base", "find_or_add"}
+    for name, query in inspect.getmembers(queries, inspect.isfunction):
+        if query.__module__ == "registry.queries" and not name.startswith("_"):
+            parameters = list(inspect.signature(query).parameters)
+            assert parameters[0] == "session", name
+            assert name in whole_factory or parameters[1] == "tenant", name
+
+
+def _is_method_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
