@@ -107,8 +107,14 @@ class _Student:
         if not self.learner.train:
             self.result.outcome, self.result.reason = "retired", "there is nothing to learn from; add examples"
         if not self.result.held_out:
-            self.result.row_P, self.result.best_step = self.row_now(), self.result.steps
+            self._keep_last()
         return self.result
+
+    def _keep_last(self) -> None:
+        """The row as it is now is the result, unless the last step itself broke it."""
+        row_P = self.row_now()
+        if row_P.isfinite().all():
+            self.result.row_P, self.result.best_step = row_P, self.result.steps
 
     def _epoch(self, epoch: int) -> Generator[Lesson, Heard, None]:
         examples = self.learner.train

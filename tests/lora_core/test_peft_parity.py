@@ -1,0 +1,165 @@
+"""What we train is what PEFT trains, and what either writes the other reads."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_core.artifact import AdapterConfig, write_artifact
+from lora_core.banks.lora import PREFIX, LoraBank, lora_bank
+from lora_core.base_model import BaseModel, freeze
+from lora_core.cohort import Cohort
+from lora_core.curriculum import Learner
+from lora_core.data.packing import epoch_batches
+from lora_core.data.rendering import Rendered
+from lora_core.intake import read_artifact
+from lora_core.optim import rate_at
+from lora_core.recipe import LoraSpec, Recipe
+from lora_core.train import train
+from tests.lora_core.conftest import ARCHITECTURES, T, examples, recipe
+
+STEPS = 200
+
+
+def peft_model(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
+    """The model under stock PEFT with our settings."""
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        use_rslora=spec.use_rslora,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    made: PeftModel = get_peft_model(model, config)
+    return made
+
+
+def load_row(model: PeftModel, tensors: dict[str, Tensor]) -> None:
+    """Put our tensors where PEFT keeps its own."""
+    missing = peft.set_peft_model_state_dict(model, tensors).missing_keys
+    assert not [name for name in missing if "lora_" in name]
+
+
+def padded(batch: Sequence[Rendered]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask and labels as a plain loop makes them: one example a row, padded on the right."""
+    width = max(len(one.tokens) for one in batch)
+    tokens = torch.zeros(len(batch), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(tokens), torch.full_like(tokens, -100)
+    for row, one in enumerate(batch):
+        n = len(one.tokens)
+        tokens[row, :n] = torch.tensor(one.tokens)
+        mask[row, :n] = 1
+        labels[row, :n] = torch.where(torch.tensor(one.trained), tokens[row, :n], -100)
+    return tokens, mask, labels
+
+
+def peft_loop(model: PeftModel, data: Sequence[Rendered], settings: Recipe) -> list[float]:
+    """A plain PEFT loop: PyTorch's AdamW, clipping, a schedule."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1.0, weight_decay=settings.weight_decay)
+    losses: list[float] = []
+    per_epoch = math.ceil(len(data) / settings.batch_size)
+    for epoch in range(STEPS // per_epoch):
+        for batch in epoch_batches(len(data), settings.batch_size, settings.seed, epoch):
+            tokens, mask, labels = padded([data[index] for index in batch])
+            loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            optimiser.param_groups[0]["lr"] = rate_at(settings, len(losses) + 1, STEPS)
+            optimiser.step()
+            optimiser.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_200_steps_lose_what_a_plain_peft_loop_loses(architecture: str) -> None:
+    """Same start, same data order: every loss within 1e-5, beside two neighbours."""
+    settings = recipe(
+        dropout=0, epochs=50, batch_size=4, learning_rate=3e-3, schedule="cosine", warmup=0.1, weight_decay=0.01
+    )
+    data = examples(3, count=16)
+    base, other = freeze(ARCHITECTURES[architecture](), None), ARCHITECTURES[architecture]().eval()  # type: ignore[arg-type]  # tokens are given
+    bank = lora_bank(base, [settings.method])
+    theirs = peft_model(other, settings.method).eval()
+    load_row(theirs, bank.to_tensors(bank.start_row(settings.method, settings.seed), settings.method))
+
+    expected = peft_loop(theirs, data, settings)
+    neighbours = [Learner(f"n{seed}", recipe(seed=seed, epochs=50), examples(seed, count=16)) for seed in (7, 8)]
+    trained = {one.name: one for one in train(base, [*neighbours, Learner("me", settings, data)], 3, T, bank)}["me"]
+
+    ours = [loss for _, loss in trained.losses]
+    assert len(ours) == STEPS
+    assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 1e-5
+    ended = peft.get_peft_model_state_dict(theirs)
+    for name, tensor in bank.to_tensors(trained.row_P, settings.method).items():
+        torch.testing.assert_close(tensor, ended[name], atol=2e-4, rtol=1e-3)
+
+
+def random_row(bank: LoraBank, spec: LoraSpec, seed: int = 0) -> Tensor:
+    """A row whose delta is not zero."""
+    row_P = bank.start_row(spec, seed)
+    for _, up_KRO in bank.factors(row_P[None]):
+        up_KRO[0, : spec.rank] = (
+            torch.randn(spec.rank, up_KRO.shape[2], generator=torch.Generator().manual_seed(seed)) * 0.2
+        )
+    return row_P
+
+
+def our_logits(base: BaseModel, bank: LoraBank, row_P: Tensor, scale: float, tokens: Tensor) -> Tensor:
+    """What the base says with this row in slot 1 of 2."""
+    cohort = Cohort(2, bank.width, base.model.device, base.model.dtype)
+    cohort.admit(1, row_P, scale)
+    with bank.attached(base, cohort), torch.inference_mode():
+        logits: Tensor = base.model(tokens.expand(2, -1)).logits
+    return logits[1:]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj", "c_attn")])
+def test_our_files_load_in_peft_with_equal_logits(
+    base: BaseModel, tmp_path: Path, rslora: bool, targets: object
+) -> None:
+    """Stock PEFT, from the folder that is published."""
+    if targets != "all-linear":
+        targets = [t for t in ("q_proj", "v_proj", "c_attn") if any(site.name.endswith(t) for site in base.sites)]
+    spec = recipe(use_rslora=rslora, targets=targets).method
+    bank = lora_bank(base, [spec])
+    row_P = random_row(bank, spec)
+    tensors = bank.to_tensors(row_P, spec)
+    for name, data in write_artifact(tensors, AdapterConfig.of(base, spec, tensors), {}).items():
+        (tmp_path / name).write_bytes(data)
+    tokens = torch.tensor([examples(5)[0].tokens])
+
+    loaded = PeftModel.from_pretrained(ARCHITECTURES[base.name]().eval(), tmp_path)
+
+    ours = our_logits(base, bank, row_P, spec.scale, tokens)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(tokens).logits, ours, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(base.model(tokens).logits, ours, atol=1e-3)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_files_load_here_with_equal_logits(base: BaseModel, tmp_path: Path, rslora: bool) -> None:
+    """What `save_pretrained` writes, read by us."""
+    spec = recipe(use_rslora=rslora).method
+    theirs = peft_model(ARCHITECTURES[base.name]().eval(), spec).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.tensor([examples(5)[0].tokens])
+
+    files = read_artifact(tmp_path, {site.name: site for site in base.sites})
+
+    bank = LoraBank(base.sites, files.rank + 3)  # a wider bank than the file
+    ours = our_logits(base, bank, bank.from_tensors(files.tensors), files.scale, tokens)
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(tokens).logits, ours, atol=1e-5, rtol=1e-5)
+    assert all(name.startswith(PREFIX) for name in files.tensors)
