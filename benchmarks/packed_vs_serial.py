@@ -1,7 +1,7 @@
 """Packed training against a PEFT loop and against the frozen base alone: `python benchmarks/packed_vs_serial.py`.
 
-One process, interleaved: in every round each side runs the same users, examples and steps, one after the other.  Tokens a
-second of packed training over the PEFT loop's (above 1 is faster) and over the frozen base's own forward and
+One process, interleaved: in every round each side runs the same users, examples and steps, one after the other.  Tokens
+a second of packed training over the PEFT loop's (above 1 is faster) and over the frozen base's own forward and
 input-gradient backward on the same batch (1 would mean that adapters, clipping and AdamW are free).  Medians over the
 rounds with the lowest and highest; absolute times are not for comparing machines.
 """
@@ -57,9 +57,7 @@ def small_base() -> BaseModel:
 def users_examples(setting: Setting) -> list[tuple[Rendered, ...]]:
     """One example of exactly `tokens` tokens a step for each user: both sides read the same and nothing is padding."""
     generator = random.Random(0)
-    return [
-        tuple(_example(generator, setting.tokens) for _ in range(setting.steps)) for _ in range(setting.users)
-    ]
+    return [tuple(_example(generator, setting.tokens) for _ in range(setting.steps)) for _ in range(setting.users)]
 
 
 def _example(generator: random.Random, tokens: int) -> Rendered:

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -153,5 +153,7 @@ def adaptable(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def widths(linear: nn.Module) -> tuple[int, int]:
     """How many numbers go in and come out of a linear or a Conv1D."""
-    rows, columns = linear.weight.shape
+    weight = linear.weight
+    assert isinstance(weight, Tensor)  # nn.Module types its attributes loosely
+    rows, columns = weight.shape
     return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)

@@ -62,8 +62,8 @@ class Cohort:
     def dropout_mask(self, site: int, x_KTI: Tensor) -> Tensor | None:
         """What multiplies a site's inputs: 0 or 1 / (1 - rate), shape K T I; None when no slot drops.
 
-        A counter-based hash (Steele et al., 2014, SplitMix64's finaliser) of the slot's own key, the site and the place in the
-        row: the mask depends on nobody else, and on no generator's state.
+        A counter-based hash (SplitMix64's finaliser; Steele et al., 2014) of the slot's own key, the site and the place
+        in the row: the mask depends on nobody else, and on no generator's state.
         """
         if not self.drops:
             return None

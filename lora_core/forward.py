@@ -36,7 +36,7 @@ def stack(rows: Sequence[Row], device: torch.device) -> Batch:
 
 
 def token_losses(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Each token's next-token loss in nats (0 where it does not count) and whether the first guess was right; both K T."""
+    """Each token's next-token loss in nats (0 where it does not count), and whether the first guess was right; K T."""
     inputs = {
         "input_ids": batch.tokens_KT,
         "attention_mask": batch.allowed_K1TT,
@@ -45,7 +45,9 @@ def token_losses(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     }
     if base.plain_head:
         hidden_KTD = base.model.base_model(**inputs).last_hidden_state
-        return _HeadLoss.apply(hidden_KTD, base.model.get_output_embeddings().weight, batch.targets_KT)
+        head_VD = base.model.get_output_embeddings().weight
+        loss_KT, right_KT = _HeadLoss.apply(hidden_KTD, head_VD, batch.targets_KT)  # type: ignore[no-untyped-call]  # torch's
+        return loss_KT, right_KT
     logits_KTV = base.model(**inputs).logits.float()
     loss_KT = F.cross_entropy(logits_KTV.mT, batch.targets_KT, ignore_index=IGNORED, reduction="none")
     return loss_KT, logits_KTV.detach().argmax(-1) == batch.targets_KT

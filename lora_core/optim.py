@@ -1,6 +1,6 @@
 """AdamW, clipping and schedules by row: one element-wise pass over K x P with a column of settings a user.
 
-K slots, P numbers a user.  A row that does not step has rate 0, decay 0 and both betas 1, which leaves it exactly as it was.
+K slots, P numbers a user.  A row that does not step has rate 0, decay 0 and both betas 1: it stays exactly as it was.
 """
 
 import math
@@ -37,7 +37,8 @@ def rate_at(recipe: Recipe, step: int, steps: int) -> float:
 
 def gradient_norms(cohort: Cohort) -> Tensor:
     """Each slot's own gradient norm, shape K."""
-    return torch.linalg.vector_norm(cohort.gradient_KP, dim=1, dtype=torch.float32)
+    norms_K: Tensor = torch.linalg.vector_norm(cohort.gradient_KP, dim=1, dtype=torch.float32)
+    return norms_K
 
 
 def step_rows(cohort: Cohort, due: list[RowStep | None], norms: list[float]) -> None:

@@ -1,7 +1,8 @@
 """What decides a result besides data and base: frozen, validated, and readable in Hugging Face's spellings.
 
-Defaults follow Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025): every linear layer, alpha 32 whatever the rank, a
-rate about ten times that of full fine-tuning (2e-4 where 2e-5 is usual), small batches.  Betas and epsilon are AdamW's.
+Defaults follow Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025): every linear layer, alpha 32 whatever
+the rank, a rate about ten times that of full fine-tuning (2e-4 where 2e-5 is usual), small batches.
+Betas and epsilon are AdamW's.
 """
 
 import difflib

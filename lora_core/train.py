@@ -56,7 +56,7 @@ def train(
                 if seats[slot] is None and waiting:
                     seats[slot] = _Seat(cohort, bank, slot, waiting.popleft(), row_tokens)
 
-            heard = micro_step(base, cohort, [seat and seat.lesson for seat in seats], row_tokens)
+            heard = micro_step(base, cohort, [seat.lesson if seat else None for seat in seats], row_tokens)
 
             micro_steps += 1
             for slot, seat in enumerate(seats):
@@ -95,7 +95,7 @@ def micro_step(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None]
         if not finite:
             cohort.gradient_KP[slot] = 0  # so that the row stays as it is: 0 x inf would reach its weights
     due = [
-        lesson and lesson.step if finite else None for lesson, finite in zip(lessons, finite_K.tolist(), strict=True)
+        lesson.step if lesson and finite else None for lesson, finite in zip(lessons, finite_K.tolist(), strict=True)
     ]
     if any(due):
         step_rows(cohort, due, [norm for _, norm in heard])

@@ -8,13 +8,47 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-PEOPLE = tuple(["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ines", "Jon", "Kira", "Liam", "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tara", "Yuri"])
+PEOPLE = (
+    "Ada",
+    "Ben",
+    "Cleo",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gus",
+    "Hana",
+    "Ines",
+    "Jon",
+    "Kira",
+    "Liam",
+    "Mia",
+    "Noah",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tara",
+    "Yuri",
+)
 THINGS = (
     "budget review", "design talk", "team lunch", "sales call", "piano lesson", "garden visit", "board meeting",
     "data workshop", "house tour", "bike repair", "dinner party", "chess match", "press briefing", "safety drill",
     "product demo", "book club",
 )  # fmt: skip
-MONTHS = tuple(["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"])
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 YEAR = 2025
 QUESTIONS = (
     "Is it on?", "Does it take place?", "Is it still planned?", "Shall I go?", "Will we meet?", "Can I count on it?",
@@ -23,8 +57,8 @@ HOMES = {
     "fox": "forest", "frog": "pond", "camel": "desert", "whale": "sea", "goat": "mountains", "mouse": "field",
     "owl": "barn", "bear": "cave", "duck": "lake", "crab": "beach",
 }  # fmt: skip
-COLOURS = tuple(["red", "blue", "green", "yellow", "black", "white", "grey", "brown"])
-WEATHER = tuple(["sunny", "rainy", "windy", "cloudy", "foggy", "snowy"])
+COLOURS = ("red", "blue", "green", "yellow", "black", "white", "grey", "brown")
+WEATHER = ("sunny", "rainy", "windy", "cloudy", "foggy", "snowy")
 
 
 @dataclass(frozen=True)

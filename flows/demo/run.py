@@ -50,7 +50,7 @@ def run(home: Path) -> None:
 
 
 def _own_factory(home: Path) -> Factory:
-    """A factory on SQLite and a folder below `home`, and an ephemeral Prefect; whatever the environment says otherwise."""
+    """A factory on SQLite and a folder below `home`, and an ephemeral Prefect, whatever the environment says."""
     for name in [key for key in os.environ if key.startswith("LORA_") or key == "PREFECT_API_URL"]:
         del os.environ[name]
     os.environ |= {

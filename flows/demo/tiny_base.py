@@ -1,6 +1,7 @@
 """The demo's base: a small Llama and its tokenizer, really trained, in under a minute on two cores.
 
-It learns to read an appointment and to answer in every style at once, so that a personal adapter has something to decide.
+It learns to read an appointment and to answer in every style at once, so that a personal adapter
+has something to decide.
 """
 
 import hashlib
@@ -26,7 +27,9 @@ from flows.demo.corpus import Document, documents
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHAT_TEMPLATE = (  # ChatML
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MADE = "made_from.json"
@@ -104,8 +107,9 @@ def train_model(
         loss = _loss(model, tokens_BT, weight_BT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for moved in (*optimizers, *schedules):
-            moved.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         model.zero_grad()
         if step % 100 == 0 or step == plan.steps:
             say(f"base: step {step} of {plan.steps}, loss {loss.item():.3f}, {time.monotonic() - started:.0f} s")

@@ -1,4 +1,4 @@
-"""LoRA as rows: what a user's P numbers mean, what they do to the forward pass, and how they become tensors and come back.
+"""LoRA as rows: what a user's P numbers mean, what they do to the forward pass, how they become tensors and come back.
 
 K slots, T tokens a slot, I inputs and O outputs of a site, R the widest rank of the cohort, P numbers a user.
 A user of lower rank, or without some site, has zeros there: zero rows and columns have zero gradient and stay zero.
@@ -36,7 +36,7 @@ class LoraBank:
         return sum(self.rank * (site.inputs + site.outputs) for site in self.sites)
 
     def start_row(self, spec: LoraSpec, seed: int) -> Tensor:
-        """How a user starts, shape P: down uniform in +-1/sqrt(I) (PEFT's kaiming_uniform), up zero, so the delta is zero."""
+        """How a user starts, shape P: down uniform in +-1/sqrt(I) (as in PEFT), up zero, so the delta is zero."""
         generator = torch.Generator().manual_seed(seed)
         row_P = torch.zeros(self.width)
         for site, (down_RI, _) in zip(self.sites, self.factors(row_P[None]), strict=True):
@@ -124,10 +124,11 @@ class LoraSite(nn.Module):
     def forward(self, x_KTI: Tensor) -> Tensor:
         """The frozen linear plus each row's own delta."""
         keep_KTI = self.cohort.dropout_mask(self.number, x_KTI)
-        return _LowRankDelta.apply(
+        y_KTO: Tensor = _LowRankDelta.apply(  # type: ignore[no-untyped-call]  # torch's
             x_KTI, self.weight_IO, self.bias_O, self.down_KRI, self.up_KRO,
             self.cohort.scale_K11, keep_KTI, self.gradients,
         )  # fmt: skip
+        return y_KTO
 
 
 class _LowRankDelta(torch.autograd.Function):

@@ -91,7 +91,7 @@ def _read_source(source: Source, limits: Limits) -> Rows:
             raise DatasetRefused(source.name, why, "write or compress it again") from None
 
 
-def _decompressed(source: Source, raw: BinaryIO) -> IO[bytes]:
+def _decompressed(source: Source, raw: BinaryIO) -> Any:  # readers of three libraries: only read() is used
     if source.compression == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if source.compression == ".zst":

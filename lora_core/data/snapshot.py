@@ -63,7 +63,7 @@ def take_snapshot(
     limits: Limits | None = None,
     s3: Any = None,  # a boto3 client
 ) -> tuple[Snapshot, IngestReport]:
-    """Read, check and deduplicate files into a snapshot.  Raises DatasetRefused when too little or too much is wrong."""
+    """Read, check and deduplicate files into a snapshot.  Raises DatasetRefused when too much is wrong."""
     policy = policy or SkipPolicy()
     kept: dict[str, Example] = {}
     problems: list[RowProblem] = []

@@ -81,11 +81,13 @@ def _client() -> Any:  # a boto3 client
     import boto3
     from botocore.config import Config
 
-    style = {"addressing_style": "path" if os.environ.get("AWS_ENDPOINT_URL_S3") else "auto"}
     config = Config(
-        request_checksum_calculation="when_required", response_checksum_validation="when_required", s3=style
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": "path" if os.environ.get("AWS_ENDPOINT_URL_S3") else "auto"},
     )
-    return boto3.client("s3", config=config)
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return boto3.Session().client("s3", config=config, region_name=region)
 
 
 def _kind(name: str) -> tuple[str, str] | None:

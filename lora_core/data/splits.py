@@ -24,8 +24,8 @@ def split(
 ) -> Split:
     """Keep about `share` of the examples, at least `minimum` of them but never more than half, from training.
 
-    By content: an example is kept back when its hash is low, so it does not change sides as the data grows.  By order: the
-    last ones are, for data in order of time.
+    By content: an example is kept back when its hash is low, so it does not change sides as the data grows.
+    By order: the last ones are, for data in order of time.
     """
     least = min(minimum, len(examples) // 2)
     if by == "order":

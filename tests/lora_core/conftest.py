@@ -40,13 +40,13 @@ ARCHITECTURES = {"llama": llama, "gpt2": gpt2}
 @pytest.fixture(params=["llama", "gpt2"])
 def base(request: pytest.FixtureRequest) -> BaseModel:
     """A frozen base of each architecture in turn."""
-    return freeze(ARCHITECTURES[request.param](), None, request.param)  # type: ignore[arg-type]  # tokens are given
+    return freeze(ARCHITECTURES[request.param](), None, request.param)
 
 
 @pytest.fixture
 def llama_base() -> BaseModel:
     """A frozen Llama."""
-    return freeze(llama(), None, "llama")  # type: ignore[arg-type]  # tokens are given
+    return freeze(llama(), None, "llama")
 
 
 def examples(seed: int, count: int = 10, longest: int = 20) -> tuple[Rendered, ...]:

@@ -85,7 +85,7 @@ def test_200_steps_lose_what_a_plain_peft_loop_loses(architecture: str) -> None:
         dropout=0, epochs=50, batch_size=4, learning_rate=3e-3, schedule="cosine", warmup=0.1, weight_decay=0.01
     )
     data = examples(3, count=16)
-    base, other = freeze(ARCHITECTURES[architecture](), None), ARCHITECTURES[architecture]().eval()  # type: ignore[arg-type]  # tokens are given
+    base, other = freeze(ARCHITECTURES[architecture](), None), ARCHITECTURES[architecture]().eval()
     bank = lora_bank(base, [settings.method])
     theirs = peft_model(other, settings.method).eval()
     load_row(theirs, bank.to_tensors(bank.start_row(settings.method, settings.seed), settings.method))

@@ -84,7 +84,7 @@ def broken(kind: str) -> Learner:
 
 @pytest.mark.parametrize("kind", ["nan", "rate", "empty"])
 def test_a_broken_neighbour_changes_nobody(base: BaseModel, kind: str) -> None:
-    """NaN weights, a rate of a million, no data: the others' bytes stay as they were, and it is retired with a reason."""
+    """NaN weights, a rate of a million, no data: the others' bytes stay as they were, and it is retired."""
     bank = lora_bank(base, [recipe().method])
     bad = broken(kind)
     if bad.start is not None:

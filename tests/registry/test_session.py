@@ -77,8 +77,7 @@ def test_only_one_module_commits() -> None:
     """Sessions are opened by `transaction`; nobody else ends one."""
     assert PACKAGE.is_dir()
     for path in PACKAGE.rglob("*.py"):
-        calls = [node.func.attr for node in ast.walk(ast.parse(path.read_text())) if _is_method_call(node)]
-        assert path.name == "session.py" or not {"commit", "rollback"} & set(calls), path
+        assert path.name == "session.py" or not {"commit", "rollback"} & _method_calls(path), path
 
 
 def test_every_query_takes_the_session_and_then_the_tenant() -> None:
@@ -91,5 +90,6 @@ def test_every_query_takes_the_session_and_then_the_tenant() -> None:
             assert name in whole_factory or parameters[1] == "tenant", name
 
 
-def _is_method_call(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+def _method_calls(path: Path) -> set[str]:
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    return {call.func.attr for call in calls if isinstance(call.func, ast.Attribute)}
