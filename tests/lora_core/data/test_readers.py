@@ -1,0 +1,212 @@
+"""Rows out of any file that a person brings, and a clear word about every one that is wrong."""
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lora_core.data.readers import Limits, RawRow, RowProblem, read_rows
+from lora_core.data.snapshot import take_snapshot
+from lora_core.errors import DatasetRefused
+
+ROWS = [{"prompt": f"q{n} é", "completion": f'a, {n}\n"x"'} for n in range(5)]
+
+
+def jsonl(rows: list[dict[str, str]]) -> bytes:
+    """One JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def csv_bytes(rows: list[dict[str, str]], comma: str = ",") -> bytes:
+    """A heading and a line a row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ("prompt", "completion"), delimiter=comma)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def parquet(rows: list[dict[str, str]]) -> bytes:
+    """One row group."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+FILES: dict[str, Callable[[list[dict[str, str]]], bytes]] = {
+    "a.jsonl": jsonl,
+    "a.ndjson": jsonl,
+    "a.json": lambda rows: json.dumps(rows).encode(),
+    "a.csv": csv_bytes,
+    "a.tsv": lambda rows: csv_bytes(rows, "\t"),
+    "a.parquet": parquet,
+}
+COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".zst": lambda data: zstandard.ZstdCompressor().compress(data),
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESSED)
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, compression: str) -> None:
+    """Plain and compressed, line ends inside quotes and letters beyond ASCII included."""
+    path = tmp_path / (name + compression)
+    path.write_bytes(COMPRESSED[compression](FILES[name](ROWS)))
+
+    found = list(read_rows(str(path)))
+
+    assert [row.value for row in found if isinstance(row, RawRow)] == ROWS
+
+
+def test_a_folder_is_read_in_order_of_name_and_hidden_files_are_not(tmp_path: Path) -> None:
+    """Exports come in parts."""
+    (tmp_path / "sub").mkdir()
+    for name, row in (("b.jsonl", ROWS[1]), ("a.csv", ROWS[0]), ("sub/c.jsonl", ROWS[2]), (".x.jsonl", ROWS[3])):
+        data = csv_bytes([row]) if name.endswith("csv") else jsonl([row])
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "notes.md").write_text("not data")
+
+    found = [row.value for row in read_rows(str(tmp_path)) if isinstance(row, RawRow)]
+
+    assert found == ROWS[:3]
+
+
+def test_s3_objects_and_prefixes_are_read(s3_url: str) -> None:
+    """From the same servers that adapters go to."""
+    from registry.store import s3_client
+
+    bucket = s3_url.removeprefix("s3://")
+    client: boto3.client = s3_client()
+    client.create_bucket(Bucket=bucket)
+    client.put_object(Bucket=bucket, Key="bob/1.jsonl", Body=jsonl(ROWS[:2]))
+    client.put_object(Bucket=bucket, Key="bob/2.csv.gz", Body=gzip.compress(csv_bytes(ROWS[2:])))
+
+    assert [row.value for row in read_rows(f"{s3_url}/bob/") if isinstance(row, RawRow)] == ROWS
+    assert len(list(read_rows(f"{s3_url}/bob/1.jsonl"))) == 2
+    with pytest.raises(DatasetRefused, match="NoSuchKey"):
+        list(read_rows(f"{s3_url}/bob/3.jsonl"))
+
+
+BAD_LINES = {
+    b'{"a": 1': "not JSON",
+    b"[1, 2]": "not an object",
+    b'"text"': "not an object",
+    b'{"a": NaN}': "NaN",
+    b'{"a": 1, "a": 2}': "stands twice",
+    b'{"a": "\xff"}': "not UTF-8",
+    b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}": "nested",
+    b'{"a": "' + b"x" * (1 << 20) + b'"}': "longer than",
+    b"{'a': 1}": "not JSON",
+    b'{"a": 1} {"b": 2}': "not JSON",
+    b'{"a": "\xed\xa0\x80"}': "not UTF-8",
+    b'{"n": ' + b"9" * 5000 + b"}": "JSON",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_line_is_told_by_number_and_the_rest_is_read(tmp_path: Path, line: bytes) -> None:
+    """The rows before and after it are good."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(jsonl(ROWS[:1]) + line + b"\n" + jsonl(ROWS[1:2]))
+
+    good, bad, last = read_rows(str(path))
+
+    assert isinstance(bad, RowProblem)
+    assert (bad.line, BAD_LINES[line] in bad.why) == (2, True), bad
+    assert isinstance(good, RawRow)
+    assert isinstance(last, RawRow)
+    assert last.line == 3
+
+
+REFUSED = {
+    "x.json": (b"[1, 2", "not JSON"),
+    "y.json": (b"[" * 100_000, "nested"),
+    "x.jsonl.gz": (b"not gzip at all", "gzip"),
+    "y.jsonl.gz": (gzip.compress(jsonl(ROWS) * 100)[:-10], "gzip"),
+    "x.jsonl.zst": (b"not zstd", "broken"),
+    "x.parquet": (b"PAR1 no", "broken"),
+    "x.csv": (b"prompt,completion\n\xff\xfe,1\n", "UTF-8"),
+    "x.txt": (b"hello", "known format"),
+    "x.bin.gz": (gzip.compress(b"hello"), "known format"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_is_broken_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    """Whole, with what to do."""
+    data, why = REFUSED[name]
+    (tmp_path / name).write_bytes(data)
+
+    with pytest.raises(DatasetRefused, match=why) as caught:
+        list(read_rows(str(tmp_path / name)))
+
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("bomb", [gzip.compress, lambda data: zstandard.ZstdCompressor().compress(data)])
+def test_a_decompression_bomb_ends_at_the_limit(tmp_path: Path, bomb: Callable[[bytes], bytes]) -> None:
+    """A few kilobytes that would be many megabytes."""
+    path = tmp_path / ("x.jsonl.gz" if bomb is gzip.compress else "x.jsonl.zst")
+    path.write_bytes(bomb(b"\n" * (1 << 24)))
+
+    with pytest.raises(DatasetRefused, match="once decompressed"):
+        list(read_rows(str(path), Limits(file_bytes=1 << 20)))
+
+
+def test_too_many_rows_or_files_are_refused(tmp_path: Path) -> None:
+    """A mistaken path to a whole archive."""
+    for number in range(4):
+        (tmp_path / f"{number}.jsonl").write_bytes(jsonl(ROWS))
+
+    with pytest.raises(DatasetRefused, match="12 rows|more than 12"):
+        list(read_rows(str(tmp_path), Limits(rows=12)))
+    with pytest.raises(DatasetRefused, match="4 files"):
+        list(read_rows(str(tmp_path), Limits(files=3)))
+
+
+@pytest.mark.parametrize("given_", ["", "nowhere.jsonl", "/dev/null", "s3://"])
+def test_a_source_that_is_none_is_refused(given_: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Said at once, without a traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+
+    with pytest.raises(DatasetRefused):
+        list(read_rows(given_))
+
+
+@pytest.mark.parametrize("line", [b"a,b\n1\n", b"a,b\n1,2,3\n", b'a,b\n"1,2\n'])
+def test_a_csv_row_of_the_wrong_shape_is_told(tmp_path: Path, line: bytes) -> None:
+    """By line."""
+    (tmp_path / "x.csv").write_bytes(line)
+
+    (problem,) = read_rows(str(tmp_path / "x.csv"))
+
+    assert isinstance(problem, RowProblem)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary(max_size=400), st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".csv.zst"])
+)
+def test_no_bytes_whatever_break_the_reader(tmp_path: Path, data: bytes, ending: str) -> None:
+    """Either rows and problems, or a refusal: never another error."""
+    path = tmp_path / f"x{ending}"
+    path.write_bytes(data)
+
+    with contextlib.suppress(DatasetRefused):
+        take_snapshot([str(path)])

@@ -1,0 +1,117 @@
+"""Examples as tokens: the whole text as the tokenizer would have it, and loss on the answers alone."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from lora_core.data.examples import Completion, Conversation, Message, Text
+from lora_core.data.rendering import Rendered, render, render_prompt, text_to_prompt
+from tests.lora_core.conftest import CHATML, make_tokenizer
+
+INST = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
+TEMPLATES = {"chatml": CHATML, "inst": INST, "none": None, "trimming": TRIMMING, "no system": NO_SYSTEM}
+TOKENIZERS = {name: make_tokenizer(template) for name, template in TEMPLATES.items()}
+plain = st.text(st.sampled_from("abc XYZ.!?\n'é😀"), min_size=1, max_size=30).filter(lambda text: text.strip())
+
+
+def learnt(rendered: Rendered | None, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The text of the tokens that count."""
+    assert rendered
+    return str(tokenizer.decode([t for t, on in zip(rendered.tokens, rendered.trained, strict=True) if on]))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_answers_are_learnt_with_what_ends_them_and_nothing_else(name: str) -> None:
+    """With any template, or none."""
+    tokenizer = TOKENIZERS[name]
+    talk = Conversation(
+        (
+            Message("user", "the fox"),
+            Message("assistant", "hello dog"),
+            Message("user", "and"),
+            Message("assistant", "the end"),
+        )
+    )
+
+    text = learnt(render(talk, tokenizer, 200), tokenizer)
+
+    assert text.split("<|im_end|>")[0].strip() == "hello dog"
+    assert text.split("<|im_end|>")[1].strip() == "the end"
+    assert text.count("<|im_end|>") == 2
+    assert "fox" not in text
+    assert "assistant" not in text
+
+
+@given(plain, plain, st.sampled_from(sorted(TEMPLATES)))
+def test_a_chat_is_the_tokens_of_its_whole_text(asked: str, said: str, name: str) -> None:
+    """No boundary makes other tokens than inference will see; the answer is all there."""
+    tokenizer = TOKENIZERS[name]
+    talk = Conversation((Message("user", asked), Message("assistant", said)))
+
+    rendered = render(talk, tokenizer, 10_000)
+
+    assert rendered
+    whole = tokenizer.decode(rendered.tokens)
+    assert list(rendered.tokens) == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert said.strip() in learnt(rendered, tokenizer)
+
+
+def test_a_system_turn_goes_into_the_first_user_turn_where_a_template_knows_none() -> None:
+    """As such templates' makers advise."""
+    tokenizer = TOKENIZERS["no system"]
+    talk = Conversation((Message("system", "be brief"), Message("user", "hello"), Message("assistant", "dog")))
+
+    rendered = render(talk, tokenizer, 200)
+
+    assert rendered
+    assert "<|im_start|>user\nbe brief\n\nhello<|im_end|>" in tokenizer.decode(rendered.tokens)
+    assert learnt(rendered, tokenizer).startswith("dog")
+
+
+def test_of_a_completion_only_what_follows_the_prompt_is_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As raw text, with the end token."""
+    rendered = render(Completion("the quick", " brown fox"), tokenizer, 100)
+
+    assert learnt(rendered, tokenizer) == " brown fox<|im_end|>"
+
+
+def test_plain_text_is_learnt_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    """From its first token to its end."""
+    rendered = render(Text("hello dog"), tokenizer, 100)
+
+    assert learnt(rendered, tokenizer) == "hello dog<|im_end|>"
+
+
+def test_what_is_too_long_is_cut_and_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
+    """And an example whose answer is cut away altogether is none."""
+    example = Completion("the quick " * 5, "brown fox")
+
+    whole = render(example, tokenizer, 1000)
+    assert whole
+    cut = render(example, tokenizer, len(whole.tokens) - 1)
+
+    assert cut
+    assert (len(cut.tokens), cut.truncated, whole.truncated) == (len(whole.tokens) - 1, True, False)
+    assert render(example, tokenizer, 3) is None
+
+
+def test_the_prompt_is_what_the_answer_follows(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The same tokens that training saw before the answer."""
+    talk = Conversation((Message("user", "the fox"), Message("assistant", "hello")))
+    rendered, prompt = render(talk, tokenizer, 100), render_prompt(talk, tokenizer)
+
+    assert rendered
+    assert prompt
+    tokens, reference = prompt
+    assert list(rendered.tokens[: len(tokens)]) == tokens
+    assert reference == "hello"
+    assert text_to_prompt("the fox", tokenizer) == tokens
+    assert render_prompt(Text("the fox"), tokenizer) is None
