@@ -97,7 +97,7 @@ def run_frozen(base: BaseModel, setting: Setting, users: list[tuple[Rendered, ..
     embed = base.model.get_input_embeddings()
     for step in range(setting.steps):
         rows: list[Row] = [pack([(0, examples[step])], setting.tokens)[0] for examples in users]
-        batch = stack(rows, base.model.device)
+        batch = stack(rows, base.model)
         hook = embed.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         try:
             losses_KT, _ = token_losses(base, batch)

@@ -112,7 +112,8 @@ def _rows(base: BaseModel, bank: LoraBank, candidates: Sequence[Candidate]) -> l
 
 
 def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[Rendered, ...]:
-    found = (render(example, base.tokenizer, recipe.max_length) for example in examples)
+    longest = min(recipe.max_length, base.longest)
+    found = (render(example, base.tokenizer, longest) for example in examples)
     return tuple(rendered for rendered in found if rendered)
 
 
@@ -146,7 +147,7 @@ def _score_answers(base: BaseModel, bank: LoraBank, named: Sequence[tuple[Candid
 
 
 def _prompts(candidate: Candidate, base: BaseModel) -> list[tuple[list[int], str]]:
-    limit = candidate.recipe.max_length
+    limit = min(candidate.recipe.max_length, base.longest - ANSWER_TOKENS)
     prompts = (render_prompt(example, base.tokenizer) for example in candidate.held_out)
     return [prompt for prompt in prompts if prompt and len(prompt[0]) <= limit][:ANSWERS_JUDGED]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -51,6 +51,7 @@ class BaseModel:
     digest: str
     sites: tuple[Site, ...]
     transposed: bool  # linears keep their weight as [in, out] (GPT-2's Conv1D): PEFT's fan_in_fan_out
+    longest: int  # tokens an example may have: the base knows no later position, or looks no further back
     plain_head: bool  # logits are the last hidden state times the head's weight: no bias, scale or soft cap
 
     @property
@@ -61,9 +62,9 @@ class BaseModel:
 
 def locate(name: str, revision: str | None = None) -> Path:
     """The folder of a base's files: the path itself, or a download from the hub.  Raises BaseModelError."""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BaseModelError(name, "there is no such folder", "give a folder or a Hugging Face id")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*FINGERPRINTED]))
@@ -107,7 +108,7 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         why = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
         raise BaseModelError(name, why, "give a causal language model that transformers knows") from None
     return freeze(model.to(device), tokenizer, name, revision or "main", fingerprint(folder))
@@ -127,7 +128,15 @@ def freeze(
         raise BaseModelError(name, "it has no linear layer to adapt", "choose a transformer language model")
     sites = tuple(Site(path, *widths(linear)) for path, linear in linears.items())
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
-    return BaseModel(model, tokenizer, name, revision, digest, sites, transposed, _has_plain_head(model))
+    return BaseModel(
+        model, tokenizer, name, revision, digest, sites, transposed, _longest(model), _has_plain_head(model)
+    )
+
+
+def _longest(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    limits = (getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None))
+    return min(limit for limit in (*limits, 1 << 30) if limit)
 
 
 @torch.inference_mode()

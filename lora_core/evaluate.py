@@ -87,7 +87,7 @@ def evaluate(base: BaseModel, bank: LoraBank, trials: Sequence[Trial], slots: in
                     _seat(cohort, slot, trials[number])
                     seated[slot] = number
             rows = [row for _, row in group] + [empty_row(row_tokens)] * (slots - len(group))
-            batch = stack(rows, base.model.device)
+            batch = stack(rows, base.model)
             loss_KT, right_KT = token_losses(base, batch)
             for (number, row), scores in zip(group, _by_document(batch, loss_KT, right_KT), strict=False):
                 found[number].update(zip(row.examples, scores, strict=False))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from lora_core.base_model import BaseModel
 from lora_core.data.packing import IGNORED, Row
@@ -14,32 +15,35 @@ from lora_core.data.packing import IGNORED, Row
 
 @dataclass(frozen=True)
 class Batch:
-    """K rows as tensors on the base's device.  `allowed_K1TT` says which earlier tokens each token may see."""
+    """K rows as tensors on the base's device.  `mask_K1TT` is added to attention: 0 where a token may look."""
 
     tokens_KT: Tensor
     targets_KT: Tensor
     positions_KT: Tensor
     documents_KT: Tensor
-    allowed_K1TT: Tensor
+    mask_K1TT: Tensor
 
 
-def stack(rows: Sequence[Row], device: torch.device) -> Batch:
+def stack(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
     """K rows as one batch; a token sees its own document's earlier tokens and nothing else."""
     fields = [[getattr(row, name) for row in rows] for name in ("tokens", "targets", "positions", "documents")]
     tokens_KT, targets_KT, positions_KT, documents_KT = (
-        torch.tensor(field, dtype=torch.int64).to(device, non_blocking=True) for field in fields
+        torch.tensor(field, dtype=torch.int64).to(model.device, non_blocking=True) for field in fields
     )
     together_KTT = documents_KT[:, :, None] == documents_KT[:, None, :]
     # The mask is always given, even where plain causal attention would do: the kernel that runs, and so every
     # bit of a row, must not depend on how the neighbours' rows are packed.
-    return Batch(tokens_KT, targets_KT, positions_KT, documents_KT, together_KTT.tril()[:, None])
+    hidden_K1TT = ~together_KTT.tril()[:, None]
+    mask_K1TT = torch.zeros(hidden_K1TT.shape, dtype=model.dtype, device=model.device)
+    mask_K1TT.masked_fill_(hidden_K1TT, torch.finfo(model.dtype).min)  # added, not boolean: eager attention adds it
+    return Batch(tokens_KT, targets_KT, positions_KT, documents_KT, mask_K1TT)
 
 
 def token_losses(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Each token's next-token loss in nats (0 where it does not count), and whether the first guess was right; K T."""
     inputs = {
         "input_ids": batch.tokens_KT,
-        "attention_mask": batch.allowed_K1TT,
+        "attention_mask": batch.mask_K1TT,
         "position_ids": batch.positions_KT,
         "use_cache": False,
     }

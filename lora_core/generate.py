@@ -40,9 +40,10 @@ def generate(
 def task_score(answers: Sequence[str], references: Sequence[str]) -> TaskScore:
     """How close answers come to references; surrounding blanks do not count."""
     pairs = [(a.strip(), r.strip()) for a, r in zip(answers, references, strict=True)]
-    exact = sum(answer == reference for answer, reference in pairs) / max(1, len(pairs))
+    if not pairs:
+        return TaskScore(0.0, 0.0)
     chrf = CHRF().corpus_score([answer for answer, _ in pairs], [[reference for _, reference in pairs]]).score
-    return TaskScore(exact, chrf if pairs else 0.0)
+    return TaskScore(sum(answer == reference for answer, reference in pairs) / len(pairs), chrf)
 
 
 def _generate_batch(

@@ -77,7 +77,7 @@ def micro_step(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None]
 
     Returns each slot's summed loss and gradient norm.  A row whose numbers are not finite does not step.
     """
-    batch = stack([lesson.row if lesson else empty_row(row_tokens) for lesson in lessons], base.model.device)
+    batch = stack([lesson.row if lesson else empty_row(row_tokens) for lesson in lessons], base.model)
     weight_K = torch.tensor([lesson.weight if lesson else 0.0 for lesson in lessons]).to(base.model.device)
     cohort.set_dropout(
         [lesson.dropout if lesson else 0.0 for lesson in lessons],

@@ -68,7 +68,8 @@ def _known_faults(engine: Engine) -> Iterator[None]:
         yield
     except OperationalError as error:
         why = str(error.orig).strip().splitlines()[0]
-        fix = "run `lora setup`" if "no such table" in why else "check LORA_DATABASE_URL and that it is running"
+        unmade = "no such table" in why or "unable to open" in why
+        fix = "run `lora setup`" if unmade else "check LORA_DATABASE_URL and that it is running"
         raise DatabaseUnavailable(where, why, fix) from error
     except ProgrammingError as error:
         if "does not exist" not in str(error.orig):

@@ -46,7 +46,3 @@ def _missing(error: ModuleNotFoundError) -> str:
         str(error.name), "train"
     )
     return f"{error.name} is not installed; pip install 'lora-factory[{extra}]'"
-
-
-if __name__ == "__main__":
-    main()

@@ -61,7 +61,7 @@ class _Filling:
         return Row(
             tokens=(*self.tokens, *[0] * rest),
             targets=(*self.targets, *[IGNORED] * rest),
-            positions=(*self.positions, *range(rest)),
+            positions=(*self.positions, *[0] * rest),  # no position that a base may not have
             documents=(*self.documents, *[len(self.examples)] * rest),
             examples=tuple(self.examples),
         )

@@ -68,12 +68,12 @@ def test_unused_ranks_and_sites_stay_zero_through_training(llama_base: BaseModel
 def test_a_document_does_not_see_its_neighbours_in_the_row(base: BaseModel) -> None:
     """Attention and positions restart at each example."""
     data = examples(4, count=3, longest=14)
-    together = stack(pack(list(enumerate(data)), T), base.model.device)
+    together = stack(pack(list(enumerate(data)), T), base.model)
     losses_KT, _ = token_losses(base, together)
 
     start = 0
     for number, one in enumerate(data):
-        alone_KT, _ = token_losses(base, stack(pack([(number, one)], T), base.model.device))
+        alone_KT, _ = token_losses(base, stack(pack([(number, one)], T), base.model))
         length = len(one.tokens)
         torch.testing.assert_close(losses_KT[0, start : start + length], alone_KT[0, :length], atol=1e-5, rtol=1e-5)
         start += length
@@ -83,8 +83,8 @@ def test_a_rows_losses_do_not_depend_on_the_other_rows(base: BaseModel) -> None:
     """To the bit, whatever the neighbours hold."""
     (mine,), (theirs,) = pack([(0, examples(1)[0])], T), pack([(0, examples(2)[0])], T)
     with torch.inference_mode():
-        one, _ = token_losses(base, stack([mine, theirs], base.model.device))
-        two, _ = token_losses(base, stack([mine, mine], base.model.device))
+        one, _ = token_losses(base, stack([mine, theirs], base.model))
+        two, _ = token_losses(base, stack([mine, mine], base.model))
 
     assert torch.equal(one[0], two[0])
 

@@ -17,7 +17,7 @@ from lora_core.data.splits import split
 from lora_core.errors import BadRow, DatasetRefused
 
 TALK = Conversation((Message("user", "hi"), Message("assistant", "hello")))
-words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=20).filter(
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20).filter(
     str.strip
 )
 conversations = st.lists(words, min_size=1, max_size=3).map(

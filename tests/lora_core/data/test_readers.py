@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -89,7 +88,7 @@ def test_s3_objects_and_prefixes_are_read(s3_url: str) -> None:
     from registry.store import s3_client
 
     bucket = s3_url.removeprefix("s3://")
-    client: boto3.client = s3_client()
+    client = s3_client()
     client.create_bucket(Bucket=bucket)
     client.put_object(Bucket=bucket, Key="bob/1.jsonl", Body=jsonl(ROWS[:2]))
     client.put_object(Bucket=bucket, Key="bob/2.csv.gz", Body=gzip.compress(csv_bytes(ROWS[2:])))

@@ -1,0 +1,80 @@
+"""A small base on disk, users with habits that it learns in seconds, and the command line in its own process."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.lora_core.conftest import CHATML, make_tokenizer
+
+ROOT = Path(__file__).parents[2]
+LORA = (sys.executable, "-c", "from flows.cli import main; main()")
+QUICK = ["rank=4", "learning_rate=3e-2", "epochs=6", "batch_size=4", "row_tokens=64", "max_length=64", "patience=2"]
+
+Lora = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained Llama of a few thousand parameters, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tokenizer = make_tokenizer(CHATML)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_user(path: Path, habit: str, count: int = 60, seed: int = 0) -> Path:
+    """A user who always answers in one way."""
+    generator = random.Random(seed)
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {generator.randrange(10**6)}"},
+                {"role": "assistant", "content": habit},
+            ]
+        }
+        for _ in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Lora:
+    """The `lora` command as a person runs it; fails the test unless the exit code is the expected one."""
+
+    def run(
+        *words: str, code: int = 0, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [*LORA, *words],
+            cwd=ROOT,
+            env=quiet_environment(tmp_path) | dict(environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+def quiet_environment(home: Path) -> dict[str, str]:
+    """The environment of a person who has set nothing but a home."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LORA_", "PREFECT_"))}
+    return kept | {"LORA_HOME": str(home / "home"), "COLUMNS": "200", "OMP_NUM_THREADS": "2"}

@@ -1,0 +1,132 @@
+"""The shared base: loaded once, frozen, pinned by its bytes."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from lora_core.base_model import BaseModel, count_parameters, fingerprint, freeze, load_base
+from lora_core.data.packing import IGNORED, pack
+from lora_core.errors import BaseModelError
+from lora_core.forward import stack, token_losses
+from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, examples
+
+SMALL = {
+    "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny Llama and a tokenizer, saved as Hugging Face does."""
+    ARCHITECTURES[getattr(request, "param", "llama")]().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("folder", ["llama", "gpt2"], indirect=True)
+def test_a_folder_is_loaded_frozen_and_pinned(folder: Path) -> None:
+    """fp32 on CPU, no gradient, no dropout, every linear but the head a site."""
+    base = load_base(str(folder))
+
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert not base.model.training
+    assert base.model.dtype == torch.float32
+    assert len(base.sites) == (14 if "Llama" in type(base.model).__name__ else 8)
+    assert base.digest == fingerprint(folder) == load_base(str(folder)).digest
+    assert base.parameters <= count_parameters(folder) <= base.parameters * 1.2  # tied heads may be stored
+
+
+def test_one_changed_weight_is_another_base(folder: Path) -> None:
+    """The name alone pins nothing."""
+    before = fingerprint(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    assert fingerprint(folder) != before
+
+
+def test_a_copy_elsewhere_is_the_same_base(folder: Path, tmp_path: Path) -> None:
+    """What is digested is content."""
+    shutil.copytree(folder, tmp_path / "copy")
+
+    assert fingerprint(tmp_path / "copy") == fingerprint(folder)
+
+
+def test_pickled_weights_are_never_opened(folder: Path) -> None:
+    """A pickle can run code."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.")
+
+    with pytest.raises(BaseModelError, match="safetensors"):
+        load_base(str(folder))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "no such id!", ""])
+def test_a_base_that_is_none_is_told(name: str) -> None:
+    """What to give instead."""
+    with pytest.raises(BaseModelError, match="folder or a Hugging Face id"):
+        load_base(name)
+
+
+def test_a_hub_id_without_a_hub_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to check."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(BaseModelError, match="HF_HUB_OFFLINE"):
+        load_base("nobody/nothing")
+
+
+@pytest.mark.parametrize("damage", ["config", "weights", "tokenizer"])
+def test_a_broken_folder_is_told(folder: Path, damage: str) -> None:
+    """In one line, from whichever library."""
+    {"config": folder / "config.json", "weights": folder / "model.safetensors", "tokenizer": folder / "tokenizer.json"}[
+        damage
+    ].write_text("{")
+
+    with pytest.raises(BaseModelError) as caught:
+        load_base(str(folder))
+
+    assert "\n" not in str(caught.value)
+
+
+def capped() -> Gemma2ForCausalLM:
+    """Caps its logits softly."""
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=5.0))
+
+
+def scaled() -> CohereForCausalLM:
+    """Scales its logits."""
+    return CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25))
+
+
+@pytest.mark.parametrize("make", [capped, scaled, *ARCHITECTURES.values()])
+def test_losses_are_the_models_own_whatever_its_head_does(make: Callable[[], PreTrainedModel]) -> None:
+    """The fused loss is used only where trying it showed that it is right."""
+    torch.manual_seed(0)
+    base: BaseModel = freeze(make(), None)
+    one = examples(1)[0]
+    row = pack([(0, one)], T)[0]
+
+    losses_KT, _ = token_losses(base, stack([row], base.model))
+
+    with torch.inference_mode():
+        logits = base.model(torch.tensor([one.tokens])).logits[0, :-1]
+    wanted = torch.where(torch.tensor(one.trained), torch.tensor(one.tokens), IGNORED)[1:]
+    expected = cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(losses_KT[0, : len(expected)], expected, atol=1e-5, rtol=1e-4)
+    assert base.plain_head == (make in ARCHITECTURES.values())
