@@ -24,6 +24,11 @@ import yaml
 ROOT = Path(__file__).parents[1]
 S3_SERVER = ROOT / "infra" / "s3-server"
 STARTED = ("setup", "prefect", "deploy", "clock", "worker")  # in order; postgres and minio are ours
+# What a shell needs to use the stack.
+SHOWN = (
+    "LORA_DATABASE_URL", "LORA_STORE_URL", "LORA_HOME", "PREFECT_API_URL",
+    "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION",
+)  # fmt: skip
 _VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 _REGISTRY = re.compile(r"postgresql\+psycopg://[^@]+@postgres:5432/lora")
 _PREFECTS = re.compile(r"postgresql\+asyncpg://[^@]+@postgres:5432/prefect")
@@ -152,9 +157,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".lora/stack").absolute()
     with running(folder) as stack:
-        shown = ("LORA_DATABASE_URL", "LORA_STORE_URL", "LORA_HOME", "PREFECT_API_URL")
-        shown += ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
-        lines = "\n".join(f"export {name}='{stack.environment[name]}'" for name in shown)
+        lines = "\n".join(f"export {name}='{stack.environment[name]}'" for name in SHOWN)
         (folder / "env").write_text(lines + "\n")
         sys.stdout.write(f"running; logs are in {folder}; in another shell: . {folder / 'env'}\n")
         sys.stdout.flush()

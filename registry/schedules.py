@@ -54,13 +54,20 @@ class Timing:
         return cls(f"every {interval}")
 
     def after(self, moment: datetime) -> datetime:
-        """The next due moment after `moment`, in UTC."""
+        """The next due moment after `moment`, in UTC.
+
+        Where clocks change, as in Vixie cron: a time of day comes once a day, the first time round, or as much later
+        as the clock jumped; a job of every hour keeps its distance.
+        """
         kind, _, rest = self.text.partition(" ")
         if kind == "every":
             return moment + timedelta(seconds=_seconds(rest))
-        local = moment.astimezone(ZoneInfo(self.time_zone))
+        zone = ZoneInfo(self.time_zone)
+        start = moment.astimezone(zone)
+        walk = croniter(rest, start if rest.split()[1].startswith("*") else start.replace(tzinfo=None))
         try:
-            following: datetime = croniter(rest, local).get_next(datetime)
+            while (following := walk.get_next(datetime).replace(tzinfo=zone)) <= moment:
+                pass
         except CroniterError:
             raise ScheduleRefused(rest, "never comes", "give a date that exists") from None
         return following.astimezone(UTC)

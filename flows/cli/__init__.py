@@ -3,7 +3,9 @@
 Exit codes: 0 done, 1 could not be done, 2 wrong usage, 3 does not exist, 4 done for some users only.
 """
 
+import os
 import sys
+import warnings
 
 import typer
 
@@ -27,8 +29,15 @@ for group in (system, training, reading, versions, chatting):
     group.register(app)
 
 
+# The libraries' own bars and warnings: our commands show their own progress.
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
 def main() -> None:
     """Run the command line; what was raised on purpose is told in one line, without a traceback."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except NotFound as error:

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -57,7 +58,7 @@ def answer_one(row: Row, as_json: bool) -> None:
 
 def table(rows: Sequence[Row], title: str | None = None) -> Table:
     """Rows as a Rich table; columns that look like numbers are right-aligned."""
-    made = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
+    made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=0)
     for column in dict.fromkeys(key for row in rows for key in row):
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
         made.add_column(column, justify="right" if numbers else "left", overflow="fold")
@@ -84,6 +85,6 @@ def size(count: int) -> str:
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} GiB"

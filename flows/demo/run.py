@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from flows.cli.printing import console, say, size, table
-from flows.demo.world import Person, make_base, write_people
+from flows.demo.people import Person, write_people
+from flows.demo.tiny_base import make_base
 from flows.factory import Factory, add_data, pin_base, request_training
 from flows.settings import FactorySettings
 from lora_core.recipe import Recipe, make_recipe
@@ -104,7 +105,9 @@ def _run_flow(jobs: Sequence[Enqueued]) -> None:
 
 def _show(factory: Factory, people: Sequence[Person], base: Path, anew: bool) -> None:
     """What the registry says of everybody, from pulled files; then one user before and after."""
-    console.print(table([_row(factory, person) for person in people], "latest versions"))
+    console.print(table([_row(factory, person) for person in people]))
+    for person in people:
+        say(f"{_reference(person).label:<12} {person.habit}")
     _try_stock_peft(factory, people[0], base)
     from flows.talk import Voice
 
@@ -128,22 +131,19 @@ def _row(factory: Factory, person: Person) -> dict[str, object]:
     return {
         "user": reference.label,
         "version": version.number,
-        "trained": version.parameters,
-        "of base": f"{version.parameters / base.parameters:.1%}",
-        "file": size(version.files["adapter_model.safetensors"]["size"]),
-        "base loss": f"{before['loss']:.3f}",
-        "adapter": f"{after['loss']:.3f}",
+        "trained": f"{version.parameters:,} ({version.parameters / base.parameters:.1%})",
+        "size": size(version.files["adapter_model.safetensors"]["size"]),
+        "loss": f"{before['loss']:.3f}→{after['loss']:.3f}",
         "gain": f"{before['loss'] - after['loss']:+.3f}",
-        "exact answers": _change(before, after, "answer_exact", "{:.0%}"),
+        "exact": _change(before, after, "answer_exact", "{:.0%}"),
         "chrF": _change(before, after, "answer_chrf", "{:.0f}"),
-        "habit": person.habit,
     }
 
 
 def _change(before: dict[str, float], after: dict[str, float], key: str, style: str) -> str:
     if key not in after:
         return "-"
-    return f"{style.format(before[key])} → {style.format(after[key])}"
+    return f"{style.format(before[key])}→{style.format(after[key])}"
 
 
 def _try_stock_peft(factory: Factory, person: Person, base: Path) -> None:

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from infra.stack import Stack, running
 from tests.flows.conftest import LORA, QUICK, ROOT, write_user
-
-sys.path.insert(0, str(ROOT / "infra"))
-from stack import Stack, running
 
 SETTINGS = [word for one in QUICK for word in ("--set", one)]
 

@@ -114,6 +114,29 @@ def test_the_next_moment_is_always_later(moment: datetime) -> None:
 
 
 @pytest.mark.parametrize(
+    ("expression", "zone", "hours"),
+    [
+        ("30 2 * * *", "Europe/Berlin", [23, 24, 25]),  # 02:30 is missing in March and comes twice in October
+        ("30 1 * * *", "America/New_York", [23, 24, 25]),
+        ("45 1 * * *", "Australia/Lord_Howe", [23.5, 24, 24.5]),  # its clocks move by half an hour
+        ("15 * * * *", "Europe/Berlin", [1]),
+    ],
+)
+def test_where_clocks_change_a_schedule_fires_as_often_as_it_says(
+    expression: str, zone: str, hours: list[float]
+) -> None:
+    """Once a day, or once an hour, all through the year."""
+    timing, gaps = Timing.cron(expression, zone), set()
+    moment = timing.after(datetime(2026, 1, 1, tzinfo=UTC))
+    while moment < datetime(2027, 1, 1, tzinfo=UTC):
+        following = timing.after(moment)
+        gaps.add((following - moment) / timedelta(hours=1))
+        moment = following
+
+    assert sorted(gaps) == hours
+
+
+@pytest.mark.parametrize(
     "expression",
     ["", "* * * *", "* * * * * *", "61 * * * *", "0 0 30 2 *", "@daily", "DROP TABLE", "0 3 * * *\n* * * * *"],
 )
