@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
@@ -142,19 +143,29 @@ def show(result: dict[str, object]) -> str:
     return f"{tokens:>6} {spread[0]:>22} {GOALS.get(tokens, 0):>6} {spread[1]:>22} {FROZEN_GOAL:>6}"
 
 
+def processor() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     """Print the table and keep the raw samples."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--users", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--save", type=Path, help="write raw samples as JSON")
     options = parser.parse_args()
     machine = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
+        "date": datetime.now(UTC).date().isoformat(), "machine": f"{processor()}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "peft": peft.__version__,
     }  # fmt: skip
     print(machine)  # noqa: T201  a script's report
     print(f"{'tokens':>6} {'packed / PEFT loop':>22} {'goal':>6} {'packed / frozen base':>22} {'goal':>6}")  # noqa: T201

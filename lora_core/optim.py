@@ -1,19 +1,18 @@
-"""AdamW, clipping and schedules by row: one element-wise pass over K x P with a column of settings a user.
+"""AdamW, clipping and schedules by row: torch's fused kernel, one pass over a user's row under the user's settings.
 
-K slots, P numbers a user.  A row that does not step has rate 0, decay 0 and both betas 1: it stays exactly as it was.
+K slots, P numbers a user.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from lora_core.cohort import Cohort
 from lora_core.recipe import Recipe
-
-# Columns worked on at a time: the five matrices' blocks of all K rows stay in a core's cache.
-_BLOCK_NUMBERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -41,41 +40,30 @@ def gradient_norms(cohort: Cohort) -> Tensor:
     return norms_K
 
 
-def step_rows(cohort: Cohort, due: list[RowStep | None], norms: list[float]) -> None:
-    """One AdamW step (Loshchilov & Hutter, 2019, as in torch.optim.AdamW) of the rows that are due, in place.
+def step_rows(cohort: Cohort, due: Sequence[RowStep | None], norms: Sequence[float]) -> None:
+    """One AdamW step (Loshchilov & Hutter, 2019) of the rows that are due, in place, each under its own settings.
 
     Gradients of the rows that stepped are zero afterwards; those of the others are kept to accumulate.
     """
-    columns = torch.tensor([_column(row, norm) for row, norm in zip(due, norms, strict=True)])
-    beta1_K1, beta2_K1, decay_K1, size_K1, root_K1, epsilon_K1, clip_K1, keep_K1 = (
-        columns.to(cohort.weights_KP.device, torch.float32).T[:, :, None].unbind()
-    )
-    block = max(256, _BLOCK_NUMBERS // cohort.slots)
-    for start in range(0, cohort.weights_KP.shape[1], block):
-        here = slice(start, start + block)
-        w, m, v = cohort.weights_KP[:, here], cohort.first_KP[:, here], cohort.second_KP[:, here]
-        stored = cohort.gradient_KP[:, here]
-        g = stored * clip_K1
-        m.lerp_(g, 1 - beta1_K1)
-        v.lerp_(g.square_(), 1 - beta2_K1)
-        denominator = v.sqrt().mul_(root_K1).add_(epsilon_K1)
-        w.mul_(decay_K1).addcdiv_(m * size_K1, denominator, value=-1)
-        stored.mul_(keep_K1)
+    settings_K2 = torch.tensor([_before(row, norm) for row, norm in zip(due, norms, strict=True)])
+    settings_K2 = settings_K2.to(cohort.weights_KP.device)
+    for slot, row in enumerate(due):
+        if row is None:
+            continue
+        recipe = row.recipe
+        adamw(
+            [cohort.weights_KP[slot]], [cohort.gradient_KP[slot].float()],
+            [cohort.first_KP[slot]], [cohort.second_KP[slot]], [],
+            state_steps=[settings_K2[slot, 0]], grad_scale=settings_K2[slot, 1], fused=True,
+            lr=row.rate, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.epsilon, weight_decay=recipe.weight_decay,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+        cohort.gradient_KP[slot].zero_()
     cohort.refresh()
 
 
-def _column(row: RowStep | None, norm: float) -> tuple[float, ...]:
-    """beta1, beta2, decay, step size, 1 / sqrt(bias correction), epsilon, clip factor, gradient kept."""
+def _before(row: RowStep | None, norm: float) -> tuple[float, float]:
+    """Steps done before, and what divides the gradient: 1, or more where the norm is above the recipe's clip."""
     if row is None:
-        return (1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0)
-    recipe, step = row.recipe, row.step
-    return (
-        recipe.beta1,
-        recipe.beta2,
-        1 - row.rate * recipe.weight_decay,
-        row.rate / (1 - recipe.beta1**step),
-        1 / math.sqrt(1 - recipe.beta2**step),
-        recipe.epsilon,
-        min(1.0, recipe.clip / (norm + 1e-6)),
-        0.0,
-    )
+        return 0.0, 1.0
+    return row.step - 1.0, max(1.0, (norm + 1e-6) / row.recipe.clip)

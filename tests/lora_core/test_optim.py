@@ -1,4 +1,4 @@
-"""One element-wise pass over the cohort is PyTorch's AdamW on every row alone."""
+"""A step of the cohort is PyTorch's AdamW on every row alone."""
 
 import pytest
 import torch
