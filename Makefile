@@ -17,7 +17,7 @@ setup: .venv/.dev-ready
 
 test: .venv/.dev-ready
 	infra/install-test-servers
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 quick: .venv/.dev-ready
 	$(BIN)/pytest -m "not slow"

@@ -12,6 +12,16 @@ from uuid import UUID
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.tasks import exponential_backoff
@@ -68,7 +78,7 @@ def adapt_user(reference: str, base: str | None = None, recipe: dict[str, Any] |
     factory = Factory.from_environment()
     pinned = pin_base(factory, base)
     with transaction(factory.engine) as session:
-        job = request_training(session, Reference.parse(reference), pinned, make_recipe(recipe or {}))
+        job = request_training(session, Reference.parse_adapter(reference), pinned, make_recipe(recipe or {}))
     if job.unchanged:
         return {reference: "unchanged"}
     cohort = run_cohort(factory, [job.job_id], _log_pace(), do=as_task)
@@ -85,16 +95,30 @@ def tick(deployment: str = "adapt-cohort/adapt-cohort") -> int:
     for trouble in as_task(enqueue_due, factory):
         get_run_logger().warning("not queued: %s", trouble)
     as_task(sweep, factory)
-    runs = as_task(steps.runs_wanted, factory)
+    runs: int = max(0, as_task(steps.runs_wanted, factory) - _runs_waiting(deployment))
     for _ in range(runs):
         run_deployment(deployment, timeout=0, as_subflow=False)
-    return int(runs)
+    return runs
+
+
+def _runs_waiting(deployment: str) -> int:
+    """How many runs were asked for before and have not begun: with every worker busy, more would only pile up."""
+    flow_name, _, name = deployment.partition("/")
+    not_begun = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING]))
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])),
+            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name])),
+            flow_run_filter=FlowRunFilter(state=not_begun),
+            limit=steps.MOST_RUNS,
+        )
+    return len(runs)
 
 
 def _named_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives
     """As `as_task`; once it is known who is in the cohort, the run is named after them."""
     result = as_task(step, *arguments)
-    if isinstance(result, Cohort):
+    if isinstance(result, Cohort) and result.work:
         tenants = sorted({job.reference.tenant for job, _ in result.work.values()})
         _rename(f"{'+'.join(tenants)}-{len(result.work)}-users-{str(result.run_id)[:8]}")
     return result

@@ -5,6 +5,8 @@ Pure of databases and stores: `cohort.py` brings snapshots and earlier versions 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from lora_core.data.examples import Example
 from lora_core.data.rendering import Rendered, render, render_prompt
 from lora_core.data.snapshot import Snapshot
 from lora_core.data.splits import split
-from lora_core.errors import TrainingError
+from lora_core.errors import TemplateRefused, TrainingError
 from lora_core.evaluate import Scores, Trial, evaluate
 from lora_core.gate import Verdict, judge
 from lora_core.generate import TaskScore, generate, task_score
@@ -26,6 +28,8 @@ from lora_core.train import Pace, train
 
 ANSWERS_JUDGED = 8  # held-out prompts a user that are answered and compared: generation is the slow part
 ANSWER_TOKENS = 48
+
+Shown = TypeVar("Shown")
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Candidate:
     learner: Learner
     held_out: tuple[Example, ...]
     cut: int  # examples that were longer than max_length
+    dropped: int  # examples that had nothing to learn in that length, or that the base's template refuses
     live: LoraFiles | None = None  # the version that `latest` points to now
     live_number: int | None = None
     trained: Trained | None = None
@@ -55,8 +60,9 @@ def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseMod
             label, f"{len(learned)} examples to learn from and {len(judged)} to judge by", "add examples"
         )
     cut = sum(rendered.truncated for rendered in (*learned, *judged))
+    dropped = len(snapshot.examples) - len(learned) - len(judged)
     learner = Learner(label, recipe, newest(learned, recipe.max_tokens), judged)
-    return Candidate(label, recipe, learner, halves.held_out, cut)
+    return Candidate(label, recipe, learner, halves.held_out, cut, dropped)
 
 
 def train_candidates(
@@ -113,7 +119,7 @@ def _rows(base: BaseModel, bank: LoraBank, candidates: Sequence[Candidate]) -> l
 
 def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[Rendered, ...]:
     longest = min(recipe.max_length, base.longest)
-    found = (render(example, base.tokenizer, longest) for example in examples)
+    found = (_shown(render, example, base.tokenizer, longest) for example in examples)
     return tuple(rendered for rendered in found if rendered)
 
 
@@ -148,8 +154,16 @@ def _score_answers(base: BaseModel, bank: LoraBank, named: Sequence[tuple[Candid
 
 def _prompts(candidate: Candidate, base: BaseModel) -> list[tuple[list[int], str]]:
     limit = min(candidate.recipe.max_length, base.longest - ANSWER_TOKENS)
-    prompts = (render_prompt(example, base.tokenizer) for example in candidate.held_out)
-    return [prompt for prompt in prompts if prompt and len(prompt[0]) <= limit][:ANSWERS_JUDGED]
+    prompts = (_shown(render_prompt, example, base.tokenizer) for example in candidate.held_out)
+    return list(islice((prompt for prompt in prompts if prompt and len(prompt[0]) <= limit), ANSWERS_JUDGED))
+
+
+def _shown(way: Callable[..., Shown | None], *arguments: Any) -> Shown | None:  # whatever the way takes
+    """An example as the base reads it; None where its template refuses it: that one teaches and tells nothing."""
+    try:
+        return way(*arguments)
+    except TemplateRefused:
+        return None
 
 
 def finite(row_P: Tensor) -> bool:

@@ -8,7 +8,7 @@ import platform
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -19,14 +19,14 @@ from flows.candidates import Candidate, finite, judge_candidates, make_candidate
 from flows.factory import Factory, now
 from lora_core.artifact import AdapterConfig, write_artifact
 from lora_core.banks.lora import LoraBank
-from lora_core.base_model import BaseModel, load_base
+from lora_core.base_model import BaseModel, check_device, load_base
 from lora_core.data.snapshot import load_snapshot
-from lora_core.errors import ArtifactRefused, LoraError
+from lora_core.errors import ArtifactRefused, BaseModelError, LoraError
 from lora_core.intake import LoraFiles, read_artifact
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
-from registry import jobs, queries
-from registry.errors import LeaseLost, NotFound, StoreError
+from registry import jobs
+from registry.errors import LeaseLost, NotFound, ObjectDiffers, ObjectMissing, RegistryError
 from registry.jobs import ClaimedJob
 from registry.models import Run
 from registry.names import JobId, RunId
@@ -43,8 +43,10 @@ class Cohort:
     A plain class: Prefect walks through dataclasses that it is passed, tensors and all.
     """
 
-    def __init__(self, base: BaseModel, slots: int) -> None:
-        self.base, self.slots = base, slots
+    base: BaseModel  # there once anybody's work is
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
         self.run_id = RunId(uuid.uuid4())
         self.started_at = now()
         self.work: dict[JobId, tuple[ClaimedJob, Candidate]] = {}
@@ -58,8 +60,12 @@ class Cohort:
 
 
 def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[ClaimedJob]:
-    """Take waiting jobs that can share a cohort, as many as there are slots."""
+    """Take waiting jobs that can share a cohort, as many as there are slots.
+
+    Raises DeviceMissing before any is taken: a worker that cannot train must not fail other people's jobs.
+    """
     settings = factory.settings
+    check_device(settings.device or "cpu")
     lease = timedelta(seconds=settings.lease_seconds)
     with transaction(factory.engine) as session:
         return jobs.claim(session, settings.worker, lease, settings.slots, now(), only)
@@ -68,31 +74,28 @@ def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[Claimed
 def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
     """Load the base and every user's examples; a user with bad data drops out alone, with the reason."""
     first = claimed[0]
+    cohort = Cohort(min(factory.settings.slots, 1 << math.ceil(math.log2(len(claimed)))))
     try:
-        base = load_base(first.base_name, _revision(first), factory.settings.device or None)
-        if base.digest != first.base_digest:
-            raise ArtifactRefused(
-                first.base_name, "the base's files have changed since the job was made", "train again"
-            )
+        cohort.base = load_base(first.base_name, first.base_revision, factory.settings.device or None)
+        if cohort.base.digest != first.base_digest:
+            raise BaseModelError(first.base_name, "its files have changed since the job was made", "train again")
     except LoraError as error:
-        give_up(factory, claimed, str(error))
-        raise
-    slots = min(factory.settings.slots, 1 << math.ceil(math.log2(len(claimed))))
-    cohort = Cohort(base, slots)
-    for job in claimed:
-        try:
-            cohort.work[job.id] = (job, _candidate(factory, base, job))
-        except (LoraError, StoreError) as error:
+        for job in claimed:
             _drop(factory, cohort, job, str(error))
-    _open_run(factory, cohort, first)
+    else:
+        for job in claimed:
+            try:
+                cohort.work[job.id] = (job, _candidate(factory, cohort.base, job))
+            except (LoraError, ObjectMissing, ObjectDiffers) as error:
+                _drop(factory, cohort, job, str(error))
+        _open_run(factory, cohort, first)
     return cohort
 
 
 def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None = None) -> None:
-    """Train everybody packed, keeping the leases; who was retired drops out, with the reason."""
-    with _leases_kept(factory, cohort):
-        if cohort.work:
-            train_candidates(cohort.base, cohort.candidates, cohort.slots, watch)
+    """Train everybody packed; who was retired drops out, with the reason."""
+    if cohort.work:
+        train_candidates(cohort.base, cohort.candidates, cohort.slots, watch)
     for job, candidate in list(cohort.work.values()):
         trained = candidate.trained
         if trained is None or trained.outcome == "retired" or not finite(trained.row_P):
@@ -101,13 +104,16 @@ def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None
 
 def judge(factory: Factory, cohort: Cohort) -> None:
     """Score base, live version and candidate of every user, and pass the gate."""
-    with _leases_kept(factory, cohort):
-        if cohort.work:
-            judge_candidates(cohort.base, cohort.candidates, cohort.slots)
+    if cohort.work:
+        judge_candidates(cohort.base, cohort.candidates, cohort.slots)
 
 
 def publish_all(factory: Factory, cohort: Cohort) -> None:
-    """Publish every candidate, accepted or refused; one whose job went to another worker meanwhile is left to it."""
+    """Publish every candidate, accepted or refused; one whose job went to another worker meanwhile is left to it.
+
+    A store or database that fails for one does not hold up the others; the trouble is raised at the end.
+    """
+    trouble: RegistryError | None = None
     bank = training_bank(cohort.base, cohort.candidates) if cohort.work else None
     for job, candidate in list(cohort.work.values()):
         assert bank  # there is work
@@ -116,14 +122,48 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
             cohort.published[candidate.label] = publish(factory.engine, factory.store, job, finished, now())
         except LeaseLost as error:
             cohort.failed[candidate.label] = str(error)
-    _close_run(factory, cohort)
+            del cohort.work[job.id]
+        except RegistryError as error:
+            trouble = error
+    if trouble:
+        raise trouble
+    if cohort.work:
+        _close_run(factory, cohort)
 
 
-def give_up(factory: Factory, claimed: Sequence[ClaimedJob], reason: str) -> None:
-    """Fail jobs for a reason that is theirs, such as a base that cannot be loaded."""
+@contextmanager
+def in_hand(factory: Factory, claimed: Sequence[ClaimedJob]) -> Iterator[None]:
+    """Renew the jobs' leases from a thread while the block works; when it breaks, put back what is still held.
+
+    An interruption and a fault of the database or the store cost no attempt; any other error does.
+    """
+    done = threading.Event()
+    lease = timedelta(seconds=factory.settings.lease_seconds)
+
+    def beat() -> None:
+        while not done.wait(lease.total_seconds() / 3):
+            # Whatever is wrong with the database now, the next beat comes before the lease is over.
+            with suppress(Exception), transaction(factory.engine) as session:
+                jobs.renew(session, claimed, lease, now())
+
+    thread = threading.Thread(target=beat, name="leases", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException as error:
+        blamed = isinstance(error, Exception) and not isinstance(error, RegistryError)
+        _put_back(factory, claimed, f"{type(error).__name__}: {error}" if blamed else None)
+        raise
+    finally:
+        done.set()
+        thread.join()
+
+
+def _put_back(factory: Factory, claimed: Sequence[ClaimedJob], error: str | None) -> None:
     for job in claimed:
-        with transaction(factory.engine) as session:
-            jobs.fail(session, job, reason, now())
+        # Over already, or in other hands; and without a database the lease runs out by itself.
+        with suppress(RegistryError), transaction(factory.engine) as session:
+            jobs.release(session, job, now(), error)
 
 
 def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob) -> Candidate:
@@ -147,32 +187,8 @@ def _drop(factory: Factory, cohort: Cohort, job: ClaimedJob, reason: str) -> Non
     """One user leaves the cohort; the others go on."""
     cohort.failed[job.reference.label] = reason
     cohort.work.pop(job.id, None)
-    try:
-        with transaction(factory.engine) as session:
-            jobs.fail(session, job, reason, now())
-    except LeaseLost:
-        pass  # its new holder will find out for itself
-
-
-@contextmanager
-def _leases_kept(factory: Factory, cohort: Cohort) -> Iterator[None]:
-    """Renew the cohort's leases from a thread while the block computes."""
-    done = threading.Event()
-    lease = timedelta(seconds=factory.settings.lease_seconds)
-    held = [job for job, _ in cohort.work.values()]
-
-    def beat() -> None:
-        while not done.wait(lease.total_seconds() / 3):
-            with transaction(factory.engine) as session:
-                jobs.renew(session, held, lease, now())
-
-    thread = threading.Thread(target=beat, name="leases", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    with suppress(LeaseLost), transaction(factory.engine) as session:  # a new holder will find out for itself
+        jobs.fail(session, job, reason, now())
 
 
 def _finished(cohort: Cohort, bank: LoraBank, job: ClaimedJob, candidate: Candidate) -> Finished:
@@ -188,7 +204,7 @@ def _finished(cohort: Cohort, bank: LoraBank, job: ClaimedJob, candidate: Candid
     }
     facts = {
         "base": {"name": AdapterConfig.of(cohort.base, spec, tensors).base_name, "digest": job.base_digest},
-        "dataset": {"digest": job.dataset_digest, "cut": candidate.cut},
+        "dataset": {"digest": job.dataset_digest, "cut": candidate.cut, "dropped": candidate.dropped},
         "recipe": candidate.recipe.model_dump(mode="json"),
         "scores": scores,
         "training": {"steps": trained.steps, "best_step": trained.best_step, "tokens": trained.tokens,
@@ -242,16 +258,8 @@ def _device_name(base: BaseModel) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
 
 
-def _revision(job: ClaimedJob) -> str | None:
-    return None if job.base_revision == "main" else job.base_revision
-
-
-def waiting(factory: Factory) -> int:
-    """How many jobs wait for a worker, those of dead workers among them."""
-    with reading(factory.engine) as session:
-        return queries.job_counts(session).get("queued", 0)
-
-
 def runs_wanted(factory: Factory) -> int:
     """How many cohort runs the waiting jobs need, at most a few at a time."""
-    return min(MOST_RUNS, math.ceil(waiting(factory) / factory.settings.slots))
+    with reading(factory.engine) as session:
+        groups = jobs.waiting(session, now())
+    return min(MOST_RUNS, sum(math.ceil(count / factory.settings.slots) for count in groups.values()))

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from flows.errors import Unready
 from flows.settings import FactorySettings
-from lora_core.data.snapshot import IngestReport, SkipPolicy, take_snapshot
+from lora_core.data.snapshot import IngestReport, SkipPolicy, Snapshot, take_snapshot
+from lora_core.data.sources import in_s3
 from lora_core.recipe import Recipe
 from registry import queries
 from registry.client import Client
@@ -20,7 +22,10 @@ from registry.jobs import Enqueued, Order, enqueue
 from registry.models import SharedBase
 from registry.names import Reference
 from registry.session import open_database, transaction, upgrade
-from registry.store import ObjectStore, dataset_key, open_store
+from registry.store import ObjectStore, dataset_key, open_store, s3_client
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Factory:
 
     @classmethod
     def from_environment(cls) -> "Factory":
-        """A factory as the environment says."""
-        return cls(FactorySettings())
+        """A factory as the environment says.  Raises SettingRefused."""
+        return cls(FactorySettings.read())
 
     @cached_property
     def engine(self) -> Engine:
@@ -60,8 +65,12 @@ class Factory:
         return Client(self.engine, self.store, self.settings.cache)
 
     def set_up(self) -> None:
-        """Make what is missing: home folder, tables, bucket.  Safe to run again."""
-        self.settings.home_folder.mkdir(parents=True, exist_ok=True)
+        """Make what is missing: home folder, tables, bucket.  Safe to run again.  Raises Unready."""
+        home = self.settings.home_folder
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Unready(f"the home {home} cannot be made ({error.strerror})", "set LORA_HOME to a folder") from None
         upgrade(self.engine)
         self.store.set_up()
 
@@ -75,8 +84,7 @@ def add_data(
     factory: Factory, reference: Reference, sources: Sequence[str], max_bad_share: float | None = None
 ) -> tuple[str, IngestReport]:
     """Snapshot a user's files into the store and the registry; returns the digest.  Raises DatasetRefused."""
-    share = factory.settings.max_bad_share if max_bad_share is None else max_bad_share
-    snapshot, report = take_snapshot(sources, SkipPolicy(share))
+    snapshot, report = read_data(factory, sources, max_bad_share)
     with transaction(factory.engine) as session:
         opaque = queries.ensure_adapter(session, reference, now()).user.opaque
     key = dataset_key(reference.tenant, opaque, snapshot.digest)
@@ -88,6 +96,19 @@ def add_data(
             examples=len(snapshot.examples), size=len(snapshot.content), now=now(),
         )  # fmt: skip
     return snapshot.digest, report
+
+
+def read_data(
+    factory: Factory, sources: Sequence[str], max_bad_share: float | None = None
+) -> tuple[Snapshot, IngestReport]:
+    """A snapshot of files, not stored yet; the setting says how many rows may be bad where the caller does not."""
+    share = factory.settings.max_bad_share if max_bad_share is None else max_bad_share
+    return take_snapshot(sources, SkipPolicy(share), s3=_client_for(sources))
+
+
+def _client_for(sources: Sequence[str]) -> "S3Client | None":
+    """Only those who bring data from S3 need boto3's environment to be right."""
+    return s3_client() if any(map(in_s3, sources)) else None
 
 
 def request_training(session: Session, reference: Reference, base: Pinned, recipe: Recipe) -> Enqueued:
@@ -107,13 +128,17 @@ def group(base: Pinned, recipe: Recipe) -> str:
 
 
 def pin_base(factory: Factory, name: str | None = None, revision: str | None = None) -> Pinned:
-    """The base that is meant, read and fingerprinted without loading it.  Raises Unready, BaseModelError."""
+    """The base that is meant, read and fingerprinted without loading it.  Raises Unready, BaseModelError.
+
+    LORA_BASE_REVISION is one of LORA_BASE: it says nothing about another base.
+    """
     from lora_core.base_model import count_parameters, fingerprint, locate  # imported late: needs torch
 
-    name = name or factory.settings.base
+    settings = factory.settings
+    name = name or settings.base
     if not name:
         raise Unready("no base is named", "pass --base or set LORA_BASE to a folder or a Hugging Face id")
-    revision = revision or factory.settings.base_revision or None
+    revision = revision or (settings.base_revision if name == settings.base else "") or None
     folder = locate(name, revision)
     shown = os.path.abspath(name) if os.path.isdir(name) else name
     return Pinned(shown, revision or "main", fingerprint(folder), count_parameters(folder))

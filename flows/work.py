@@ -36,10 +36,11 @@ def run_cohort(
     claimed = do(steps.claim, factory, only)
     if not claimed:
         return None
-    cohort: Cohort = do(steps.prepare, factory, claimed)  # a user with bad data drops out alone
-    do(steps.train, factory, cohort, watch)  # one process, one frozen base, every user
-    do(steps.judge, factory, cohort)  # against the base and the live version
-    do(steps.publish_all, factory, cohort)  # bytes first, row second
+    with steps.in_hand(factory, claimed):
+        cohort: Cohort = do(steps.prepare, factory, claimed)  # a user with bad data drops out alone
+        do(steps.train, factory, cohort, watch)  # one process, one frozen base, every user
+        do(steps.judge, factory, cohort)  # against the base and the live version
+        do(steps.publish_all, factory, cohort)  # bytes first, row second
     return cohort
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.errors import BaseModelError
+from lora_core.errors import BaseModelError, DeviceMissing
 
 # What decides a base's behaviour.  Weights are safetensors only: nothing is unpickled.
 WEIGHTS = "*.safetensors"
@@ -62,7 +63,7 @@ class BaseModel:
 
 def locate(name: str, revision: str | None = None) -> Path:
     """The folder of a base's files: the path itself, or a download from the hub.  Raises BaseModelError."""
-    if name and Path(name).is_dir():
+    if name and os.path.isdir(name):  # which, unlike pathlib's, takes a name that is too long for none
         return Path(name)
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BaseModelError(name, "there is no such folder", "give a folder or a Hugging Face id")
@@ -86,12 +87,17 @@ def fingerprint(folder: Path) -> str:
 
 
 def count_parameters(folder: Path) -> int:
-    """How many numbers the files of a base hold, from their headers alone."""
-    total = 0
-    for path in folder.glob(WEIGHTS):
+    """How many numbers the files of a base hold, from their headers alone.  Raises BaseModelError."""
+    return sum(_parameters_in(path) for path in folder.glob(WEIGHTS))
+
+
+def _parameters_in(path: Path) -> int:
+    try:
         with safe_open(path, framework="pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  not a dict
-    return total
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  not a dict
+    except (OSError, SafetensorError) as error:
+        why = f"{path.name} is no safetensors file ({str(error).splitlines()[0][:100]})"
+        raise BaseModelError(str(path.parent), why, "fetch or save the base again") from None
 
 
 def load_base(
@@ -99,7 +105,7 @@ def load_base(
 ) -> BaseModel:
     """Load a causal language model by folder or hub id; fp32 on CPU, bf16 on GPU.  Raises BaseModelError."""
     folder = locate(name, revision)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     if not any(folder.glob(WEIGHTS)):
         raise BaseModelError(name, "it has no safetensors weights", "convert them; pickles are never opened")
@@ -112,6 +118,15 @@ def load_base(
         why = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
         raise BaseModelError(name, why, "give a causal language model that transformers knows") from None
     return freeze(model.to(device), tokenizer, name, revision or "main", fingerprint(folder))
+
+
+def check_device(device: str) -> str:
+    """A device, once it has held something.  Raises DeviceMissing."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # an assertion says that this build of torch knows no GPU
+        raise DeviceMissing(device, str(error).splitlines()[0][:100]) from None
+    return device
 
 
 def freeze(

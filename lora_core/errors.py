@@ -3,9 +3,11 @@
 LoraError
 ├── DataError
 │   ├── BadRow            one row of a dataset cannot be used
-│   └── DatasetRefused    a dataset cannot be used at all
+│   ├── DatasetRefused    a dataset cannot be used at all
+│   └── TemplateRefused   the base's chat template takes no such conversation
 ├── RecipeError           a recipe is not valid
 ├── BaseModelError        a base cannot be loaded or adapted
+├── DeviceMissing         a device is not in this machine
 ├── ArtifactRefused       adapter files are hostile, broken or of another base
 └── TrainingError         a user's training cannot start or go on
 
@@ -42,6 +44,18 @@ class DatasetRefused(DataError):
         return "{}: {}; {}".format(*self.args)
 
 
+class TemplateRefused(DataError):
+    """The base's chat template takes no such conversation: why, in its own words."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+
+    def __str__(self) -> str:
+        return "the base's chat template refuses the conversation: {}; change its turns or choose another base".format(
+            *self.args
+        )
+
+
 class RecipeError(LoraError):
     """A recipe is not valid: which key, what it held, and what it may hold."""
 
@@ -61,6 +75,16 @@ class BaseModelError(LoraError):
 
     def __str__(self) -> str:
         return "base {}: {}; {}".format(*self.args)
+
+
+class DeviceMissing(LoraError):
+    """There is no such device here: which, and what torch says of it."""
+
+    def __init__(self, device: str, why: str) -> None:
+        super().__init__(device, why)
+
+    def __str__(self) -> str:
+        return "device {!r} is not here: {}; set LORA_DEVICE to cpu, cuda or cuda:1, or unset it".format(*self.args)
 
 
 class ArtifactRefused(LoraError):

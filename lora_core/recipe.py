@@ -111,6 +111,8 @@ SPELLINGS: Mapping[str, str] = {
 }  # fmt: skip
 # PEFT keys that mean nothing else here than the one value we always have.
 IMPLIED: Mapping[str, object] = {"bias": "none", "task_type": "CAUSAL_LM"}
+# PyYAML's constructors raise whatever Python does for values such as 2026-99-99, `!!int ""` or `!!timestamp x`.
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads 1e-4 as text
 
 
@@ -118,7 +120,10 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     """A recipe from a YAML file (or the defaults), with `key=value` overrides on top.  Raises RecipeError."""
     where = str(source) if source else "recipe"
     given = _read_yaml(Path(source)) if source else {}
-    return make_recipe({**_spelled(given, where), **_spelled(_overrides(overrides, where), where)}, where)
+    try:
+        return make_recipe({**_spelled(given, where), **_spelled(_overrides(overrides, where), where)}, where)
+    except RecursionError:
+        raise RecipeError(where, ("a value holds itself (& and *); write it out",)) from None
 
 
 def make_recipe(settings: Mapping[str, object], where: str = "recipe") -> Recipe:
@@ -140,7 +145,7 @@ def _read_yaml(path: Path) -> dict[str, object]:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(str(path), (f"cannot be read ({error.strerror}); check the path",)) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except _NOT_YAML as error:
         raise RecipeError(str(path), (f"is not YAML: {str(error).splitlines()[0]}; mend that line",)) from None
     if not isinstance(loaded, dict | None):
         raise RecipeError(str(path), (f"holds a {type(loaded).__name__}; write `key: value` lines",))
@@ -156,7 +161,7 @@ def _overrides(pairs: Sequence[str], where: str) -> dict[str, object]:
             raise RecipeError(where, (f"override {pair!r} is not key=value; write for example rank=8",))
         try:
             settings[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except _NOT_YAML:
             raise RecipeError(where, (f"override {pair!r}: the value is not YAML; quote it",)) from None
     return settings
 
@@ -179,7 +184,7 @@ def _spelled(settings: Mapping[str, object], where: str) -> dict[str, object]:
 def _leaves(settings: Mapping[str, object], head: str = "") -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
     for key, value in settings.items():
-        if isinstance(value, Mapping) and str(key) in ("method", "holdout", "gate"):
+        if isinstance(value, Mapping) and not head and str(key) in ("method", "holdout", "gate"):
             found += _leaves(value, f"{key}.")
         else:
             found.append((f"{head}{key}", value))

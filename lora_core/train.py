@@ -43,8 +43,9 @@ def train(
 
     At a fixed (slots, row_tokens, bank) a learner's row has the same bytes whoever the others are and whichever
     slot it had.  A learner whose numbers stop being finite is retired alone, with its last good row.
+    Raises ValueError for two learners of one name.
     """
-    waiting = deque(learners)
+    waiting = _queue(learners)
     bank = bank or lora_bank(base, [learner.recipe.method for learner in waiting])
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
     seats: list[_Seat | None] = [None] * slots
@@ -70,6 +71,13 @@ def train(
             if watch:
                 names = tuple(seat.name for seat in seats if seat)
                 watch(Pace(micro_steps, names, len(waiting), finished, tokens, micro_steps * slots * row_tokens))
+
+
+def _queue(learners: Iterable[Learner]) -> deque[Learner]:
+    waiting = deque(learners)
+    if len({learner.name for learner in waiting}) < len(waiting):
+        raise ValueError("two learners have the same name; results are told apart by it")
+    return waiting
 
 
 def micro_step(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[Heard]:

@@ -10,6 +10,8 @@ from registry.models import AdapterVersion, Alias, AliasMove
 from registry.names import AdapterId, Reference, TenantId, VersionId, check_plain
 from registry.queries import find_or_add, holder, note, version
 
+MOVED, ROLLED_BACK = "moved", "rolled back"  # the kinds of a move: what going back once more depends on
+
 
 def promote(
     session: Session,
@@ -35,18 +37,27 @@ def rollback(
     session: Session, tenant: TenantId, reference: Reference, alias: str, *, actor: str, reason: str, now: datetime
 ) -> AdapterVersion:
     """Point an alias back at the version it pointed to before its last move.  Raises PromotionRefused at the first."""
+    check_plain("alias", alias)
     adapter_id = holder(session, tenant, reference.user, reference.adapter).adapter.id
     target = _before(session, tenant, adapter_id, alias)
     if target is None:
         where = f"{reference.label}@{alias}"
         raise PromotionRefused(where, "it has no earlier version to go back to", "see `lora history`")
     chosen = session.get_one(AdapterVersion, target)
-    move(session, tenant, chosen, alias, actor=actor, reason=f"{ROLLED_BACK}: {reason}", now=now)
+    move(session, tenant, chosen, alias, actor=actor, reason=reason, now=now, kind=ROLLED_BACK)
     return chosen
 
 
 def move(
-    session: Session, tenant: TenantId, chosen: AdapterVersion, alias: str, *, actor: str, reason: str, now: datetime
+    session: Session,
+    tenant: TenantId,
+    chosen: AdapterVersion,
+    alias: str,
+    *,
+    actor: str,
+    reason: str,
+    now: datetime,
+    kind: str = MOVED,
 ) -> None:
     """Point an alias at a version, whatever it pointed to, and write the move down."""
     mine = (Alias.tenant_id == tenant, Alias.adapter_id == chosen.adapter_id, Alias.name == alias)
@@ -63,16 +74,13 @@ def move(
     found.version_id = chosen.id
     session.add(
         AliasMove(
-            tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, from_id=earlier, to_id=chosen.id,
+            tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, kind=kind, from_id=earlier, to_id=chosen.id,
             actor=actor, reason=reason, at=now,
         )
     )  # fmt: skip
     body = {"alias": alias, "number": chosen.number, "actor": actor}
     note(session, tenant, "alias moved", chosen.id, body, now)
     session.flush()
-
-
-ROLLED_BACK = "rolled back"
 
 
 def _before(session: Session, tenant: TenantId, adapter: AdapterId, alias: str) -> VersionId | None:
@@ -84,7 +92,7 @@ def _before(session: Session, tenant: TenantId, adapter: AdapterId, alias: str) 
     )
     path: list[VersionId] = []
     for step in moves:
-        if step.reason.startswith(ROLLED_BACK) and path:
+        if step.kind == ROLLED_BACK:
             path.pop()
         else:
             path.append(step.to_id)

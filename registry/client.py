@@ -41,8 +41,11 @@ class Client:
 
     @classmethod
     def from_environment(cls) -> "Client":
-        """A client from LORA_DATABASE_URL, LORA_STORE_URL and LORA_HOME."""
-        settings = RegistrySettings()
+        """A client from LORA_DATABASE_URL, LORA_STORE_URL and LORA_HOME.
+
+        Raises SettingRefused, DatabaseUnavailable, StoreUnavailable.
+        """
+        settings = RegistrySettings.read()
         return cls(open_database(settings.database), open_store(settings.store), settings.cache)
 
     def resolve(self, reference: str | Reference) -> Resolved:

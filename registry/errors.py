@@ -7,6 +7,7 @@ RegistryError
 ├── ContentDiffers       the same job published other content before
 ├── PromotionRefused     the version cannot be what an alias points to
 ├── ScheduleRefused      a cron expression, interval or time zone is not valid
+├── SettingRefused       a variable of the environment holds what it may not
 ├── DatabaseUnavailable  the database cannot be reached or is not set up
 └── StoreError
     ├── ObjectMissing    no object under that key
@@ -81,6 +82,17 @@ class ScheduleRefused(RegistryError):
 
     def __str__(self) -> str:
         return "schedule {!r}: {}; {}".format(*self.args)
+
+
+class SettingRefused(RegistryError):
+    """A variable of the environment holds what it may not: which, what, and what is allowed."""
+
+    def __init__(self, variable: str, value: str, allowed: str) -> None:
+        super().__init__(variable, value, allowed)
+
+    def __str__(self) -> str:
+        variable, value, allowed = self.args
+        return f"{variable} is {ascii(value)[:80]}: {allowed}; mend it or unset it"
 
 
 class DatabaseUnavailable(RegistryError):

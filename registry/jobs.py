@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import and_, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, and_, exists, func, or_, select, update
+from sqlalchemy.orm import Session, aliased
 
 from registry.errors import LeaseLost
 from registry.models import Adapter, AdapterVersion, Dataset, Facts, Job, SharedBase, Tenant, User
 from registry.names import AdapterId, DatasetId, JobId, Reference, TenantId
 from registry.queries import Holder, find_or_add, note
 
-MAX_ATTEMPTS = 3  # a job whose workers died this often has failed
+MAX_ATTEMPTS = 3  # a job that broke its worker this often has failed
 BUSY, OVER = ("queued", "running"), ("published", "refused")
 
 
@@ -100,22 +100,39 @@ def claim(
     now: datetime,
     only: Sequence[JobId] | None = None,
 ) -> list[ClaimedJob]:
-    """Take up to `limit` waiting jobs of one group: the oldest job's.  Jobs whose worker died count as waiting.
+    """Take up to `limit` waiting jobs of one group, the oldest job's, and at most one of an adapter.
 
+    Jobs whose worker died count as waiting; an adapter that is in work elsewhere waits, unless `only` asks for its job.
     Concurrent claims share nothing out twice (SKIP LOCKED on PostgreSQL, one writer at a time on SQLite).
     """
-    waiting = or_(Job.state == "queued", and_(Job.state == "running", Job.lease_until < now))
-    oldest = select(Job).where(waiting).order_by(Job.created_at, Job.id).with_for_update(skip_locked=True)
-    if only is not None:
-        oldest = oldest.where(Job.id.in_(only))
-    first = session.scalar(oldest.limit(1))
-    if first is None:
-        return []
-    taken = list(session.scalars(oldest.where(Job.cohort_group == first.cohort_group).limit(limit)))
-    for job in taken:
-        _take(session, job, worker, now + lease, now)
-    session.flush()
-    return _claimed(session, [job.id for job in taken if job.state == "running"])
+    wanted = and_(_waiting(now), ~_in_work(now)) if only is None else and_(_waiting(now), Job.id.in_(only))
+    oldest = select(Job).where(wanted).order_by(Job.created_at, Job.id).with_for_update(skip_locked=True)
+    while (first := session.scalar(oldest.limit(1))) is not None:
+        group = session.scalars(oldest.where(Job.cohort_group == first.cohort_group).limit(limit)).all()
+        taken = list({job.adapter_id: job for job in reversed(group)}.values())
+        for job in taken:
+            _take(session, job, worker, now + lease, now)
+        session.flush()
+        if running := [job.id for job in taken if job.state == "running"]:
+            return _claimed(session, running)
+    return []
+
+
+def waiting(session: Session, now: datetime) -> dict[str, int]:
+    """How many jobs a claim could take now, those of dead workers among them, by cohort group."""
+    counted = select(Job.cohort_group, func.count()).where(_waiting(now), ~_in_work(now)).group_by(Job.cohort_group)
+    return dict(session.execute(counted).tuples().all())
+
+
+def _waiting(now: datetime) -> ColumnElement[bool]:
+    return or_(Job.state == "queued", and_(Job.state == "running", Job.lease_until < now))
+
+
+def _in_work(now: datetime) -> ColumnElement[bool]:
+    """Another job of the adapter is in a living worker's hands: its versions come in the order they were asked for."""
+    other = aliased(Job)
+    alive = (other.state == "running", other.lease_until >= now)
+    return exists().where(other.adapter_id == Job.adapter_id, other.id != Job.id, *alive)
 
 
 def renew(session: Session, jobs: Sequence[ClaimedJob], lease: timedelta, now: datetime) -> list[JobId]:
@@ -133,11 +150,16 @@ def fail(session: Session, job: ClaimedJob, reason: str, now: datetime) -> None:
     note(session, job.tenant_id, "job failed", job.id, {"reason": reason}, now)
 
 
-def release(session: Session, job: ClaimedJob, now: datetime) -> None:
-    """Put a job back for others, as if it had not been claimed.  Raises LeaseLost."""
-    changed = {"state": "queued", "lease_until": None, "worker": None, "attempts": job.attempts - 1}
-    _change(session, job, changed)
-    note(session, job.tenant_id, "job released", job.id, {}, now)
+def release(session: Session, job: ClaimedJob, now: datetime, error: str | None = None) -> None:
+    """Put a job back for others: as if it had not been claimed, or with the error that counts as an attempt.
+
+    Raises LeaseLost.
+    """
+    attempts = job.attempts if error else job.attempts - 1
+    _change(
+        session, job, {"state": "queued", "lease_until": None, "worker": None, "attempts": attempts, "error": error}
+    )
+    note(session, job.tenant_id, "job released", job.id, {"error": error}, now)
 
 
 def close(session: Session, job: ClaimedJob, state: str, now: datetime, error: str | None = None) -> None:
@@ -156,8 +178,10 @@ def _held(job: ClaimedJob) -> tuple[Any, ...]:  # SQLAlchemy's conditions
 
 def _take(session: Session, job: Job, worker: str, until: datetime, now: datetime) -> None:
     if job.attempts >= MAX_ATTEMPTS:
-        job.state, job.finished_at = "failed", now
-        job.error = f"its worker died {MAX_ATTEMPTS} times; see the workers' logs, then train again"
+        job.state, job.finished_at, job.lease_until = "failed", now, None
+        job.error = (
+            f"given up after {MAX_ATTEMPTS} attempts: {job.error or 'its worker died'}; mend it, then train again"
+        )
         note(session, job.tenant_id, "job failed", job.id, {"reason": job.error}, now)
         return
     job.state, job.worker, job.lease_until = "running", worker, until

@@ -179,6 +179,7 @@ class AliasMove(Base):
     tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))
     adapter_id: Mapped[AdapterId] = mapped_column(ForeignKey("adapters.id"))
     name: Mapped[str] = mapped_column(String(63))
+    kind: Mapped[str] = mapped_column(String(16))  # moved or rolled back
     from_id: Mapped[VersionId | None] = mapped_column(ForeignKey("adapter_versions.id"))
     to_id: Mapped[VersionId] = mapped_column(ForeignKey("adapter_versions.id"))
     actor: Mapped[str] = mapped_column(String(128))

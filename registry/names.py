@@ -73,6 +73,13 @@ class Reference:
             check_plain("alias", version) if mark == "@" else LATEST,
         )
 
+    @classmethod
+    def parse_adapter(cls, text: str) -> "Reference":
+        """Read a reference to an adapter, of no version in particular.  Raises NameRefused for `:3` or `@alias`."""
+        if ":" in text or "@" in text:
+            raise NameRefused("adapter", text, "tenant/user and tenant/user/adapter, without :3 or @alias after it")
+        return cls.parse(text)
+
     @property
     def label(self) -> str:
         """The adapter without its version: tenant/user, and the adapter's name unless it is the default."""

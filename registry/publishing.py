@@ -13,12 +13,12 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.engine import Engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from registry import aliases
 from registry.errors import ContentDiffers, LeaseLost
 from registry.jobs import ClaimedJob, close
-from registry.models import Adapter, AdapterVersion, Evaluation, Facts, Upload
+from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Facts, Job, Upload
 from registry.names import LATEST, RunId, VersionId
 from registry.queries import find_or_add, note
 from registry.session import reading, transaction
@@ -104,26 +104,41 @@ def served_name(job: ClaimedJob, digest: str) -> str:
 def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:
     """Clear the uploads whose lease has run out and that never became a version; returns their prefixes.
 
-    An intent is marked first: from then on its publisher, however slow, can no longer commit.
+    An intent is marked first: from then on its publisher, however slow, can no longer commit.  The mark stays until a
+    later sweep, a lease on, finds nothing more: what a slow publisher still uploads is cleared too.
     """
     with transaction(engine) as session:
-        marked = session.scalars(
-            update(Upload).where(Upload.lease_until < now).values(sweeping=True).returning(Upload.prefix)
-        )
-        prefixes = sorted(marked)
-    for prefix in prefixes:
-        for key in list(store.keys(prefix)):
-            store.delete(key)
-        with transaction(engine) as session:
-            session.execute(delete(Upload).where(Upload.prefix == prefix))
-    return prefixes
+        over = select(Upload).where(Upload.lease_until < now).with_for_update(skip_locked=True).order_by(Upload.prefix)
+        found = {intent.prefix: intent.sweeping for intent in session.scalars(over)}
+        session.execute(update(Upload).where(Upload.prefix.in_(found)).values(sweeping=True))
+    return [prefix for prefix, marked_before in found.items() if _clear(engine, store, prefix, marked_before, now)]
+
+
+def _clear(engine: Engine, store: ObjectStore, prefix: str, marked_before: bool, now: datetime) -> bool:
+    """Clear one marked prefix under its row's lock, so that no second sweeper is at it; whether there was anything."""
+    with transaction(engine) as session:
+        due = (Upload.prefix == prefix, Upload.sweeping, Upload.lease_until < now)
+        intent = session.scalar(select(Upload).where(*due).with_for_update(skip_locked=True))
+        if intent is None:
+            return False
+        cleared = store.clear(prefix)
+        if cleared or not marked_before:
+            intent.lease_until = now + UPLOAD_LEASE
+        else:
+            session.delete(intent)
+    return bool(cleared)
 
 
 def _already(session: Session, job: ClaimedJob, digest: str) -> Published | None:
-    """The version this job published before, if it did.  Raises ContentDiffers for other files."""
+    """The version this job published before, if it did.
+
+    Raises ContentDiffers for other files, LeaseLost where another worker's were sooner.
+    """
     mine = (AdapterVersion.tenant_id == job.tenant_id, AdapterVersion.job_id == job.id)
     version = session.scalar(select(AdapterVersion).where(*mine))
     if version and version.sha256 != digest:
+        if session.scalar(select(Job.fence).where(Job.tenant_id == job.tenant_id, Job.id == job.id)) != job.fence:
+            raise LeaseLost(str(job.id), job.fence)
         raise ContentDiffers(str(job.id), version.number)
     return _published(version) if version else None
 
@@ -144,11 +159,25 @@ def _commit(
     session.flush()
     for subject, metrics in finished.scores.items():
         session.add(Evaluation(tenant_id=job.tenant_id, version_id=version.id, subject=subject, metrics=dict(metrics)))
-    if finished.accepted:
+    if finished.accepted and not _overtaken(session, job):
         aliases.move(session, job.tenant_id, version, LATEST, actor="gate", reason=finished.reason, now=now)
     body = {"number": number, "accepted": finished.accepted, "reason": finished.reason}
     note(session, job.tenant_id, "version published", version.id, body, now)
     return _published(version)
+
+
+def _overtaken(session: Session, job: ClaimedJob) -> bool:
+    """Whether `latest` points to a version that was asked for later: an older request that took longer leaves it."""
+    live, mine = aliased(Job), aliased(Job)
+    later = (
+        select(live.id)
+        .join(AdapterVersion, AdapterVersion.job_id == live.id)
+        .join(Alias, Alias.version_id == AdapterVersion.id)
+        .join(mine, mine.id == job.id)
+        .where(Alias.tenant_id == job.tenant_id, Alias.adapter_id == job.adapter_id, Alias.name == LATEST)
+        .where(live.created_at > mine.created_at)
+    )
+    return session.scalar(later) is not None
 
 
 def _version(

@@ -15,9 +15,13 @@ from registry.models import Adapter, Facts, Schedule, Tenant, User
 from registry.names import Reference, TenantId
 from registry.queries import Holder, note
 
-SHORTEST = timedelta(seconds=60)  # one tick
+SHORTEST, LONGEST = timedelta(seconds=60), timedelta(days=3650)  # one tick; far within what dates can hold
+_MOST_CRON = 120  # characters
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_INTERVAL = re.compile(r"(\d{1,7})([smhd])")
+_INTERVAL = re.compile(r"([0-9]{1,9})([smhd])")
+# What cron itself knows; croniter takes more, such as R for a moment by chance, another each time it is asked.
+_MONTHS, _DAYS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec", "mon|tue|wed|thu|fri|sat|sun"
+_FIELD = re.compile(rf"(?:[0-9*/,L#-]|{_MONTHS}|{_DAYS})+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,10 @@ class Timing:
     def cron(cls, expression: str, time_zone: str = "UTC") -> "Timing":
         """Five cron fields in an IANA time zone.  Raises ScheduleRefused."""
         fields = expression.split()
-        if len(fields) != 5 or not croniter.is_valid(expression):
-            raise ScheduleRefused(
-                expression[:80], "is not a cron expression", "give five fields, for example '0 3 * * *'"
-            )
+        known = len(fields) == 5 and len(expression) <= _MOST_CRON and all(map(_FIELD.fullmatch, fields))
+        if not known or not croniter.is_valid(expression):
+            why = f"is not a cron expression of at most {_MOST_CRON} characters"
+            raise ScheduleRefused(expression[:80], why, "give five fields, for example '0 3 * * *'")
         try:
             ZoneInfo(time_zone)
         except (ZoneInfoNotFoundError, ValueError, OSError):
@@ -49,8 +53,9 @@ class Timing:
     def every(cls, interval: str) -> "Timing":
         """An interval such as 90m, 6h or 1d.  Raises ScheduleRefused."""
         match = _INTERVAL.fullmatch(interval)
-        if not match or timedelta(seconds=_seconds(interval)) < SHORTEST:
-            raise ScheduleRefused(interval[:80], "is not an interval of at least 60s", "give one such as 90m, 6h or 1d")
+        if not match or not SHORTEST <= timedelta(seconds=_seconds(interval)) <= LONGEST:
+            why = "is not an interval of 60s to 3650d"
+            raise ScheduleRefused(interval[:80], why, "give one such as 90m, 6h or 1d")
         return cls(f"every {interval}")
 
     def after(self, moment: datetime) -> datetime:

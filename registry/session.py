@@ -4,18 +4,20 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, ProgrammingError
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from registry.errors import DatabaseUnavailable
 
 _SQLITE_WAIT_SECONDS = 60  # how long a writer waits for its turn; one writes at a time
+_FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
 
 
 def open_database(url: str) -> Engine:
@@ -29,9 +31,14 @@ def open_database(url: str) -> Engine:
             return engine
         return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
-        why = str(error).splitlines()[0]
-        fix = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
-        raise DatabaseUnavailable(_without_password(url), why, fix) from None
+        raise DatabaseUnavailable(_without_password(url), str(error).splitlines()[0], _FORMS) from None
+    except ValueError:  # its words show what stands for the port, which may be the rest of a password
+        raise DatabaseUnavailable(_without_password(url), "its port is not a number", _FORMS) from None
+
+
+def shown(engine: Engine) -> str:
+    """Where a database is, without a password: the URL's query may hold one too."""
+    return engine.url.set(query={}).render_as_string(hide_password=True)
 
 
 @contextmanager
@@ -62,19 +69,32 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
 
 @contextmanager
 def _known_faults(engine: Engine) -> Iterator[None]:
-    """The database's two everyday faults in plain words; anything else is passed on."""
-    where = engine.url.render_as_string(hide_password=True)
+    """The database's everyday faults in plain words; anything else is passed on."""
     try:
         yield
     except OperationalError as error:
         why = str(error.orig).strip().splitlines()[0]
-        unmade = "no such table" in why or "unable to open" in why
-        fix = "run `lora setup`" if unmade else "check LORA_DATABASE_URL and that it is running"
-        raise DatabaseUnavailable(where, why, fix) from error
+        raise DatabaseUnavailable(shown(engine), why, _what_to_do(engine, why)) from error
     except ProgrammingError as error:
         if "does not exist" not in str(error.orig):
             raise
-        raise DatabaseUnavailable(where, "its tables are missing or older", "run `lora setup`") from error
+        raise DatabaseUnavailable(shown(engine), "its tables are missing or older", "run `lora setup`") from error
+    except DatabaseError as error:
+        if "not a database" not in str(error.orig):
+            raise
+        fix = "name another file in LORA_DATABASE_URL"
+        raise DatabaseUnavailable(shown(engine), "the file is something else than a database", fix) from error
+
+
+def _what_to_do(engine: Engine, why: str) -> str:
+    if "no such table" in why:
+        return "run `lora setup`"
+    if "unable to open" not in why:
+        return "check LORA_DATABASE_URL and that it is running"
+    folder = Path(str(engine.url.database)).absolute().parent
+    if folder.is_dir():
+        return "check LORA_DATABASE_URL and the rights to its folder"
+    return f"its folder {folder} is missing: make it, or for that of LORA_HOME run `lora setup`"
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _: Any) -> None:  # SQLAlchemy's connection record
@@ -91,5 +111,5 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _without_password(url: str) -> str:
-    head, at, tail = url.rpartition("@")
-    return f"{head.split(':')[0]}:...@{tail}" if at else url
+    """A URL that cannot be read, so that nobody knows where in it a password is."""
+    return f"{url.partition(':')[0]}:..." if "@" in url or "?" in url else url

@@ -1,9 +1,12 @@
 """Where registry, store and cache are: read once from the environment, frozen, passed down."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from registry.errors import SettingRefused
 
 
 class RegistrySettings(BaseSettings):
@@ -14,6 +17,25 @@ class RegistrySettings(BaseSettings):
     home: Path = Path("~/.lora")  # caches, and registry and store where no URL says otherwise
     database_url: str = Field(default="", repr=False)  # may hold a password
     store_url: str = ""
+
+    @classmethod
+    def read(cls) -> Self:
+        """The settings as the environment says.  Raises SettingRefused."""
+        try:
+            return cls()
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            variable = "_".join(["LORA", *map(str, wrong["loc"])]).upper()
+            raise SettingRefused(variable, str(wrong["input"]), wrong["msg"].removeprefix("Value error, ")) from None
+
+    @field_validator("home")
+    @classmethod
+    def _of_somebody(cls, home: Path) -> Path:
+        try:
+            home.expanduser()
+        except RuntimeError:  # pathlib's word for a home that it does not know
+            raise ValueError("it begins with the home of nobody") from None
+        return home
 
     @property
     def home_folder(self) -> Path:

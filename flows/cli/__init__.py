@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 could not be done, 2 wrong usage, 3 does not exist, 4 done for some users only.
 """
 
+import io
 import os
 import sys
 import warnings
@@ -38,16 +39,34 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter of a user's data that a terminal does not know
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
-    except NotFound as error:
-        sys.exit(fail(error, 3))
-    except (RegistryError, LoraError, FlowError) as error:
-        sys.exit(fail(error, 1))
-    except ModuleNotFoundError as error:
-        sys.exit(fail(_missing(error), 1))
+        _run()
+    except BrokenPipeError:  # who reads us, such as `head`, has seen enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (RegistryError, LoraError, FlowError, ModuleNotFoundError, OSError) as error:
+        sys.exit(fail(_in_words(error), 3 if isinstance(error, NotFound) else 1))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _run() -> None:
+    try:
+        app()
+    finally:
+        sys.stdout.flush()
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return _missing(error)
+    if isinstance(error, OSError):
+        what = error.strerror or str(error)
+        return f"{error.filename}: {what}; check the path, its rights and the space" if error.filename else what
+    return str(error)
 
 
 def _missing(error: ModuleNotFoundError) -> str:

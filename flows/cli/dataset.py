@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from flows.cli.printing import AsJson, OwnReference, answer_one, say
-from flows.factory import Factory, add_data
-from lora_core.data.snapshot import IngestReport, SkipPolicy, take_snapshot
+from flows.factory import Factory, add_data, read_data
+from lora_core.data.snapshot import IngestReport
 from registry.names import Reference
 
 app = typer.Typer(no_args_is_help=True, help="Check and add users' datasets.")
@@ -15,21 +15,24 @@ Files = Annotated[
     list[str],
     typer.Argument(metavar="FILE...", help="JSONL, JSON, CSV, TSV, Parquet; .gz, .zst; a folder; s3://bucket/key"),
 ]
-MaxBad = Annotated[float, typer.Option("--max-bad", min=0, max=1, help="Largest share of bad rows that is skipped.")]
+MaxBad = Annotated[
+    float | None,
+    typer.Option("--max-bad", min=0, max=1, help="Largest share of bad rows that is skipped; else LORA_MAX_BAD_SHARE."),
+]
 
 
 @app.command()
-def check(files: Files, max_bad: MaxBad = 0.1, as_json: AsJson = False) -> None:
+def check(files: Files, max_bad: MaxBad = None, as_json: AsJson = False) -> None:
     """Read files as `data add` would, and report every bad row; nothing is stored.
 
     lora data check chats.jsonl more.csv.gz
     """
-    snapshot, report = take_snapshot(files, SkipPolicy(max_bad))
+    snapshot, report = read_data(Factory.from_environment(), files, max_bad)
     _tell(snapshot.digest, report, as_json)
 
 
 @app.command()
-def add(reference: OwnReference, files: Files, max_bad: MaxBad = 0.1, as_json: AsJson = False) -> None:
+def add(reference: OwnReference, files: Files, max_bad: MaxBad = None, as_json: AsJson = False) -> None:
     """Snapshot a user's files into the store; `train` and schedules use the newest snapshot.
 
     lora data add acme/alice chats.jsonl
@@ -38,7 +41,7 @@ def add(reference: OwnReference, files: Files, max_bad: MaxBad = 0.1, as_json: A
     """
     factory = Factory.from_environment()
     factory.set_up()
-    digest, report = add_data(factory, Reference.parse(reference), files, max_bad)
+    digest, report = add_data(factory, Reference.parse_adapter(reference), files, max_bad)
     _tell(digest, report, as_json)
 
 

@@ -36,6 +36,11 @@ def say(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def remark(text: str) -> None:
+    """One line on stderr, beside an answer that a program may be reading."""
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
 def answer(rows: Sequence[Row], as_json: bool, empty: str, title: str | None = None) -> None:
     """Rows as a table, or as a JSON list."""
     if as_json:
@@ -72,7 +77,7 @@ def shown(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:#.4g}"
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%d %H:%M:%S %Z")
     if isinstance(value, dict | list):

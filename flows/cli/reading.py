@@ -4,11 +4,12 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.printing import AsJson, OwnReference, VersionReference, answer, answer_one, say, size
+from flows.cli.printing import AsJson, OwnReference, VersionReference, answer, answer_one, remark, say, size
 from registry import queries
 from registry.client import Client
 from registry.models import AdapterVersion, Facts
 from registry.names import Reference
+from registry.queries import Listed
 from registry.session import reading
 
 
@@ -21,6 +22,7 @@ def register(app: typer.Typer) -> None:
 
 def list_(
     tenant: Annotated[str | None, typer.Argument(help="One tenant; all of them when left out.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Adapters shown of each tenant.")] = 1000,
     as_json: AsJson = False,
 ) -> None:
     """Every adapter, with its latest version and what that gained.
@@ -31,20 +33,11 @@ def list_(
         wanted = [(tenant, queries.tenant_id(session, tenant))] if tenant else [
             (one.name, one.id) for one in queries.tenants(session)
         ]  # fmt: skip
-        rows = [
-            {
-                "adapter": Reference(name, one.user, one.adapter).label,
-                "latest": one.latest.number if one.latest else None,
-                "versions": one.head,
-                "base loss": _figure(one.base, "loss"),
-                "loss": _figure(one.candidate, "loss"),
-                "size": size(one.latest.size) if one.latest else None,
-                "made": one.latest.created_at if one.latest else None,
-            }
-            for name, id_ in wanted
-            for one in queries.listing(session, id_)
-        ]
+        found = [(name, queries.listing(session, id_, limit + 1)) for name, id_ in wanted]
+    rows = [_listed(name, one) for name, some in found for one in some[:limit]]
     answer(rows, as_json, "no adapters yet; train one: lora train TENANT/USER --data FILE --base BASE")
+    if any(len(some) > limit for _, some in found):
+        remark("... and more; raise --limit")
 
 
 def latest(reference: OwnReference, as_json: AsJson = False) -> None:
@@ -52,7 +45,7 @@ def latest(reference: OwnReference, as_json: AsJson = False) -> None:
 
     lora latest acme/alice --json
     """
-    found = Client.from_environment().resolve(reference)
+    found = Client.from_environment().resolve(Reference.parse_adapter(reference))
     facts = {"reference": f"{found.reference.label}:{found.number}", "served name": found.served_name}
     answer_one({**facts, "prefix": found.prefix, "manifest sha256": found.sha256}, as_json)
 
@@ -62,7 +55,7 @@ def history(reference: OwnReference, as_json: AsJson = False) -> None:
 
     lora history acme/alice
     """
-    wanted = Reference.parse(reference)
+    wanted = Reference.parse_adapter(reference)
     with reading(Client.from_environment().engine) as session:
         tenant = queries.tenant_id(session, wanted.tenant)
         adapter = queries.holder(session, tenant, wanted.user, wanted.adapter).adapter.id
@@ -84,7 +77,8 @@ def history(reference: OwnReference, as_json: AsJson = False) -> None:
     if not as_json:
         for move in moves:
             came = f" (from {numbers[move.from_id]})" if move.from_id else ""
-            say(f"{move.at:%Y-%m-%d %H:%M}  {move.name} -> {numbers[move.to_id]}{came} by {move.actor}: {move.reason}")
+            what = f"{move.name} -> {numbers[move.to_id]}{came}, {move.kind} by {move.actor}: {move.reason}"
+            say(f"{move.at:%Y-%m-%d %H:%M}  {what}")
 
 
 def show(reference: VersionReference, as_json: AsJson = False) -> None:
@@ -136,6 +130,18 @@ def status(
     if not as_json:
         say(", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no jobs yet")
     answer(rows, as_json, "")
+
+
+def _listed(tenant: str, one: Listed) -> dict[str, object]:
+    return {
+        "adapter": Reference(tenant, one.user, one.adapter).label,
+        "latest": one.latest.number if one.latest else None,
+        "versions": one.head,
+        "base loss": _figure(one.base, "loss"),
+        "loss": _figure(one.candidate, "loss"),
+        "size": size(one.latest.size) if one.latest else None,
+        "made": one.latest.created_at if one.latest else None,
+    }
 
 
 def _version_facts(wanted: Reference, version: AdapterVersion) -> dict[str, object]:

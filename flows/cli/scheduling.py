@@ -36,10 +36,11 @@ def set_schedule(
 
     if (cron is None) == (every is None):
         raise typer.BadParameter("give either --cron or --every")
-    timing = Timing.cron(cron, time_zone) if cron else Timing.every(str(every))
+    timing = Timing.cron(cron, time_zone) if cron is not None else Timing.every(str(every))
     factory = Factory.from_environment()
     factory.set_up()
-    wanted, settled, pinned = Reference.parse(reference), load_recipe(recipe, set_ or []), pin_base(factory, base)
+    wanted, settled = Reference.parse_adapter(reference), load_recipe(recipe, set_ or [])
+    pinned = pin_base(factory, base)
     with transaction(factory.engine) as session:
         holder = queries.ensure_adapter(session, wanted, now())
         body = settled.model_dump(mode="json")
@@ -83,7 +84,7 @@ def pause(
 
     lora schedule pause acme/alice --resume
     """
-    wanted = Reference.parse(reference)
+    wanted = Reference.parse_adapter(reference)
     with transaction(Factory.from_environment().engine) as session:
         tenant = queries.tenant_id(session, wanted.tenant)
         holder = queries.holder(session, tenant, wanted.user, wanted.adapter)
@@ -97,7 +98,7 @@ def remove(reference: OwnReference) -> None:
 
     lora schedule remove acme/alice
     """
-    wanted = Reference.parse(reference)
+    wanted = Reference.parse_adapter(reference)
     with transaction(Factory.from_environment().engine) as session:
         tenant = queries.tenant_id(session, wanted.tenant)
         schedules.remove(session, tenant, queries.holder(session, tenant, wanted.user, wanted.adapter), now())

@@ -12,7 +12,7 @@ import typer
 from flows.cli.printing import AsJson, answer, say
 from flows.factory import Factory
 from registry.errors import RegistryError
-from registry.session import reading
+from registry.session import reading, shown
 
 LIBRARIES = (
     "lora-factory",
@@ -40,7 +40,7 @@ def setup() -> None:
     """
     factory = Factory.from_environment()
     factory.set_up()
-    say(f"registry  {factory.engine.url.render_as_string(hide_password=True)}")
+    say(f"registry  {shown(factory.engine)}")
     say(f"store     {factory.store.check()}")
 
 
@@ -52,7 +52,7 @@ def doctor(as_json: AsJson = False) -> None:
     factory = Factory.from_environment()
     settings = factory.settings.model_dump(mode="json", exclude={"database_url", "store_url"})
     rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
-    checks = [_tried("registry", lambda: _registry(factory)), _tried("store", factory.store.check)]
+    checks = [_tried(factory, "registry", _registry), _tried(factory, "store", _store)]
     rows += [*checks, {"what": "python", "state": platform.python_version()}]
     rows += [{"what": name, "state": _version(name)} for name in LIBRARIES]
     rows.append({"what": "device", "state": _device()})
@@ -80,12 +80,16 @@ def _registry(factory: Factory) -> str:
         from registry.queries import tenants
 
         count = len(tenants(session))
-    return f"{factory.engine.url.render_as_string(hide_password=True)}, {count} tenants"
+    return f"{shown(factory.engine)}, {count} tenants"
 
 
-def _tried(what: str, check: Callable[[], str]) -> dict[str, object]:
+def _store(factory: Factory) -> str:
+    return factory.store.check()
+
+
+def _tried(factory: Factory, what: str, check: Callable[[Factory], str]) -> dict[str, object]:
     try:
-        return {"what": what, "state": check()}
+        return {"what": what, "state": check(factory)}
     except RegistryError as error:
         return {"what": what, "state": f"error: {error}"}
 

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flows.cli.printing import AsJson, answer, console, say
+from flows.cli.printing import AsJson, answer, console, fail, say
+from flows.errors import FlowError
 from flows.factory import Factory, add_data, pin_base, request_training
+from lora_core.errors import LoraError
+from registry.errors import RegistryError
+from registry.jobs import Enqueued
+from registry.models import Job
 from registry.names import JobId, Reference
-from registry.session import transaction
+from registry.session import reading, transaction
 
 if TYPE_CHECKING:
     from flows.cohort import Cohort
@@ -23,6 +28,8 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key, such as rank=8. Repeatable."),
 ]
+
+GOOD = ("accepted", "unchanged")
 
 
 def register(app: typer.Typer) -> None:
@@ -51,20 +58,18 @@ def train(
 
     factory = Factory.from_environment()
     factory.set_up()
-    wanted = [Reference.parse(reference) for reference in references]
+    wanted = [Reference.parse_adapter(reference) for reference in references]
     if data and len(wanted) > 1:
         raise typer.BadParameter("--data adds files for one user; use `lora data add` for several")
     settled, pinned = load_recipe(recipe, set_ or []), pin_base(factory, base)
     if data:
         add_data(factory, wanted[0], data)
-    rows: list[dict[str, str]] = []
     with transaction(factory.engine) as session:
         jobs = {one.label: request_training(session, one, pinned, settled) for one in wanted}
-    for label, job in jobs.items():
-        if job.unchanged:
-            rows.append({"user": label, "result": "unchanged", "version": str(job.number)})
-    waiting = [job.job_id for job in jobs.values() if not job.unchanged]
-    _finish(rows + _drain(factory, waiting, quiet=as_json), as_json)
+    rows = _drain(factory, [job.job_id for job in jobs.values() if not job.unchanged], quiet=as_json)
+    for label in jobs.keys() - {row["user"] for row in rows}:
+        rows.append(_not_trained(factory, label, jobs[label]))
+    _finish(sorted(rows, key=lambda row: row["user"]), as_json)
 
 
 def work(
@@ -81,14 +86,20 @@ def work(
     factory = Factory.from_environment()
     factory.set_up()
     while True:
-        for trouble in enqueue_due(factory):
-            say(f"not queued: {trouble}")
-        rows = _drain(factory, None, quiet=as_json)
-        sweep(factory)
-        if rows or once:
-            _finish(rows, as_json, stop=once)
+        try:
+            for trouble in enqueue_due(factory):
+                fail(f"not queued: {trouble}", 0)
+            rows = _drain(factory, None, quiet=as_json)
+            sweep(factory)
+        except (RegistryError, LoraError, FlowError) as error:
+            if once:
+                raise
+            fail(f"{error}; looking again in {every:g} s", 0)
+            rows = []
         if once:
-            return
+            return _finish(rows, as_json)
+        if rows:
+            _show(rows, as_json)
         time.sleep(every)
 
 
@@ -124,8 +135,29 @@ def _progress(quiet: bool) -> "Iterator[Callable[[Pace], None]]":
         yield watch
 
 
-def _finish(rows: list[dict[str, str]], as_json: bool, stop: bool = True) -> None:
-    """Show what became of everybody; exit code 4 when somebody failed."""
-    answer(rows, as_json, "nobody waits")
-    if stop and any(row["result"] == "failed" for row in rows):
-        raise typer.Exit(4)
+def _not_trained(factory: Factory, label: str, job: Enqueued) -> dict[str, str]:
+    """A row for a job that no cohort here took: over before, or in other hands."""
+    if job.unchanged:
+        return {"user": label, "result": "unchanged", "version": str(job.number)}
+    with reading(factory.engine) as session:
+        now_is = session.get_one(Job, job.job_id)
+    until = f" until {now_is.lease_until:%H:%M:%S} UTC" if now_is.lease_until else ""
+    why = f"it is {now_is.state}, held by {now_is.worker or 'nobody'}{until}; see `lora status`"
+    return {"user": label, "result": "not trained here", "why": why}
+
+
+def _show(rows: list[dict[str, str]], as_json: bool) -> None:
+    """Everybody in a table, and below it why somebody's adapter did not become the latest."""
+    shown = rows if as_json else [{key: text for key, text in row.items() if key != "why"} for row in rows]
+    answer(shown, as_json, "nobody waits")
+    for row in rows:
+        if row["result"] not in GOOD and not as_json:
+            say(f"{row['user']}: {row['result']}: {row['why']}")
+
+
+def _finish(rows: list[dict[str, str]], as_json: bool) -> None:
+    """Show what became of everybody; exit code 1 when nobody, 4 when only some were trained and judged."""
+    _show(rows, as_json)
+    done = [row["result"] in (*GOOD, "refused") for row in rows]
+    if not all(done):
+        raise typer.Exit(4 if any(done) else 1)

@@ -1,6 +1,7 @@
 """`lora promote`, `rollback` and `pull`: move aliases, and bring adapters to where they are served."""
 
 import getpass
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -40,9 +41,7 @@ def promote(
     wanted = Reference.parse(reference)
     with transaction(Client.from_environment().engine) as session:
         tenant = queries.tenant_id(session, wanted.tenant)
-        version = aliases.promote(
-            session, tenant, wanted, alias, actor=getpass.getuser(), reason=reason, now=now(), force=force
-        )
+        version = aliases.promote(session, tenant, wanted, alias, actor=_who(), reason=reason, now=now(), force=force)
     say(f"{wanted.label}@{alias} is now version {version.number}")
 
 
@@ -53,10 +52,13 @@ def rollback(reference: OwnReference, alias: AliasOption = LATEST, reason: Reaso
 
     lora rollback acme/alice --alias production
     """
-    wanted = Reference.parse(reference)
+    adapter, at, other = reference.partition("@")
+    if at:
+        raise typer.BadParameter(f"name the alias apart: lora rollback {adapter} --alias {other}")
+    wanted = Reference.parse_adapter(reference)
     with transaction(Client.from_environment().engine) as session:
         tenant = queries.tenant_id(session, wanted.tenant)
-        version = aliases.rollback(session, tenant, wanted, alias, actor=getpass.getuser(), reason=reason, now=now())
+        version = aliases.rollback(session, tenant, wanted, alias, actor=_who(), reason=reason, now=now())
     say(f"{wanted.label}@{alias} is now version {version.number}")
 
 
@@ -74,11 +76,24 @@ def pull(
     """
     folder = Client.from_environment().pull(reference, verify)
     if to:
-        if to.exists():
-            raise Unready(f"{to} exists already", "give a new folder")
-        shutil.copytree(folder, to)
-        folder = to
+        folder = _copied(folder, to)
     if as_json:
         answer_one({"folder": folder}, as_json)
     else:
         say(str(folder))
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run as a number without a name
+        return f"uid {os.getuid()}"
+
+
+def _copied(folder: Path, to: Path) -> Path:
+    if os.path.lexists(to):
+        raise Unready(f"{to} exists already", "give a new folder")
+    try:
+        return Path(shutil.copytree(folder, to))
+    except OSError as error:
+        raise Unready(f"{to} cannot be written ({error.strerror or error})", "give a new folder") from None

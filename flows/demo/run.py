@@ -12,7 +12,6 @@ from flows.cli.printing import console, say, size, table
 from flows.demo.people import Person, write_people
 from flows.demo.tiny_base import make_base
 from flows.factory import Factory, add_data, pin_base, request_training
-from flows.settings import FactorySettings
 from lora_core.recipe import Recipe, make_recipe
 from registry import queries
 from registry.jobs import Enqueued
@@ -65,7 +64,7 @@ def _own_factory(home: Path) -> Factory:
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
         "DO_NOT_TRACK": "1",
     }
-    factory = Factory(FactorySettings())
+    factory = Factory.from_environment()
     factory.set_up()
     return factory
 

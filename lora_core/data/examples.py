@@ -118,6 +118,8 @@ def _string(row: Mapping[str, object], field: str, blank: bool = False) -> str:
 
 
 def _text(value: object, field: str, blank: bool) -> str:
+    if value is None:
+        raise BadRow(field, "is missing", "add the text")
     if not isinstance(value, str):
         raise BadRow(field, f"is {_shown(value)}, not text", "put it in quotes")
     if not blank and not value.strip():

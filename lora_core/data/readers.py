@@ -12,8 +12,9 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import IO, Any, BinaryIO
+from typing import Any
 
+from lora_core.data.compression import NAMES, Bounded, decompressed
 from lora_core.data.sources import Source, find_sources
 from lora_core.errors import DatasetRefused
 
@@ -78,10 +79,11 @@ def _read_source(source: Source, limits: Limits) -> Rows:
     with ExitStack() as stack:
         try:
             raw = stack.enter_context(source.open())
-            stream = stack.enter_context(_decompressed(source, raw))
-            yield from reader(source.name, _Bounded(source.name, stream, limits.file_bytes), limits)
+            stream = stack.enter_context(decompressed(raw, source.compression))
+            yield from reader(source.name, Bounded(source.name, stream, limits.file_bytes), limits)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DatasetRefused(source.name, f"is not whole gzip ({error})", "compress it again") from None
+            why = f"is not whole {NAMES.get(source.compression, 'data')} ({error})"
+            raise DatasetRefused(source.name, why, "compress it again") from None
         except OSError as error:
             raise DatasetRefused(source.name, f"cannot be read ({error.strerror or error})", "check the path") from None
         except Exception as error:
@@ -91,32 +93,7 @@ def _read_source(source: Source, limits: Limits) -> Rows:
             raise DatasetRefused(source.name, why, "write or compress it again") from None
 
 
-def _decompressed(source: Source, raw: BinaryIO) -> Any:  # readers of three libraries: only read() is used
-    if source.compression == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if source.compression == ".zst":
-        import zstandard  # an extra: only those who bring zstd need it
-
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    return raw
-
-
-class _Bounded:
-    """A stream that refuses to give more than a number of bytes: a decompression bomb ends here."""
-
-    def __init__(self, name: str, stream: IO[bytes], most: int) -> None:
-        self._name, self._stream, self._left, self._most = name, stream, most, most
-
-    def read(self, size: int) -> bytes:
-        piece = self._stream.read(size)
-        self._left -= len(piece)
-        if self._left < 0:
-            why = f"has more than {self._most:,} bytes once decompressed"
-            raise DatasetRefused(self._name, why, "split it by user")
-        return piece
-
-
-def _jsonl(name: str, stream: _Bounded, limits: Limits) -> Rows:
+def _jsonl(name: str, stream: Bounded, limits: Limits) -> Rows:
     for number, line in _lines(stream, limits.row_bytes):
         if line is None:
             yield RowProblem(name, number, "line", f"is longer than {limits.row_bytes:,} bytes", "shorten or split it")
@@ -124,7 +101,7 @@ def _jsonl(name: str, stream: _Bounded, limits: Limits) -> Rows:
             yield _json_row(name, number, line, limits.depth)
 
 
-def _lines(stream: _Bounded, most: int) -> Iterator[tuple[int, bytes | None]]:
+def _lines(stream: Bounded, most: int) -> Iterator[tuple[int, bytes | None]]:
     """Numbered lines; None for one that is too long, which is skipped without being held."""
     rest, number, skipping = b"", 0, False
     while piece := stream.read(1 << 16):
@@ -188,10 +165,11 @@ def _deep(text: str, most: int) -> bool:
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-        raise ValueError(f"key {twice[:40]!r} stands twice")
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key[:40]!r} stands twice")
+        found[key] = value
     return found
 
 
@@ -199,7 +177,7 @@ def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
-def _json(name: str, stream: _Bounded, limits: Limits) -> Rows:
+def _json(name: str, stream: Bounded, limits: Limits) -> Rows:
     data = _whole(name, stream, limits.json_bytes)
     try:
         value = parse_json(data, limits.depth)
@@ -209,7 +187,7 @@ def _json(name: str, stream: _Bounded, limits: Limits) -> Rows:
         yield _object(name, number, row)
 
 
-def _whole(name: str, stream: _Bounded, most: int) -> bytes:
+def _whole(name: str, stream: Bounded, most: int) -> bytes:
     pieces, size = [], 0
     while piece := stream.read(1 << 16):
         pieces.append(piece)
@@ -219,8 +197,8 @@ def _whole(name: str, stream: _Bounded, most: int) -> bytes:
     return b"".join(pieces)
 
 
-def _delimited(delimiter: str) -> "Callable[[str, _Bounded, Limits], Rows]":
-    def read(name: str, stream: _Bounded, limits: Limits) -> Rows:
+def _delimited(delimiter: str) -> "Callable[[str, Bounded, Limits], Rows]":
+    def read(name: str, stream: Bounded, limits: Limits) -> Rows:
         text = _decoded(_lines(stream, limits.row_bytes), name)
         reader = csv.DictReader(text, delimiter=delimiter, restkey="...", strict=True)
         while True:
@@ -262,7 +240,7 @@ def _decoded(lines: Iterator[tuple[int, bytes | None]], name: str) -> Iterator[s
             raise DatasetRefused(where, f"byte {error.start + 1} is not UTF-8", "save it as UTF-8") from None
 
 
-def _parquet(name: str, stream: _Bounded, limits: Limits) -> Rows:
+def _parquet(name: str, stream: Bounded, limits: Limits) -> Rows:
     import pyarrow.parquet as parquet  # an extra: only those who bring Parquet need it
 
     file = parquet.ParquetFile(io.BytesIO(_whole(name, stream, limits.json_bytes)))
@@ -275,7 +253,7 @@ def _parquet(name: str, stream: _Bounded, limits: Limits) -> Rows:
             yield RawRow(name, number, {key: value for key, value in row.items() if value is not None})
 
 
-READERS: Mapping[str, Callable[[str, _Bounded, Limits], Rows]] = {
+READERS: Mapping[str, Callable[[str, Bounded, Limits], Rows]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from lora_core.data.examples import Completion, Conversation, Example, Message, Text
+from lora_core.errors import TemplateRefused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +26,7 @@ def render(example: Example, tokenizer: "PreTrainedTokenizerBase", max_length: i
     """An example as tokens, cut to `max_length` from the end; None when nothing that counts is left.
 
     Loss on the answers only, with the token that ends them; on everything for plain text.
+    Raises TemplateRefused for a conversation that the base's chat template does not take.
     """
     match example:
         case Conversation(messages):
@@ -42,7 +46,10 @@ def render(example: Example, tokenizer: "PreTrainedTokenizerBase", max_length: i
 
 
 def render_prompt(example: Example, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], str] | None:
-    """What to generate from, and the answer to compare with: the last assistant turn, or the completion."""
+    """What to generate from, and the answer to compare with: the last assistant turn, or the completion.
+
+    Raises TemplateRefused.
+    """
     match example:
         case Conversation(messages) if messages[-1].role == "assistant":
             text = _template(messages[:-1], tokenizer, prompting=True)
@@ -54,7 +61,10 @@ def render_prompt(example: Example, tokenizer: "PreTrainedTokenizerBase") -> tup
 
 
 def text_to_prompt(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What a person typed as one user turn of a chat, or as raw text where the base has no chat template."""
+    """What a person typed as one user turn of a chat, or as raw text where the base has no chat template.
+
+    Raises TemplateRefused.
+    """
     if not tokenizer.chat_template:
         return _encode(text, tokenizer, special=True)
     return _encode(_template([Message("user", text)], tokenizer, prompting=True), tokenizer, special=False)
@@ -90,9 +100,9 @@ def _template(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase",
         return tokenizer.bos_token or "" if prompting else ""
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompting))
-    except Exception as error:
-        if type(error).__module__.split(".")[0] != "jinja2" or turns[0]["role"] != "system" or len(turns) < 2:
-            raise
+    except TemplateError as error:
+        if messages[0].role != "system" or len(messages) < 2:
+            raise TemplateRefused((str(error) or type(error).__name__).splitlines()[0][:200]) from None
         # Some templates know no system turn (Gemma's): its words then open the first user turn, as their makers advise.
         first = Message(messages[1].role, f"{messages[0].content}\n\n{messages[1].content}")
         return _template([first, *messages[2:]], tokenizer, prompting)

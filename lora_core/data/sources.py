@@ -1,11 +1,9 @@
 """Where a dataset's files are: one file, a folder, an object or everything below a prefix in S3-compatible storage."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 from lora_core.errors import DatasetRefused
 
@@ -23,9 +21,14 @@ class Source:
     open: Callable[[], BinaryIO]
 
 
+def in_s3(given: str) -> bool:
+    """Whether a source is an address in S3, for which `find_sources` needs a client."""
+    return given.startswith("s3://")
+
+
 def find_sources(given: str, most: int, s3: Any = None) -> Iterator[Source]:  # s3: a boto3 client
     """The files that a path, a folder or an `s3://` address means, in order of name.  Raises DatasetRefused."""
-    found = list(_in_s3(given, s3) if given.startswith("s3://") else _in_folder(given))
+    found = list(_in_bucket(given, s3) if in_s3(given) else _on_disk(given))
     if len(found) > most:
         raise DatasetRefused(given, f"has {len(found):,} files, at most {most:,}", "split it by user")
     if not found:
@@ -33,31 +36,42 @@ def find_sources(given: str, most: int, s3: Any = None) -> Iterator[Source]:  # 
     yield from found
 
 
-def _in_folder(given: str) -> Iterator[Source]:
-    path = Path(given).expanduser()
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            relative = file.relative_to(path)
-            if file.is_file() and not any(part.startswith(".") for part in relative.parts) and _kind(file.name):
-                yield _source(f"{given.rstrip('/')}/{relative.as_posix()}", lambda file=file: file.open("rb"))  # type: ignore[misc]  # mypy and a lambda's default
-    elif path.is_file():
-        yield _source(given, lambda: path.open("rb"))
-    else:
-        why = "is not a file or folder" if path.exists() else "does not exist"
-        raise DatasetRefused(given, why, "check the path")
+def _on_disk(given: str) -> Iterator[Source]:
+    try:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            yield from _in_folder(given, path)
+        elif path.is_file():
+            yield _source(given, lambda: path.open("rb"))
+        else:
+            why = "is not a file or folder" if path.exists() else "does not exist"
+            raise DatasetRefused(given, why, "check the path")
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise DatasetRefused(given, f"cannot be read ({error.strerror})", "check the path") from None
+    except RuntimeError:  # pathlib's word for a home that it does not know
+        raise DatasetRefused(given, "begins with the home of nobody", "write the whole path") from None
 
 
-def _in_s3(given: str, s3: Any) -> Iterator[Source]:  # a boto3 client
+def _in_folder(given: str, folder: Path) -> Iterator[Source]:
+    for file in sorted(folder.rglob("*")):
+        relative = file.relative_to(folder)
+        if file.is_file() and not any(part.startswith(".") for part in relative.parts) and _kind(file.name):
+            yield _source(f"{given.rstrip('/')}/{relative.as_posix()}", lambda file=file: file.open("rb"))  # type: ignore[misc]  # mypy and a lambda's default
+
+
+def _in_bucket(given: str, s3: Any) -> Iterator[Source]:  # a boto3 client
     from botocore.exceptions import BotoCoreError, ClientError  # imported late: only those who bring S3 need it
 
-    bucket, key = urlsplit(given).netloc, urlsplit(given).path.lstrip("/")
-    client = s3 or _client()
+    if s3 is None:
+        raise DatasetRefused(given, "is in S3, and no client for it was given", "pass a boto3 client as s3")
+    bucket, _, key = given.removeprefix("s3://").partition("/")
+    whole = not key or key.endswith("/")
     try:
-        for name in _keys(client, bucket, key) if not key or key.endswith("/") else [key]:
-            if not key.endswith("/") or _kind(name):
-                yield _source(f"s3://{bucket}/{name}", lambda name=name: _opened(client, bucket, name))  # type: ignore[misc]  # mypy and a lambda's default
+        for name in _keys(s3, bucket, key) if whole else [key]:
+            if not whole or _kind(name):
+                yield _source(f"s3://{bucket}/{name}", lambda name=name: _opened(s3, bucket, name))  # type: ignore[misc]  # mypy and a lambda's default
     except (BotoCoreError, ClientError) as error:
-        why = f"cannot be read ({str(error).splitlines()[0]})"
+        why = f"cannot be read ({str(error).splitlines()[-1]})"
         raise DatasetRefused(given, why, "check the address, AWS_ENDPOINT_URL_S3 and the credentials") from None
 
 
@@ -67,27 +81,15 @@ def _keys(client: Any, bucket: str, prefix: str) -> list[str]:  # a boto3 client
 
 
 def _opened(client: Any, bucket: str, key: str) -> BinaryIO:  # a boto3 client
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         body: BinaryIO = client.get_object(Bucket=bucket, Key=key)["Body"]
         return body
-    except ClientError as error:
-        why = f"cannot be read ({error.response['Error'].get('Code', 'refused')})"
+    except (BotoCoreError, ClientError) as error:
+        code = error.response["Error"].get("Code") if isinstance(error, ClientError) else None
+        why = f"cannot be read ({code or str(error).splitlines()[-1]})"
         raise DatasetRefused(f"s3://{bucket}/{key}", why, "check the address and the credentials") from None
-
-
-def _client() -> Any:  # a boto3 client
-    import boto3
-    from botocore.config import Config
-
-    config = Config(
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        s3={"addressing_style": "path" if os.environ.get("AWS_ENDPOINT_URL_S3") else "auto"},
-    )
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return boto3.Session().client("s3", config=config, region_name=region)
 
 
 def _kind(name: str) -> tuple[str, str] | None:

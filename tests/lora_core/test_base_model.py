@@ -19,7 +19,7 @@ from transformers import (
 
 from lora_core.base_model import BaseModel, count_parameters, fingerprint, freeze, load_base
 from lora_core.data.packing import IGNORED, pack
-from lora_core.errors import BaseModelError
+from lora_core.errors import BaseModelError, DeviceMissing
 from lora_core.forward import stack, token_losses
 from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, examples
 
@@ -76,7 +76,7 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
         load_base(str(folder))
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "no such id!", ""])
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "no such id!", "", "x" * 300])
 def test_a_base_that_is_none_is_told(name: str) -> None:
     """What to give instead."""
     with pytest.raises(BaseModelError, match="folder or a Hugging Face id"):
@@ -102,6 +102,21 @@ def test_a_broken_folder_is_told(folder: Path, damage: str) -> None:
         load_base(str(folder))
 
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_none_are_told_before_anything_is_loaded(folder: Path) -> None:
+    """By the name of the file: a base of several may have one that was cut off."""
+    (folder / "model.safetensors").write_bytes(b"junk")
+
+    with pytest.raises(BaseModelError, match=r"model\.safetensors is no safetensors file"):
+        count_parameters(folder)
+
+
+@pytest.mark.parametrize("device", ["bogus", "cuda:99", "cpu:1:2"])
+def test_a_device_that_is_none_is_told(folder: Path, device: str) -> None:
+    """With the variable that names it."""
+    with pytest.raises(DeviceMissing, match=f"{device}.*LORA_DEVICE"):
+        load_base(str(folder), device=device)
 
 
 def capped() -> Gemma2ForCausalLM:

@@ -101,6 +101,10 @@ def test_a_wrong_recipe_says_which_key_and_what_it_may_hold(given: dict[str, obj
         ("[1, 2]", "holds a list"),
         ("a: [", "not YAML"),
         ("a" * 10, "holds a str"),
+        ("rank: 2026-99-99", "not YAML"),
+        ('rank: !!int ""', "not YAML"),
+        ("method: &m {method: *m}", "method.method is not a key"),
+        ("rank: &a [*a]\nr: &b [*b]", "holds itself"),
         ("!!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )
@@ -113,7 +117,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str, words
         load_recipe(path)
 
 
-@pytest.mark.parametrize("override", ["rank", "=8", "rank=[", ""])
+@pytest.mark.parametrize("override", ["rank", "=8", "rank=[", "", "rank=2026-99-99"])
 def test_an_override_that_is_none_is_refused(override: str) -> None:
     """With an example of one that is."""
     with pytest.raises(RecipeError, match=r"key=value|YAML"):

@@ -27,9 +27,9 @@ def claim(engine: Engine) -> Claim:
 
     def enqueue_and_claim(count: int = 1, reference: str = "acme/alice", worker: str = "worker") -> list[ClaimedJob]:
         with transaction(engine) as session:
-            enqueue(session, reference, count)
-        with transaction(engine) as session:
-            return jobs.claim(session, worker, LEASE, count, NOW)
+            asked = enqueue(session, reference, count)
+        with transaction(engine) as session:  # one by one: a claim takes one job of an adapter
+            return [jobs.claim(session, worker, LEASE, 1, NOW, [one.job_id])[0] for one in asked]
 
     return enqueue_and_claim
 

@@ -28,12 +28,12 @@ def three(engine: Engine, claim: Claim, tmp_path: Path) -> None:
 def move(engine: Engine) -> Move:
     """Promote or roll back, and say which version it gave."""
 
-    def moved(reference: str, alias: str = "production", back: bool = False, **more: bool) -> int:
+    def moved(reference: str, alias: str = "production", back: bool = False, reason: str = "test", **more: bool) -> int:
         wanted = Reference.parse(reference)
         with transaction(engine) as session:
             tenant = queries.tenant_id(session, wanted.tenant)
             act = aliases.rollback if back else aliases.promote
-            return act(session, tenant, wanted, alias, actor="me", reason="test", now=NOW, **more).number
+            return act(session, tenant, wanted, alias, actor="me", reason=reason, now=NOW, **more).number
 
     return moved
 
@@ -66,6 +66,20 @@ def test_going_back_goes_back_step_by_step(move: Move) -> None:
 
 
 @pytest.mark.usefixtures("three")
+def test_going_back_goes_by_what_was_done_and_not_by_the_words_that_were_said(move: Move, engine: Engine) -> None:
+    """A reason is the user's own: it may begin with anything, and it is kept as it is."""
+    move("acme/alice:1")
+    move("acme/alice:3", reason="rolled back the other one")
+
+    assert move("acme/alice", back=True, reason="by hand") == 1
+    with reading(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+        adapter = queries.holder(session, tenant, "alice", "default").adapter.id
+        last = queries.alias_moves(session, tenant, adapter)[0]
+    assert (last.kind, last.reason) == ("rolled back", "by hand")
+
+
+@pytest.mark.usefixtures("three")
 def test_what_the_gate_refused_needs_force(move: Move) -> None:
     """And the message says why it was refused."""
     with pytest.raises(PromotionRefused, match="because.*--force"):
@@ -91,7 +105,8 @@ def test_what_does_not_exist_is_named(move: Move, reference: str) -> None:
 
 
 @pytest.mark.usefixtures("three")
-def test_an_aliases_name_is_checked(move: Move) -> None:
+@pytest.mark.parametrize("back", [False, True])
+def test_an_aliases_name_is_checked(move: Move, back: bool) -> None:
     """It stands in references, so it must be able to."""
     with pytest.raises(NameRefused):
-        move("acme/alice:1", "a:b")
+        move("acme/alice:1", "a:b", back=back)

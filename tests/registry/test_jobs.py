@@ -51,8 +51,12 @@ def test_failed_work_can_be_asked_for_again(engine: Engine, claim: Claim) -> Non
 def test_a_claim_takes_only_jobs_that_can_share_a_cohort(engine: Engine) -> None:
     """The oldest job decides the group; others wait for the next cohort."""
     with transaction(engine) as session:
-        enqueue(session, "acme/alice", 2, group="one")
-        enqueue(session, "acme/bob", 3, group="two", now=NOW + timedelta(seconds=1))
+        for user in ("alice", "ann"):
+            enqueue(session, f"acme/{user}", 1, group="one")
+        for user in ("bob", "bill", "ben"):
+            enqueue(session, f"acme/{user}", 1, group="two", now=NOW + timedelta(seconds=1))
+    with reading(engine) as session:
+        assert jobs.waiting(session, NOW) == {"one": 2, "two": 3}
 
     with transaction(engine) as session:
         first = jobs.claim(session, "w", LEASE, 10, NOW)
@@ -60,14 +64,50 @@ def test_a_claim_takes_only_jobs_that_can_share_a_cohort(engine: Engine) -> None
         second = jobs.claim(session, "w", LEASE, 2, NOW)
 
     assert {job.group for job in first} == {"one"}
+    assert {job.group for job in second} == {"two"}
     assert [len(first), len(second)] == [2, 2]
-    assert {job.reference.label for job in second} == {"acme/bob"}
+    with reading(engine) as session:
+        assert jobs.waiting(session, NOW) == {"two": 1}
+
+
+def test_two_jobs_of_one_adapter_are_worked_off_one_after_the_other(engine: Engine) -> None:
+    """In a cohort they would be one name twice, and on two workers the older data could win."""
+    with transaction(engine) as session:
+        (older,) = enqueue(session, "acme/alice", 1)
+        newer = enqueue(session, "acme/alice", 2, now=NOW + timedelta(seconds=1))[1]
+
+    with transaction(engine) as session:
+        (first,) = jobs.claim(session, "w1", LEASE, 10, NOW)
+    with transaction(engine) as session:
+        assert jobs.claim(session, "w2", LEASE, 10, NOW) == []
+        assert jobs.waiting(session, NOW) == {}
+        jobs.close(session, first, "published", NOW)
+    with transaction(engine) as session:
+        (second,) = jobs.claim(session, "w2", LEASE, 10, NOW)
+
+    assert (first.id, second.id) == (older.job_id, newer.job_id)
+
+
+def test_jobs_given_up_do_not_hide_those_behind_them(engine: Engine) -> None:
+    """A claim that only buries the dead goes on to the living."""
+    with transaction(engine) as session:
+        (poison,) = enqueue(session, "acme/alice", 1, group="one")
+        (sound,) = enqueue(session, "acme/bob", 1, group="two", now=NOW + timedelta(seconds=1))
+        session.get_one(Job, poison.job_id).attempts = MAX_ATTEMPTS
+
+    with transaction(engine) as session:
+        (claimed,) = jobs.claim(session, "w", LEASE, 10, NOW)
+
+    assert claimed.id == sound.job_id
+    with reading(engine) as session:
+        assert session.get_one(Job, poison.job_id).state == "failed"
 
 
 def test_many_workers_never_get_the_same_job(engine: Engine) -> None:
     """Each of 60 jobs goes to exactly one of 12 claims at once."""
     with transaction(engine) as session:
-        enqueue(session, "acme/alice", 60)
+        for number in range(60):
+            enqueue(session, f"acme/user{number}", 1)
 
     def take(worker: int) -> list[object]:
         taken: list[object] = []
@@ -134,7 +174,7 @@ def test_a_job_that_kills_its_workers_fails_for_good(engine: Engine, claim: Clai
     assert last == []
     with reading(engine) as session:
         row = session.get_one(Job, job.id)
-        assert (row.state, row.error and "died 3 times" in row.error) == ("failed", True)
+        assert (row.state, row.error and "its worker died" in row.error) == ("failed", True)
 
 
 def test_a_released_job_waits_again(engine: Engine, claim: Claim) -> None:
@@ -147,6 +187,21 @@ def test_a_released_job_waits_again(engine: Engine, claim: Claim) -> None:
         (again,) = jobs.claim(session, "w", LEASE, 1, NOW)
 
     assert again.attempts == 1
+
+
+def test_a_job_that_broke_its_worker_waits_again_and_remembers_why(engine: Engine, claim: Claim) -> None:
+    """An error costs an attempt, and the last one is the reason once there are none left."""
+    (job,) = claim()
+    for _ in range(MAX_ATTEMPTS):
+        with transaction(engine) as session:
+            jobs.release(session, job, NOW, "out of memory")
+        with transaction(engine) as session:
+            job = next(iter(jobs.claim(session, "w", LEASE, 1, NOW)), job)
+
+    with reading(engine) as session:
+        row = session.get_one(Job, job.id)
+        assert (row.state, row.attempts) == ("failed", MAX_ATTEMPTS)
+        assert "3 attempts: out of memory" in str(row.error)
 
 
 def test_counts_and_recent_jobs_tell_one_tenant_from_another(engine: Engine, claim: Claim) -> None:

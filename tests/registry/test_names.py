@@ -46,6 +46,20 @@ def test_what_is_no_reference_is_refused(text: str) -> None:
     assert len(str(caught.value)) < 250
 
 
+@pytest.mark.parametrize("text", ["acme/alice:3", "acme/alice@production", "acme/alice@", "acme/alice/notes:x"])
+def test_a_version_is_refused_where_an_adapter_is_meant(text: str) -> None:
+    """Passing over it in silence would act on another version than was asked for."""
+    with pytest.raises(NameRefused, match="without :3 or @alias"):
+        Reference.parse_adapter(text)
+
+
+def test_an_adapter_is_read_as_any_reference() -> None:
+    """And checked as strictly."""
+    assert Reference.parse_adapter("acme/alice/notes") == Reference("acme", "alice", "notes")
+    with pytest.raises(NameRefused):
+        Reference.parse_adapter("acme/../x")
+
+
 @given(st.text(max_size=200))
 def test_no_text_gets_through_that_a_path_or_key_could_misread(text: str) -> None:
     """Whatever is accepted is plain."""

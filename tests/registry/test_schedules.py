@@ -138,15 +138,27 @@ def test_where_clocks_change_a_schedule_fires_as_often_as_it_says(
 
 @pytest.mark.parametrize(
     "expression",
-    ["", "* * * *", "* * * * * *", "61 * * * *", "0 0 30 2 *", "@daily", "DROP TABLE", "0 3 * * *\n* * * * *"],
-)
+    ["", "* * * *", "* * * * * *", "61 * * * *", "0 0 30 2 *", "@daily", "DROP TABLE", "0 3 * * *\n* * * * *",
+     "R R * * *", "R(0-30) 3 * * *", "H 3 * * *", "0 3 1W * *", "0 3 ? * *",
+     f"{','.join(map(str, range(60)))} * * * *"],
+)  # fmt: skip
 def test_a_cron_expression_that_is_none_is_refused(expression: str) -> None:
     """When it is set, not at night."""
     with pytest.raises(ScheduleRefused):
         Timing.cron(expression)
 
 
-@pytest.mark.parametrize("interval", ["", "5", "0h", "59s", "-1h", "1w", "1.5h", "99999999d", "h"])
+@pytest.mark.parametrize("expression", ["*/5 0-6,22 1,15 * *", "0 3 l * *", "0 3 * JAN,jul mon-fri", "0 3 * * sat#2"])
+def test_what_cron_knows_is_accepted(expression: str) -> None:
+    """Names in any case, steps, ranges, the last day, the second Saturday; and it comes when it comes."""
+    timing = Timing.cron(expression)
+
+    assert timing.after(NOW) == timing.after(NOW) > NOW
+
+
+@pytest.mark.parametrize(
+    "interval", ["", "5", "0h", "59s", "-1h", "1w", "1.5h", "99999999d", "9999999d", "3651d", "9999999999s", "h", "٣h"]
+)
 def test_an_interval_that_is_none_is_refused(interval: str) -> None:
     """With an example of one that is."""
     with pytest.raises(ScheduleRefused, match="6h"):

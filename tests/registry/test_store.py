@@ -1,13 +1,14 @@
 """One contract for both stores: the folder, and S3 on a real server."""
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from registry.errors import KeyRefused, ObjectDiffers, ObjectMissing, StoreUnavailable
-from registry.store import FolderStore, ObjectStore, open_store, version_prefix
+from registry.store import FolderStore, ObjectStore, open_store, s3_client, version_prefix
 from tests.conftest import S3Server
 
 KEY = "t/acme/u/0a1b/default/default-1/adapter_model.safetensors"
@@ -105,6 +106,26 @@ def test_keys_lists_what_is_below_a_prefix_and_nothing_beside_it(store: ObjectSt
     assert len(list(store.keys(""))) == 3
 
 
+def test_clearing_a_prefix_takes_what_is_below_it_and_nothing_beside_it(store: ObjectStore) -> None:
+    """A sweeper that was interrupted runs again; one that is given nothing must not take everything."""
+    for key in ("t/a/u/1/x", "t/a/u/1/y/z", "t/a/u/10/x"):
+        store.put_new(key, b"1")
+
+    assert [store.clear("t/a/u/1"), store.clear("t/a/u/1")] == [2, 0]
+    with pytest.raises(KeyRefused):
+        store.clear("")
+    assert list(store.keys("")) == ["t/a/u/10/x"]
+
+
+def test_a_prefix_that_is_an_object_has_nothing_below_it(store: ObjectStore) -> None:
+    """On a folder too, where it is the same path."""
+    store.put_new("t/a/u/1", b"1")
+
+    assert store.clear("t/a/u/1") == 0
+    assert list(store.keys("t/a/u/1")) == []
+    assert store.get("t/a/u/1") == b"1"
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -157,11 +178,84 @@ def test_a_file_half_written_by_a_dead_process_has_no_key(tmp_path: Path) -> Non
     assert list(store.keys("")) == ["t/x"]
 
 
-@pytest.mark.parametrize("url", ["", "http://host/bucket", "s3://", "file://elsewhere/x"])
+def test_clearing_takes_what_a_killed_writer_left(tmp_path: Path) -> None:
+    """And the folders; it is no object, so it is not counted."""
+    store = FolderStore(tmp_path / "store")
+    store.put_new("t/a/x", b"1")
+    (tmp_path / "store" / "t" / "a" / ".put-dead").write_bytes(b"half")
+
+    assert store.clear("t/a") == 1
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_writers_and_sweepers_of_one_folder_do_not_trip_each_other(tmp_path: Path) -> None:
+    """Folders come with their first object and go with their last, under others' feet."""
+    store = FolderStore(tmp_path)
+
+    def come_and_go(number: int) -> int:
+        wrote = 0
+        for _ in range(100):
+            wrote += store.put_new(f"t/{number}", b"1")
+            store.delete(f"t/{number}")
+        return wrote
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(come_and_go, range(2))) == [100, 100]
+
+
+def test_a_file_can_be_read_by_an_inference_server_of_another_user(tmp_path: Path) -> None:
+    """Others may read and not write, as far as the umask of whoever runs the worker lets them."""
+    before = os.umask(0o002)
+    try:
+        FolderStore(tmp_path).put_new("t/x", b"1")
+        os.umask(0o077)
+        FolderStore(tmp_path).put_new("t/y", b"1")
+    finally:
+        os.umask(before)
+
+    assert [(tmp_path / "t" / name).stat().st_mode & 0o777 for name in "xy"] == [0o644, 0o600]
+
+
+URLS = ["", "http://host/bucket", "s3://", "s3://[", "s3://a b", "s3:/bucket", "file://elsewhere/x", "file://"]
+
+
+@pytest.mark.parametrize("url", URLS)
 def test_a_url_that_is_no_store_is_refused(url: str) -> None:
     """With the forms that are."""
     with pytest.raises(StoreUnavailable, match=r"s3://bucket/prefix or file:///folder"):
         open_store(url)
+
+
+def test_no_letter_of_a_url_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question mark or a hash cuts off nothing: another folder, or an allowed prefix, would be used in silence."""
+    for url in (f"{tmp_path}/a?b#c", f"file://{tmp_path}/a?b#c", (tmp_path / "a?b#c").as_uri()):
+        store = open_store(url)
+
+        assert isinstance(store, FolderStore)
+        assert store.root == tmp_path / "a?b#c"
+    with pytest.raises(KeyRefused, match=r"a\?b#c"):
+        open_store("s3://bucket/a?b#c")
+    with pytest.raises(StoreUnavailable, match="home of nobody"):
+        open_store("~nosuchuser/store")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("AWS_PROFILE", "nosuch"), ("AWS_ENDPOINT_URL_S3", "foo"), ("AWS_REGION", "no region")]
+)
+def test_an_environment_that_boto_cannot_read_is_told(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """By the value, with the variables to check."""
+    monkeypatch.setenv(variable, value)
+
+    with pytest.raises(StoreUnavailable, match=f"{value}.*AWS_PROFILE, AWS_ENDPOINT_URL_S3"):
+        s3_client()
+
+
+def test_a_bucket_that_is_not_there_says_what_to_do(s3_url: str) -> None:
+    """A bucket, not an object without a name."""
+    with pytest.raises(StoreUnavailable, match=r"no such bucket.*lora setup"):
+        open_store(s3_url).check()
 
 
 def test_a_store_that_is_not_there_says_what_to_do(tmp_path: Path) -> None:

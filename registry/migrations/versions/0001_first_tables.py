@@ -214,6 +214,7 @@ def upgrade() -> None:
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column("adapter_id", sa.Uuid(), nullable=False),
         sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("kind", sa.String(length=16), nullable=False),
         sa.Column("from_id", sa.Uuid(), nullable=True),
         sa.Column("to_id", sa.Uuid(), nullable=False),
         sa.Column("actor", sa.String(length=128), nullable=False),

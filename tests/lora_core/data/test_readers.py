@@ -5,8 +5,10 @@ import csv
 import gzip
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from lora_core.data.readers import Limits, RawRow, RowProblem, read_rows
 from lora_core.data.snapshot import take_snapshot
 from lora_core.errors import DatasetRefused
+from registry.store import s3_client
 
 ROWS = [{"prompt": f"q{n} é", "completion": f'a, {n}\n"x"'} for n in range(5)]
 
@@ -83,20 +86,42 @@ def test_a_folder_is_read_in_order_of_name_and_hidden_files_are_not(tmp_path: Pa
     assert found == ROWS[:3]
 
 
-def test_s3_objects_and_prefixes_are_read(s3_url: str) -> None:
-    """From the same servers that adapters go to."""
-    from registry.store import s3_client
-
-    bucket = s3_url.removeprefix("s3://")
+@pytest.fixture
+def bucket(s3_url: str) -> tuple[str, Any]:
+    """The URL of a new bucket, and a client that reaches it."""
     client = s3_client()
-    client.create_bucket(Bucket=bucket)
-    client.put_object(Bucket=bucket, Key="bob/1.jsonl", Body=jsonl(ROWS[:2]))
-    client.put_object(Bucket=bucket, Key="bob/2.csv.gz", Body=gzip.compress(csv_bytes(ROWS[2:])))
+    client.create_bucket(Bucket=s3_url.removeprefix("s3://"))
+    return s3_url, client
 
-    assert [row.value for row in read_rows(f"{s3_url}/bob/") if isinstance(row, RawRow)] == ROWS
-    assert len(list(read_rows(f"{s3_url}/bob/1.jsonl"))) == 2
+
+def test_s3_objects_and_prefixes_are_read(bucket: tuple[str, Any]) -> None:
+    """From the same servers that adapters go to."""
+    url, client = bucket
+    name = url.removeprefix("s3://")
+    client.put_object(Bucket=name, Key="bob/1.jsonl", Body=jsonl(ROWS[:2]))
+    client.put_object(Bucket=name, Key="bob/2.csv.gz", Body=gzip.compress(csv_bytes(ROWS[2:])))
+
+    assert [row.value for row in read_rows(f"{url}/bob/", s3=client) if isinstance(row, RawRow)] == ROWS
+    assert len(list(read_rows(f"{url}/bob/1.jsonl", s3=client))) == 2
     with pytest.raises(DatasetRefused, match="NoSuchKey"):
-        list(read_rows(f"{s3_url}/bob/3.jsonl"))
+        list(read_rows(f"{url}/bob/3.jsonl", s3=client))
+
+
+def test_a_whole_bucket_is_read_whatever_else_is_in_it(bucket: tuple[str, Any]) -> None:
+    """With and without the slash; a key is taken letter by letter."""
+    url, client = bucket
+    odd = "what?/#1.jsonl"
+    for key, data in (("README.md", b"not data"), (odd, jsonl(ROWS))):
+        client.put_object(Bucket=url.removeprefix("s3://"), Key=key, Body=data)
+
+    for source in (url, f"{url}/", f"{url}/what?/", f"{url}/{odd}"):
+        assert {row.file for row in read_rows(source, s3=client)} == {f"{url}/{odd}"}
+
+
+def test_s3_without_a_client_is_refused() -> None:
+    """Who calls decides how S3 is reached."""
+    with pytest.raises(DatasetRefused, match="no client"):
+        list(read_rows("s3://bucket/a.jsonl"))
 
 
 BAD_LINES = {
@@ -136,6 +161,8 @@ REFUSED = {
     "x.jsonl.gz": (b"not gzip at all", "gzip"),
     "y.jsonl.gz": (gzip.compress(jsonl(ROWS) * 100)[:-10], "gzip"),
     "x.jsonl.zst": (b"not zstd", "broken"),
+    "y.jsonl.zst": (zstandard.compress(jsonl(ROWS) * 100)[:-10], "not whole zstd"),
+    "z.jsonl.zst": (zstandard.compress(jsonl(ROWS)) + zstandard.compress(jsonl(ROWS))[:-1], "not whole zstd"),
     "x.parquet": (b"PAR1 no", "broken"),
     "x.csv": (b"prompt,completion\n\xff\xfe,1\n", "UTF-8"),
     "x.txt": (b"hello", "known format"),
@@ -176,7 +203,32 @@ def test_too_many_rows_or_files_are_refused(tmp_path: Path) -> None:
         list(read_rows(str(tmp_path), Limits(files=3)))
 
 
-@pytest.mark.parametrize("given_", ["", "nowhere.jsonl", "/dev/null", "s3://"])
+def test_frames_one_after_another_are_read(tmp_path: Path) -> None:
+    """As `cat`, `pzstd` and log shippers write them, with frames between that hold no data."""
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"note"
+    whole = zstandard.compress(jsonl(ROWS[:2])) + skippable + zstandard.compress(jsonl(ROWS[2:]))
+    (tmp_path / "x.jsonl.zst").write_bytes(whole)
+
+    assert [row.value for row in read_rows(str(tmp_path / "x.jsonl.zst")) if isinstance(row, RawRow)] == ROWS
+
+
+def test_a_row_of_very_many_keys_is_told_at_once(tmp_path: Path) -> None:
+    """It stays below the limit of a row, and would once have cost a minute."""
+    keys = [f'"{number}": 1' for number in range(50_000)]
+    (tmp_path / "x.jsonl").write_text("{" + ", ".join([*keys, keys[-1]]) + "}\n")
+    before = time.monotonic()
+
+    (problem,) = read_rows(str(tmp_path / "x.jsonl"))
+
+    assert isinstance(problem, RowProblem)
+    assert "stands twice" in problem.why
+    assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize(
+    "given_",
+    ["", "nowhere.jsonl", "/dev/null", "s3://", "s3://[", "~nosuchuser/x.jsonl", pytest.param("x" * 300, id="long")],
+)
 def test_a_source_that_is_none_is_refused(given_: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Said at once, without a traceback."""
     monkeypatch.chdir(tmp_path)
@@ -185,7 +237,7 @@ def test_a_source_that_is_none_is_refused(given_: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
 
     with pytest.raises(DatasetRefused):
-        list(read_rows(given_))
+        list(read_rows(given_, s3=s3_client()))
 
 
 @pytest.mark.parametrize("line", [b"a,b\n1\n", b"a,b\n1,2,3\n", b'a,b\n"1,2\n'])

@@ -1,12 +1,15 @@
 """Examples as tokens: the whole text as the tokenizer would have it, and loss on the answers alone."""
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lora_core.data.examples import Completion, Conversation, Message, Text
+from lora_core.data.examples import Completion, Conversation, Message, Role, Text
 from lora_core.data.rendering import Rendered, render, render_prompt, text_to_prompt
+from lora_core.errors import TemplateRefused
 from tests.lora_core.conftest import CHATML, make_tokenizer
 
 INST = (
@@ -74,6 +77,25 @@ def test_a_system_turn_goes_into_the_first_user_turn_where_a_template_knows_none
     assert rendered
     assert "<|im_start|>user\nbe brief\n\nhello<|im_end|>" in tokenizer.decode(rendered.tokens)
     assert learnt(rendered, tokenizer).startswith("dog")
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}{% endfor %}" + CHATML
+)
+
+
+@pytest.mark.parametrize("roles", [("user", "user", "assistant"), ("system", "user", "user", "assistant"), ("system",)])
+def test_a_conversation_that_the_template_refuses_is_told_in_the_templates_words(roles: tuple[Role, ...]) -> None:
+    """One of our own errors, so that one user's example cannot end a whole cohort."""
+    tokenizer = make_tokenizer(ALTERNATING)
+    talk = Conversation((*(Message(role, "hello") for role in roles), Message("assistant", "dog")))
+
+    for attempt in (lambda: render(talk, tokenizer, 200), lambda: render_prompt(talk, tokenizer)):
+        with pytest.raises(TemplateRefused, match=r"must alternate.*change its turns") as caught:
+            attempt()
+
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_of_a_completion_only_what_follows_the_prompt_is_learnt(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,141 @@
+"""Objects as files below a folder of one machine."""
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from registry.errors import KeyRefused, ObjectMissing, StoreUnavailable
+from registry.keys import check_same, checked_key
+
+_CHUNK = 1 << 20
+_TRIES = 5  # a sweeper may take the empty folder away just before a file is put into it
+_MODE = 0o644  # less the umask: an inference server that runs as another user reads what a worker wrote
+
+
+class FolderStore:
+    """Objects as files below a folder of one machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Written aside, synced, then linked to its name: whole or not there, and never over another."""
+        path = self._path(key)
+        with self._faults(key):
+            for _ in range(_TRIES - 1):
+                with suppress(FileNotFoundError, FileExistsError):
+                    return _put_new(key, path, data)
+            return _put_new(key, path, data)
+
+    def get(self, key: str) -> bytes:
+        """The whole object.  Raises ObjectMissing."""
+        with self._faults(key):
+            return self._path(key).read_bytes()
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """The object in pieces.  Raises ObjectMissing."""
+        with self._faults(key), self._path(key).open("rb") as file:
+            while piece := file.read(_CHUNK):
+                yield piece
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object; None where there is none."""
+        try:
+            return self._path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def delete(self, key: str) -> None:
+        """Remove an object, and the folders that it leaves empty."""
+        path = self._path(key)
+        with self._faults(key):
+            path.unlink(missing_ok=True)
+            self._prune(path.parent)
+
+    def clear(self, prefix: str) -> int:
+        """Remove every object below a prefix, with what killed writers left aside; returns how many objects."""
+        start, removed = self._path(prefix), 0
+        with self._faults(prefix):
+            for folder, _, names in os.walk(start, topdown=False):
+                for name in names:
+                    Path(folder, name).unlink(missing_ok=True)
+                    removed += not name.startswith(".")
+                with suppress(OSError):  # somebody has just put a new object into it
+                    os.rmdir(folder)
+            self._prune(start.parent)
+        return removed
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The keys below a prefix; files still being written have no key."""
+        start = self._path(prefix) if prefix else self.root
+        for folder, folders, names in os.walk(start):
+            folders.sort()
+            for name in sorted(names):
+                if not name.startswith("."):
+                    yield Path(folder, name).relative_to(self.root).as_posix()
+
+    def check(self) -> str:
+        """Where it is, once it has proved to be writable.  Raises StoreUnavailable."""
+        with self._faults("a test file"), tempfile.TemporaryFile(dir=self.root):
+            return f"folder {self.root}"
+
+    def set_up(self) -> None:
+        """Make the folder if it is missing.  Raises StoreUnavailable."""
+        with self._faults("the folder"):
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, key: str) -> Path:
+        path = self.root / checked_key(key)
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise KeyRefused(key, "it leads out of the store by a link")
+        return path
+
+    def _prune(self, folder: Path) -> None:
+        """Remove a folder and those above it, below the root, as far as they are empty."""
+        with suppress(OSError):  # one that is not empty, or that another sweeper has removed already
+            while folder != self.root:
+                folder.rmdir()
+                folder = folder.parent
+
+    @contextmanager
+    def _faults(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            if not self.root.is_dir():
+                fix = "run `lora setup`, or check LORA_STORE_URL"
+                raise StoreUnavailable(str(self.root), "there is no such folder", fix) from None
+            raise ObjectMissing(key, str(self.root)) from None
+        except OSError as error:
+            fix = "check space and permissions"
+            raise StoreUnavailable(str(self.root), f"{error.strerror} for {key}", fix) from error
+
+
+def _put_new(key: str, path: Path, data: bytes) -> bool:
+    """Raises FileNotFoundError, or FileExistsError from mkdir, when a sweeper takes the folder away meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".put-{secrets.token_hex(8)}"
+    try:
+        with open(aside, "xb", opener=lambda name, flags: os.open(name, flags, _MODE)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(aside, path)
+        _sync_folder(path.parent)
+        return True
+    except FileExistsError:
+        check_same(key, data, path.read_bytes())
+        return False
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

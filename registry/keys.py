@@ -1,0 +1,42 @@
+"""Keys of objects: where things lie, which keys are allowed, and that none is ever given other bytes.
+
+`<root>/t/<tenant>/u/<opaque user>/<adapter>/<served name>/<file>`, and `datasets/<digest>.jsonl` below the user.
+"""
+
+import hashlib
+import re
+
+from registry.errors import KeyRefused, ObjectDiffers
+
+_PART = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*")
+
+
+def user_prefix(tenant: str, opaque: str) -> str:
+    """Where everything of one user lies; `opaque` stands for the user, so that keys hold no personal data."""
+    return f"t/{tenant}/u/{opaque}"
+
+
+def version_prefix(tenant: str, opaque: str, adapter: str, served_name: str) -> str:
+    """Where one version's files lie; the last part is the name under which an engine serves it."""
+    return f"{user_prefix(tenant, opaque)}/{adapter}/{served_name}"
+
+
+def dataset_key(tenant: str, opaque: str, digest: str) -> str:
+    """Where one dataset snapshot lies."""
+    return f"{user_prefix(tenant, opaque)}/datasets/{digest}.jsonl"
+
+
+def checked_key(key: str) -> str:
+    """A key that every store reads the same way.  Raises KeyRefused."""
+    if len(key) > 1024:
+        raise KeyRefused(key, f"{len(key)} characters, at most 1024")
+    for part in key.split("/"):
+        if not _PART.fullmatch(part) or len(part) > 255:
+            raise KeyRefused(key, f"part {ascii(part)[:40]} is empty, starts with a dot or has odd characters")
+    return key
+
+
+def check_same(key: str, data: bytes, there: bytes) -> None:
+    """Whether what is under a key already is what was to be put there.  Raises ObjectDiffers."""
+    if there != data:
+        raise ObjectDiffers(key, hashlib.sha256(data).hexdigest(), hashlib.sha256(there).hexdigest())

@@ -1,0 +1,175 @@
+"""The steps of a cohort when something breaks on the way: everybody else goes on, and nothing is lost."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from flows import cohort as steps
+from flows.factory import Factory, Pinned, add_data, now, pin_base, request_training
+from flows.settings import FactorySettings
+from flows.work import run_cohort
+from lora_core.recipe import load_recipe
+from registry import jobs, queries
+from registry.errors import LeaseLost, StoreUnavailable
+from registry.jobs import Enqueued
+from registry.models import Job
+from registry.names import JobId, Reference
+from registry.session import reading, transaction
+from tests.flows.conftest import QUICK, write_user
+
+Ask = Callable[..., Enqueued]
+
+
+@pytest.fixture
+def factory(base_folder: Path) -> Factory:
+    """A factory in a home of its own."""
+    made = Factory(FactorySettings(base=str(base_folder), slots=4))
+    made.set_up()
+    return made
+
+
+@pytest.fixture
+def ask(factory: Factory, tmp_path: Path) -> Ask:
+    """Add data for a user and ask for training."""
+    pinned = pin_base(factory)
+
+    def ask_for(user: str, habit: str = "hello fox", base: Pinned = pinned, **settings: object) -> Enqueued:
+        reference = Reference.parse(user)
+        add_data(factory, reference, [str(write_user(tmp_path / "data.jsonl", habit, seed=len(user)))])
+        recipe = load_recipe(None, [*QUICK, *(f"{key}={value}" for key, value in settings.items())])
+        with transaction(factory.engine) as session:
+            return request_training(session, reference, base, recipe)
+
+    return ask_for
+
+
+def state(factory: Factory, job: JobId) -> Job:
+    """A job as it is now."""
+    with reading(factory.engine) as session:
+        return session.get_one(Job, job)
+
+
+def break_store(monkeypatch: pytest.MonkeyPatch, factory: Factory, method: str, when: str) -> None:
+    """The store fails for keys that hold a word."""
+    works: Callable[..., object] = getattr(factory.store, method)
+
+    def failing(key: str, *data: bytes) -> object:
+        if when in key:
+            raise StoreUnavailable("s3://x", "timeout", "try again")
+        return works(key, *data)
+
+    monkeypatch.setattr(factory.store, method, failing)
+
+
+def test_two_jobs_of_one_user_make_two_versions_each_of_its_own_recipe(factory: Factory, ask: Ask) -> None:
+    """They never meet in a cohort, where one name would stand for both."""
+    ask("acme/alice", max_steps=9)
+    ask("acme/alice", "hello dog", max_steps=1)
+
+    while run_cohort(factory):
+        pass
+
+    with reading(factory.engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+        found = queries.versions(session, tenant, queries.holder(session, tenant, "alice", "default").adapter.id)
+    assert [version.recipe["max_steps"] for version in found] == [1, 9]
+
+
+def test_a_store_that_is_away_fails_nobody(factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its jobs wait again, and no attempt is counted: draining a queue into a dead store would end every job."""
+    job = ask("acme/alice").job_id
+    with monkeypatch.context() as patched:
+        break_store(patched, factory, "get", "datasets")
+        with pytest.raises(StoreUnavailable):
+            run_cohort(factory)
+
+    assert (state(factory, job).state, state(factory, job).attempts) == ("queued", 0)
+    run_cohort(factory)
+    assert state(factory, job).state == "published"
+
+
+def test_a_user_who_cannot_be_stored_does_not_hold_up_the_others(
+    factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest is published, the trouble is told, and that user's job waits again."""
+    alice, bob = ask("acme/alice").job_id, ask("globex/bob", "hello dog").job_id
+    with monkeypatch.context() as patched:
+        break_store(patched, factory, "put_new", "/acme/")
+        with pytest.raises(StoreUnavailable):
+            run_cohort(factory)
+
+    assert (state(factory, alice).state, state(factory, bob).state) == ("queued", "published")
+
+
+def test_an_interrupted_worker_puts_its_jobs_back(factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes next need not wait for the lease."""
+    job = ask("acme/alice").job_id
+    monkeypatch.setattr(steps, "train_candidates", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cohort(factory)
+
+    assert (state(factory, job).state, state(factory, job).attempts) == ("queued", 0)
+
+
+def test_a_cohort_that_breaks_its_worker_is_tried_three_times(
+    factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it has failed, and the last error is the reason."""
+    job = ask("acme/alice").job_id
+    monkeypatch.setattr(steps, "train_candidates", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+
+    for _ in range(jobs.MAX_ATTEMPTS):
+        with pytest.raises(MemoryError):
+            run_cohort(factory)
+
+    assert run_cohort(factory) is None
+    assert state(factory, job).state == "failed"
+    assert "no room" in str(state(factory, job).error)
+
+
+def test_a_base_that_is_gone_fails_its_own_jobs_alone(factory: Factory, ask: Ask) -> None:
+    """The cohort after it is trained; nothing is raised that would end a worker."""
+    lost = ask("acme/alice", base=Pinned("/nowhere/base", "main", "f" * 64, 1)).job_id
+    found = ask("globex/bob", "hello dog").job_id
+
+    while cohort := run_cohort(factory):
+        assert cohort.failed or cohort.published
+
+    assert (state(factory, lost).state, state(factory, found).state) == ("failed", "published")
+    assert "no such folder" in str(state(factory, lost).error)
+
+
+def test_a_lost_lease_is_told_once_and_publishes_nothing(
+    factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker has taken the job while this one computed."""
+    job = ask("acme/alice").job_id
+
+    def slow(base: object, candidates: object, slots: int, *_: object) -> None:
+        later = now() + timedelta(seconds=2 * factory.settings.lease_seconds)
+        with transaction(factory.engine) as session:
+            jobs.claim(session, "fast", timedelta(hours=1), 1, later)
+        raise LeaseLost(str(job), 1)
+
+    monkeypatch.setattr(steps, "judge_candidates", slow)
+    with pytest.raises(LeaseLost):
+        run_cohort(factory)
+
+    assert (state(factory, job).state, state(factory, job).worker, state(factory, job).fence) == ("running", "fast", 2)
+
+
+def test_runs_are_wanted_for_every_group_and_for_dead_workers_jobs(factory: Factory, ask: Ask) -> None:
+    """What a claim could take is what is counted."""
+    assert steps.runs_wanted(factory) == 0
+    ask("acme/alice")
+    ask("acme/bob", rank=2)
+    assert steps.runs_wanted(factory) == 2
+
+    with transaction(factory.engine) as session:
+        long_ago = now() - timedelta(days=1)
+        assert len(jobs.claim(session, "dead", timedelta(minutes=5), 4, long_ago)) == 1
+
+    assert steps.runs_wanted(factory) == 2
