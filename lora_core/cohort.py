@@ -3,10 +3,23 @@
 A finished user is one row copied out; a new one is one row written in.  Nothing here knows what a row means.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / golden ratio as a signed 64-bit number: spreads counters
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A user's rows outside of the cohort, on the CPU: all that it takes to sit down again, in whichever slot."""
+
+    weights_P: Tensor
+    first_P: Tensor
+    second_P: Tensor
+    gradient_P: Tensor
+    scale: float
 
 
 class Cohort:
@@ -43,6 +56,29 @@ class Cohort:
         for matrix in (self.weights_KP, self.first_KP, self.second_KP, self.gradient_KP, self.working_KP):
             matrix[slot] = 0
         self.scale_K11[slot] = 0
+
+    def take(self, slot: int) -> Aside:
+        """A copy of a user's rows, to go on from later."""
+        matrices = (self.weights_KP, self.first_KP, self.second_KP, self.gradient_KP)
+        return Aside(*(matrix[slot].to("cpu", copy=True) for matrix in matrices), float(self.scale_K11[slot]))
+
+    def seat(self, slot: int, aside: Aside) -> None:
+        """Write rows that were taken aside into a slot."""
+        self.admit(slot, aside.weights_P, aside.scale)
+        self.first_KP[slot] = aside.first_P
+        self.second_KP[slot] = aside.second_P
+        self.gradient_KP[slot] = aside.gradient_P
+
+    def lend(self, home: int, lane: int) -> None:
+        """Make another slot read as a user's own does."""
+        self.weights_KP[lane] = self.weights_KP[home]
+        self.working_KP[lane] = self.working_KP[home]
+        self.scale_K11[lane] = self.scale_K11[home]
+
+    def fold(self, lane: int, home: int) -> None:
+        """Add what a lent slot learnt to the user's own gradient."""
+        self.gradient_KP[home] += self.gradient_KP[lane]
+        self.gradient_KP[lane] = 0
 
     def row(self, slot: int) -> Tensor:
         """A copy of a user's row, on the CPU, shape P."""

@@ -1,16 +1,18 @@
-"""One user's way through training, as a stream of lessons: what its row reads next, and what it does with the answer.
+"""One user's way through training, as a stream of assignments: what its row reads next, and what it does with the answer.
 
-The stream depends on the user's own examples, recipe and losses alone, never on who else is in the cohort.
+The stream depends on the user's own examples, recipe and losses alone, never on who else is in the cohort or on when its
+rows are read.
 """
 
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
 
-from lora_core.data.packing import Row, epoch_batches, pack
+from lora_core.data.packing import Row, epoch_batches, pack, pack_densely
 from lora_core.data.rendering import Rendered
 from lora_core.errors import LoraError
 from lora_core.optim import RowStep, rate_at
@@ -28,17 +30,25 @@ class Learner:
     train: tuple[Rendered, ...]
     held_out: tuple[Rendered, ...] = ()
     start: Tensor | None = None  # row P to go on from; None starts afresh from the recipe's seed
+    priority: int = 0  # the higher goes first
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a slot does in one micro-step.  `weight` multiplies the row's summed loss; 0 only measures."""
+    """What a slot reads in one micro-step.  `weight` multiplies the row's summed loss; 0 only measures."""
 
     row: Row
     weight: float
     dropout: float
-    key: int  # of this micro-step's dropout mask
-    step: RowStep | None = None  # how to step after this row; None keeps accumulating
+    key: int  # of this lesson's dropout mask
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Lessons that need not wait for each other's answers, and how to step after the last; None only measures."""
+
+    lessons: tuple[Lesson, ...]
+    step: RowStep | None = None
 
 
 @dataclass
@@ -66,32 +76,42 @@ class NotFinite(LoraError):
         return "{} is not finite after step {}; lower learning_rate or look for odd rows in the data".format(*self.args)
 
 
-Heard = tuple[float, float]  # the row's summed loss and the slot's gradient norm
-Stream = Generator[Lesson, Heard, Trained]
+Heard = tuple[list[float], float]  # each lesson's summed loss, and the norm of the gradient they gave together
+Stream = Generator[Assignment, Heard, Trained]
 
 
-def curriculum(learner: Learner, row_tokens: int, row_now: Callable[[], Tensor]) -> Stream:
-    """The lessons of one learner, from the first row to its result.
+class Student:
+    """A learner on its way: its result so far, and the best row seen.
 
-    Send each lesson's (loss, norm) back in.  `row_now` copies the slot's current row.  A learner without
-    anything to learn from is retired at once.
+    `row_now` copies the learner's current row.
     """
-    return (yield from _Student(learner, row_tokens, row_now).study())
-
-
-class _Student:
-    """A learner on its way: its result so far, and the best row seen."""
 
     def __init__(self, learner: Learner, row_tokens: int, row_now: Callable[[], Tensor]) -> None:
         self.learner, self.recipe = learner, learner.recipe
         self.row_tokens, self.row_now = row_tokens, row_now
         self.result = Trained(learner.name, "finished", row_now())
         self.best = math.inf
-        self.micro_step = 0
-        self.planned = planned_steps(self.recipe, len(learner.train))
+        self.lessons = 0  # given so far
+        self.planned = self._planned_steps()
+
+    @cached_property
+    def rows_planned(self) -> int:
+        """About how many rows it reads if nothing stops it early: what a plan of the cohort goes by."""
+        lengths = [len(rendered.tokens) for rendered in self.learner.train]
+        step_tokens = self.recipe.batch_size * sum(lengths) / max(1, len(lengths))
+        step_rows = self.recipe.batch_rows or math.ceil(step_tokens / self.row_tokens)
+        return self.planned * step_rows + (self.recipe.epochs + 1) * len(self._held_out_rows)
+
+    @property
+    def rows_left(self) -> int:
+        """About how many of them are still to be read, at least one."""
+        return max(1, self.rows_planned - self.lessons)
 
     def study(self) -> Stream:
-        """Epoch by epoch, examined after each, until done, no longer better, or not finite."""
+        """Epoch by epoch, examined after each, until done, no longer better, or not finite.
+
+        Send each assignment's answer back in.  A learner without anything to learn from is retired at once.
+        """
         try:
             yield from self._examine()
             for epoch in range(self.recipe.epochs):
@@ -116,49 +136,73 @@ class _Student:
         if row_P.isfinite().all():
             self.result.row_P, self.result.best_step = row_P, self.result.steps
 
-    def _epoch(self, epoch: int) -> Generator[Lesson, Heard, None]:
-        examples = self.learner.train
-        for batch in epoch_batches(len(examples), self.recipe.batch_size, self.recipe.seed, epoch):
+    def _epoch(self, epoch: int) -> Generator[Assignment, Heard, None]:
+        for rows in self._batches(epoch):
             if self.result.steps == self.planned:
                 return
-            yield from self._batch(pack([(index, examples[index]) for index in batch], self.row_tokens))
+            yield from self._batch(rows)
 
-    def _batch(self, rows: Sequence[Row]) -> Generator[Lesson, Heard, None]:
-        """One optimiser step: the batch's rows one after another, its mean loss over all of them."""
+    def _batches(self, epoch: int) -> Generator[list[Row], None, None]:
+        """The rows of each optimiser step of an epoch."""
+        examples, recipe = self.learner.train, self.recipe
+        if recipe.batch_rows is None:
+            for batch in epoch_batches(len(examples), recipe.batch_size, recipe.seed, epoch):
+                yield pack([(index, examples[index]) for index in batch], self.row_tokens)
+        else:
+            for batch in epoch_batches(len(self._dense_rows), recipe.batch_rows, recipe.seed, epoch):
+                yield [self._dense_rows[index] for index in batch]
+
+    @cached_property
+    def _dense_rows(self) -> list[Row]:
+        return pack_densely(self.learner.train, self.row_tokens)
+
+    @cached_property
+    def _held_out_rows(self) -> list[Row]:
+        judged = self.recipe.patience is not None
+        return pack(list(enumerate(self.learner.held_out)), self.row_tokens) if judged else []
+
+    def _planned_steps(self) -> int:
+        """How many optimiser steps it takes if nothing stops it early."""
+        recipe = self.recipe
+        batches = (
+            math.ceil(len(self.learner.train) / recipe.batch_size)
+            if recipe.batch_rows is None
+            else math.ceil(len(self._dense_rows) / recipe.batch_rows)
+        )
+        return min(recipe.epochs * batches, recipe.max_steps or recipe.epochs * batches)
+
+    def _batch(self, rows: Sequence[Row]) -> Generator[Assignment, Heard, None]:
+        """One optimiser step: the mean loss over all of the batch's rows."""
         step = self.result.steps + 1
-        rate = rate_at(self.recipe, step, self.planned)
         share = 1 / max(1, sum(row.counted for row in rows))
-        total = 0.0
-        for row in rows:
-            last = RowStep(step, rate, self.recipe) if row is rows[-1] else None
-            total += yield from self._lesson(row, share, last)
-            self.result.tokens += row.used
+        total = yield from self._read(rows, share, RowStep(step, rate_at(self.recipe, step, self.planned), self.recipe))
+        self.result.tokens += sum(row.used for row in rows)
         self.result.steps = step
         self.result.losses.append((step, total * share))
 
-    def _examine(self) -> Generator[Lesson, Heard, None]:
+    def _examine(self) -> Generator[Assignment, Heard, None]:
         """Held-out loss of the row as it is now; the best row is kept."""
-        if self.recipe.patience is None or not self.learner.held_out:
+        rows = self._held_out_rows
+        if not rows:
             return
-        rows = pack(list(enumerate(self.learner.held_out)), self.row_tokens)
-        total = 0.0
-        for row in rows:
-            total += yield from self._lesson(row, 0.0, None)
+        total = yield from self._read(rows, 0.0, None)
         loss = total / max(1, sum(row.counted for row in rows))
         self.result.held_out.append((self.result.steps, loss))
         if loss < self.best:
             self.best, self.result.row_P, self.result.best_step = loss, self.row_now(), self.result.steps
 
-    def _lesson(self, row: Row, weight: float, step: RowStep | None) -> Generator[Lesson, Heard, float]:
+    def _read(self, rows: Sequence[Row], weight: float, step: RowStep | None) -> Generator[Assignment, Heard, float]:
+        """Have rows read; their summed loss."""
         dropout = self.recipe.method.dropout if weight else 0.0
-        key = dropout_key(self.recipe.seed, self.micro_step)
-        self.micro_step += 1
-        loss, norm = yield Lesson(row, weight, dropout, key, step)
-        if not math.isfinite(loss):
+        first, self.lessons = self.lessons, self.lessons + len(rows)
+        keys = (dropout_key(self.recipe.seed, first + number) for number in range(len(rows)))
+        lessons = tuple(Lesson(row, weight, dropout, key) for row, key in zip(rows, keys, strict=True))
+        losses, norm = yield Assignment(lessons, step)
+        if not all(map(math.isfinite, losses)):
             raise NotFinite("the loss", self.result.steps)
         if not math.isfinite(norm):
             raise NotFinite("the gradient", self.result.steps)
-        return loss
+        return math.fsum(losses)
 
     def _stale(self) -> bool:
         """Whether the last `patience` examinations were no better than the best."""
@@ -166,15 +210,9 @@ class _Student:
         return self.recipe.patience is not None and len(since) >= self.recipe.patience
 
 
-def planned_steps(recipe: Recipe, examples: int) -> int:
-    """How many optimiser steps a learner with this many examples takes if nothing stops it early."""
-    steps = recipe.epochs * math.ceil(examples / recipe.batch_size)
-    return min(steps, recipe.max_steps) if recipe.max_steps else steps
-
-
-def dropout_key(seed: int, micro_step: int) -> int:
-    """The 63-bit key of one micro-step's dropout mask: the user's seed and step, nothing of its slot."""
-    return (seed * 0x9E3779B97F4A7C15 + micro_step * 0xD1B54A32D192ED03 + 1) % 2**63
+def dropout_key(seed: int, lesson: int) -> int:
+    """The 63-bit key of one lesson's dropout mask: the user's seed and lesson, nothing of its slot."""
+    return (seed * 0x9E3779B97F4A7C15 + lesson * 0xD1B54A32D192ED03 + 1) % 2**63
 
 
 def newest(examples: Sequence[Rendered], max_tokens: int | None) -> tuple[Rendered, ...]:

@@ -73,6 +73,7 @@ class Recipe(Frozen):
     max_steps: Annotated[int, Field(ge=1)] | None = None  # stops earlier than the epochs would
     max_tokens: Annotated[int, Field(ge=1)] | None = None  # at most this many distinct training tokens of a user
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8  # examples an optimiser step
+    batch_rows: Annotated[int, Field(ge=1, le=4096)] | None = None  # instead: full rows a step, the data packed once
     max_length: Annotated[int, Field(ge=8, le=131072)] = 512  # tokens an example; longer ones are cut
     row_tokens: Annotated[int, Field(ge=8, le=131072)] = 512  # T: tokens a slot reads in one micro-step
     patience: Annotated[int, Field(ge=1)] | None = 2  # epochs without a better held-out loss; None never stops early

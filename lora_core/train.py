@@ -4,7 +4,6 @@ No user waits for another: one may be stepping while its neighbour is examined a
 K slots, T tokens a slot, P numbers a user.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +12,12 @@ import torch
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Heard, Learner, Lesson, Stream, Trained, curriculum
+from lora_core.curriculum import Learner, Lesson, Trained
 from lora_core.data.packing import empty_row
 from lora_core.forward import stack, token_losses
-from lora_core.optim import gradient_norms, step_rows
+from lora_core.room import Room
+
+Compute = Callable[[BaseModel, Cohort, Sequence[Lesson | None], int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -38,99 +39,50 @@ def train(
     row_tokens: int,
     bank: LoraBank | None = None,
     watch: Callable[[Pace], None] | None = None,
+    arrivals: Callable[[], Sequence[Learner]] = tuple,
+    compute: "Compute | None" = None,
 ) -> Iterator[Trained]:
-    """Train every learner, `slots` at a time, and yield each as it finishes.
+    """Train every learner, `slots` at a time, and yield each as it finishes; `arrivals` is asked for more as it goes on.
 
-    At a fixed (slots, row_tokens, bank) a learner's row has the same bytes whoever the others are and whichever
-    slot it had.  A learner whose numbers stop being finite is retired alone, with its last good row.
-    Raises ValueError for two learners of one name.
+    At a fixed (slots, row_tokens, bank) a learner's row has the same bytes whoever the others are, whichever slots it
+    had and whether or not it was taken aside.  A learner whose numbers stop being finite is retired alone, with its
+    last good row.  Raises ValueError for two learners of one name.
     """
-    waiting = _queue(learners)
-    bank = bank or lora_bank(base, [learner.recipe.method for learner in waiting])
+    learners, compute = list(learners), compute or read_rows
+    bank = bank or lora_bank(base, [learner.recipe.method for learner in learners])
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
-    seats: list[_Seat | None] = [None] * slots
+    room = Room(cohort, bank, row_tokens)
+    room.enter(learners)
     micro_steps = finished = tokens = 0
 
     with bank.attached(base, cohort):
-        while waiting or any(seats):
-            for slot in range(slots):
-                if seats[slot] is None and waiting:
-                    seats[slot] = _Seat(cohort, bank, slot, waiting.popleft(), row_tokens)
+        while not room.empty or room.enter(arrivals()):
+            room.seat()
+            lessons = room.deal()
 
-            heard = micro_step(base, cohort, [seat.lesson if seat else None for seat in seats], row_tokens)
+            losses_K = compute(base, cohort, lessons, row_tokens)
 
             micro_steps += 1
-            for slot, seat in enumerate(seats):
-                if seat:
-                    tokens += seat.lesson.row.used if seat.lesson else 0
-                    if trained := seat.hear(heard[slot]):
-                        seats[slot] = None
-                        cohort.clear(slot)
-                        finished += 1
-                        yield trained
+            tokens += sum(lesson.row.used for lesson in lessons if lesson)
+            for trained in room.take_in(losses_K):
+                finished += 1
+                yield trained
             if watch:
-                names = tuple(seat.name for seat in seats if seat)
-                watch(Pace(micro_steps, names, len(waiting), finished, tokens, micro_steps * slots * row_tokens))
+                room_tokens = micro_steps * slots * row_tokens
+                watch(Pace(micro_steps, room.names, room.waiting, finished, tokens, room_tokens))
+            room.enter(arrivals())
 
 
-def _queue(learners: Iterable[Learner]) -> deque[Learner]:
-    waiting = deque(learners)
-    if len({learner.name for learner in waiting}) < len(waiting):
-        raise ValueError("two learners have the same name; results are told apart by it")
-    return waiting
-
-
-def micro_step(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[Heard]:
-    """One forward and backward over K rows, and an optimiser step of the rows that are due.
-
-    Returns each slot's summed loss and gradient norm.  A row whose numbers are not finite does not step.
-    """
+def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[float]:
+    """One forward and backward over K rows; each slot's summed loss.  Gradients add up in the cohort matrix."""
     batch = stack([lesson.row if lesson else empty_row(row_tokens) for lesson in lessons], base.model)
     weight_K = torch.tensor([lesson.weight if lesson else 0.0 for lesson in lessons]).to(base.model.device)
     cohort.set_dropout(
         [lesson.dropout if lesson else 0.0 for lesson in lessons],
         [lesson.key if lesson else 0 for lesson in lessons],
     )
-
     loss_KT, _ = token_losses(base, batch)
     loss_K = loss_KT.sum(1)
     (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
-
-    heard_K2 = torch.stack([loss_K.detach(), gradient_norms(cohort)], dim=1)
-    finite_K = heard_K2.isfinite().all(1)
-    heard: list[Heard] = [(loss, norm) for loss, norm in heard_K2.tolist()]
-    for slot, finite in enumerate(finite_K.tolist()):
-        if not finite:
-            cohort.gradient_KP[slot] = 0  # so that the row stays as it is: 0 x inf would reach its weights
-    due = [
-        lesson.step if lesson and finite else None for lesson, finite in zip(lessons, finite_K.tolist(), strict=True)
-    ]
-    if any(due):
-        step_rows(cohort, due, [norm for _, norm in heard])
-    return heard
-
-
-class _Seat:
-    """A learner in a slot: its stream and the lesson it is at."""
-
-    def __init__(self, cohort: Cohort, bank: LoraBank, slot: int, learner: Learner, row_tokens: int) -> None:
-        spec = learner.recipe.method
-        start_P = bank.start_row(spec, learner.recipe.seed) if learner.start is None else learner.start
-        cohort.admit(slot, start_P, spec.scale)
-        self.name = learner.name
-        self._stream: Stream = curriculum(learner, row_tokens, lambda: cohort.row(slot))
-        self._result: Trained | None = None
-        self.lesson: Lesson | None = None
-        self._advance(None)
-
-    def hear(self, heard: Heard) -> Trained | None:
-        """Take the answer to the lesson and go to the next; the result once there is no next."""
-        if self.lesson:
-            self._advance(heard)
-        return self._result
-
-    def _advance(self, heard: Heard | None) -> None:
-        try:
-            self.lesson = next(self._stream) if heard is None else self._stream.send(heard)
-        except StopIteration as stop:
-            self.lesson, self._result = None, stop.value
+    losses: list[float] = loss_K.tolist()
+    return losses

@@ -4,8 +4,10 @@ Pure Python over token lists; the training loop stacks one row a slot into K x T
 """
 
 import random
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lora_core.data.rendering import Rendered
 
@@ -26,12 +28,12 @@ class Row:
     documents: tuple[int, ...]
     examples: tuple[int, ...]
 
-    @property
+    @cached_property
     def counted(self) -> int:
         """How many predictions count."""
         return sum(target != IGNORED for target in self.targets)
 
-    @property
+    @cached_property
     def used(self) -> int:
         """How many of the T tokens are examples rather than filling."""
         return sum(document < len(self.examples) for document in self.documents)
@@ -79,9 +81,7 @@ def pack(examples: Sequence[tuple[int, Rendered]], row_tokens: int) -> list[Row]
     """
     open_rows: list[_Filling] = []
     for index, rendered in examples:
-        length = len(rendered.tokens)
-        if length > row_tokens:
-            raise ValueError(f"example {index} has {length} tokens, a row {row_tokens}; lower max_length")
+        length = _checked_length(index, rendered, row_tokens)
         row = next((row for row in open_rows if len(row.tokens) + length <= row_tokens), None)
         if row is None:
             row = _Filling()
@@ -90,8 +90,34 @@ def pack(examples: Sequence[tuple[int, Rendered]], row_tokens: int) -> list[Row]
     return [row.close(row_tokens) for row in open_rows]
 
 
+def pack_densely(examples: Sequence[Rendered], row_tokens: int) -> list[Row]:
+    """All examples into rows as full as best-fit decreasing makes them: the longest first, each where least is left.
+
+    Raises ValueError as `pack` does.
+    """
+    rows: list[_Filling] = []
+    spaces: list[tuple[int, int]] = []  # room left and the row's number, the tightest first
+    for index, rendered in sorted(enumerate(examples), key=lambda item: -len(item[1].tokens)):
+        length = _checked_length(index, rendered, row_tokens)
+        place = bisect_left(spaces, (length, -1))
+        if place == len(spaces):
+            spaces.append((row_tokens, len(rows)))
+            rows.append(_Filling())
+        room, number = spaces.pop(place)
+        rows[number].add(index, rendered)
+        insort(spaces, (room - length, number))
+    return [row.close(row_tokens) for row in rows]
+
+
+def _checked_length(index: int, rendered: Rendered, row_tokens: int) -> int:
+    length = len(rendered.tokens)
+    if length > row_tokens:
+        raise ValueError(f"example {index} has {length} tokens, a row {row_tokens}; lower max_length")
+    return length
+
+
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """The examples of one epoch, shuffled by (seed, epoch) alone, `batch_size` at a time."""
+    """The numbers 0 to `count` of one epoch, shuffled by (seed, epoch) alone, `batch_size` at a time."""
     order = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     for start in range(0, count, batch_size):
