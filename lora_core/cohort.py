@@ -21,6 +21,12 @@ class Aside:
     gradient_P: Tensor
     scale: float
 
+    @classmethod
+    def fresh(cls, weights_P: Tensor, scale: float) -> "Aside":
+        """A user who has not trained yet."""
+        nothing = torch.zeros_like(weights_P)
+        return cls(weights_P, nothing, nothing, nothing, scale)
+
 
 class Cohort:
     """K slots: weights, gradient, both Adam moments (all K x P), and a column of settings a slot.
@@ -74,6 +80,7 @@ class Cohort:
         self.weights_KP[lane] = self.weights_KP[home]
         self.working_KP[lane] = self.working_KP[home]
         self.scale_K11[lane] = self.scale_K11[home]
+        self.gradient_KP[lane] = 0
 
     def fold(self, lane: int, home: int) -> None:
         """Add what a lent slot learnt to the user's own gradient."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from lora_core import seating
 from lora_core.banks.lora import LoraBank
 from lora_core.cohort import Aside, Cohort
-from lora_core.curriculum import Assignment, Learner, Lesson, Student, Trained
+from lora_core.curriculum import Assignment, Heard, Learner, Lesson, Student, Trained
 from lora_core.optim import gradient_norms, step_rows
 from lora_core.seating import Standing
 
@@ -16,27 +16,166 @@ from lora_core.seating import Standing
 class Seat:
     """A learner at work: its stream, the assignment it is at, and where its rows are: in a slot, or aside."""
 
-    def __init__(self, learner: Learner, aside: Aside, row_tokens: int) -> None:
+    def __init__(self, learner: Learner, aside: Aside, cohort: Cohort, row_tokens: int, clock: int) -> None:
         self.name, self.priority = learner.name, learner.priority
-        self.aside = aside
-        self.student = Student(learner, row_tokens, lambda: self.aside.weights_P)
-        self.stream = self.student.study()
+        self.aside, self.slot = aside, -1  # -1: its rows are aside
+        self.since = clock  # the micro-step at which it began to wait, or sat down
+        self.hold_until = 0
+        now = lambda: self.aside.weights_P if self.slot < 0 else cohort.row(self.slot)  # noqa: E731  short, and ours alone
+        self.student = Student(learner, row_tokens, now)
+        self._stream = self.student.study()
         self.result: Trained | None = None
         self.assignment = Assignment(())
-        self.given = 0  # lessons of the assignment that were read in some slot
-        self.losses: list[float] = []
-        self.waited = self.hold = 0
-
-    @property
-    def standing(self) -> Standing:
-        """What the plan knows of it."""
-        return Standing(self.student.rows_left, self.priority, self.waited, self.hold)
+        self.slots: list[int] = []  # where its lessons are read in this micro-step, in their order
+        self.losses: list[float] = []  # of the assignment's lessons so far
+        self._go_on(None)
 
     @property
     def pending(self) -> int:
         """Lessons of the assignment that could be read now."""
-        return len(self.assignment.lessons) - self.given
+        return len(self.assignment.lessons) - len(self.losses)
 
-    def begin(self) -> None:
-        """Go to the first assignment."""
-        self._advance(lambda: next(self.stream))
+    def standing(self, clock: int) -> Standing:
+        """What the plan knows of it."""
+        waited = clock - self.since if self.slot < 0 else 0
+        return Standing(self.student.rows_left, self.priority, waited, max(0, self.hold_until - clock))
+
+    def hear(self, norm: float) -> Trained | None:
+        """Answer the assignment and go to the next; the result once there is no next."""
+        if self.result is None:
+            self._go_on((self.losses, norm))
+        return self.result
+
+    def _go_on(self, heard: Heard | None) -> None:
+        try:
+            self.assignment = next(self._stream) if heard is None else self._stream.send(heard)
+        except StopIteration as stop:
+            self.assignment, self.result = Assignment(()), stop.value
+        self.losses = []
+
+
+class Room:
+    """K slots, who sits in them, and who waits."""
+
+    def __init__(self, cohort: Cohort, bank: LoraBank, row_tokens: int) -> None:
+        self.cohort, self.bank, self.row_tokens = cohort, bank, row_tokens
+        self.clock = 0  # micro-steps so far
+        self._waiting: list[Seat] = []
+        self._seated: dict[int, Seat] = {}  # by slot
+        self._lent: dict[int, tuple[Seat, int]] = {}  # whose row a further slot holds, and after how many steps
+        self._names: set[str] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody is here."""
+        return bool(self._seated or self._waiting)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Who sits."""
+        return tuple(seat.name for seat in self._seated.values())
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def enter(self, learners: Iterable[Learner]) -> bool:
+        """Let learners wait for a slot; whether there were any.  Raises ValueError for a name that was here before."""
+        before = len(self._waiting)
+        for learner in learners:
+            if learner.name in self._names:
+                raise ValueError(f"two learners are called {learner.name!r}; results are told apart by name")
+            self._names.add(learner.name)
+            spec = learner.recipe.method
+            start_P = self.bank.start_row(spec, learner.recipe.seed) if learner.start is None else learner.start
+            aside = Aside.fresh(start_P, spec.scale)
+            self._waiting.append(Seat(learner, aside, self.cohort, self.row_tokens, self.clock))
+        return len(self._waiting) > before
+
+    def seat(self) -> None:
+        """Free slots to whose turn it is; then users of a few rows, or of higher priority, in others' place."""
+        slots = self.cohort.slots
+        free = [slot for slot in range(slots) if slot not in self._seated]
+        seated = list(self._seated.values())
+        standings = [seat.standing(self.clock) for seat in seated]
+        if free and self._waiting:
+            turns = seating.turns(len(free), standings, [seat.standing(self.clock) for seat in self._waiting], slots)
+            for slot, seat in zip(free, [self._waiting[number] for number in turns], strict=False):
+                self._sit(slot, seat)
+        elif self._waiting:
+            comers = [seat for seat in self._waiting if seating.urgent(seat.standing(self.clock), standings)]
+            for victim, comer in seating.swaps(standings, [seat.standing(self.clock) for seat in comers], slots):
+                slot = seated[victim].slot
+                self._rise(seated[victim])
+                self._sit(slot, comers[comer])
+
+    def deal(self) -> list[Lesson | None]:
+        """What each slot reads in this micro-step: each user's next lesson in its own, further ones in free slots."""
+        dealt: list[Lesson | None] = [None] * self.cohort.slots
+        free = [slot for slot in range(self.cohort.slots) if slot not in self._seated]
+        seats = list(self._seated.values())
+        left = [seat.student.rows_left for seat in seats]
+        for seat, further in zip(seats, seating.lanes([s.pending for s in seats], left, len(free)), strict=True):
+            seat.slots = [seat.slot, *(self._lend(seat, free) for _ in range(further))]
+            for number, slot in enumerate(seat.slots[: seat.pending]):
+                dealt[slot] = seat.assignment.lessons[len(seat.losses) + number]
+        return dealt
+
+    def take_in(self, losses_K: Sequence[float]) -> Iterator[Trained]:
+        """Hand out the answers: whoever has read an assignment to its end steps, and goes to the next."""
+        self.clock += 1
+        for seat in self._seated.values():
+            for slot in seat.slots[: seat.pending]:
+                seat.losses.append(losses_K[slot])
+                if slot != seat.slot:
+                    self.cohort.fold(slot, seat.slot)
+        ready = [seat for seat in self._seated.values() if not seat.pending]
+        norms = self._step(ready)
+        for seat in ready:
+            if trained := seat.hear(norms[seat.slot]):
+                del self._seated[seat.slot]
+                self.cohort.clear(seat.slot)
+                yield trained
+
+    def _step(self, ready: Sequence[Seat]) -> list[float]:
+        """One optimiser step of those whose assignment ends in one; each slot's gradient norm.
+
+        A row whose numbers are not finite does not step; its student will hear why.
+        """
+        norms = [0.0] * self.cohort.slots
+        steps = {seat.slot: seat.assignment.step for seat in ready if seat.assignment.step}
+        if steps:
+            norms_K = gradient_norms(self.cohort).tolist()
+            finite = {slot: step for slot, step in steps.items() if norms_K[slot] - norms_K[slot] == 0}
+            step_rows(self.cohort, [finite.get(slot) for slot in range(self.cohort.slots)], norms_K)
+            norms = [norm if slot in steps else 0.0 for slot, norm in enumerate(norms_K)]
+        for seat in ready:
+            if not seat.assignment.step:
+                self.cohort.gradient_KP[seat.slot] = 0
+        return norms
+
+    def _sit(self, slot: int, seat: Seat) -> None:
+        standing = seat.standing(self.clock)
+        self._waiting.remove(seat)
+        self._seated[slot] = seat
+        self._lent.pop(slot, None)
+        self.cohort.seat(slot, seat.aside)
+        seat.slot, seat.since = slot, self.clock
+        seat.hold_until = self.clock + seating.HOLD if standing.starved else 0
+
+    def _rise(self, seat: Seat) -> None:
+        seat.aside = self.cohort.take(seat.slot)
+        del self._seated[seat.slot]
+        seat.slot, seat.since = -1, self.clock
+        self._waiting.append(seat)
+
+    def _lend(self, seat: Seat, free: list[int]) -> int:
+        """A free slot that reads as the seat's own does; one that does already if there is one."""
+        version = (seat, seat.student.result.steps)
+        slot = next((slot for slot in free if self._lent.get(slot) == version), free[0])
+        free.remove(slot)
+        if self._lent.get(slot) != version:
+            self.cohort.lend(seat.slot, slot)
+            self._lent[slot] = version
+        return slot

@@ -1,11 +1,13 @@
 """Who sits in which slot: the plan of a cohort, in numbers of rows alone.
 
 Four rules.  The higher priority goes first.  Among equals the longest sits down first, so that no long user is left
-over at the end (Graham's LPT, 1969); a micro-step of waiting counts as a row, so that nobody waits for ever.  A user
-of a few rows does not wait for a longer one: it takes a free slot first, else the slot of whoever has the most left, who
-is taken aside, at most a quarter of the slots at a time.  Slots that are still free read further rows of the seated.
+over at the end (Graham's LPT, 1969); a micro-step of waiting counts as a row, so that nobody waits for ever.  A user of
+a few rows does not wait for longer ones: a quarter of the slots are such users' before anybody's, and where none is free
+they take those of whoever has the most left, who is taken aside.  Slots that are still free read further rows of the
+seated.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,27 +36,49 @@ class Standing:
         return self.waited >= STARVED
 
 
-def order(waiting: Sequence[Standing]) -> list[int]:
-    """Whose turn it is next, by number."""
-    keys = [
-        (-one.priority, not one.starved, not one.few, -(one.rows_left + one.waited), number)
-        for number, one in enumerate(waiting)
-    ]
+def express(slots: int) -> int:
+    """How many slots users of a few rows have before anybody else."""
+    return max(1, slots // 4)
+
+
+def turns(free: int, seated: Sequence[Standing], waiting: Sequence[Standing], slots: int) -> list[int]:
+    """Who sits down in the free slots, by number among those who wait."""
+    hasty, patient = (deque(_order(waiting, few)) for few in (True, False))
+    places = express(slots) - sum(one.few for one in seated)
+    chosen: list[int] = []
+    while len(chosen) < free and (hasty or patient):
+        first = waiting[patient[0]] if patient else None
+        hurry = hasty and (first is None or (places > 0 and not first.starved))
+        if hasty and first and waiting[hasty[0]].priority != first.priority:
+            hurry = waiting[hasty[0]].priority > first.priority
+        places -= bool(hurry)
+        chosen.append((hasty if hurry else patient).popleft())
+    return chosen
+
+
+def _order(waiting: Sequence[Standing], few: bool) -> list[int]:
+    keys = [(-one.priority, -(one.rows_left + one.waited), n) for n, one in enumerate(waiting) if one.few == few]
     return [number for *_, number in sorted(keys)]
 
 
-def swaps(seated: Sequence[Standing], waiting: Sequence[Standing]) -> list[tuple[int, int]]:
+def urgent(comer: Standing, seated: Sequence[Standing]) -> bool:
+    """Whether a user who waits may take somebody's slot at all: what keeps a long queue from being sorted every time."""
+    return comer.few or comer.priority > min(one.priority for one in seated)
+
+
+def swaps(seated: Sequence[Standing], waiting: Sequence[Standing], slots: int) -> list[tuple[int, int]]:
     """Who is taken aside for whom when no slot is free, as pairs of numbers (seated, waiting)."""
-    room = max(1, len(seated) // 4) - sum(one.few for one in seated)
+    places = express(slots) - sum(one.few for one in seated)
     victims = sorted(range(len(seated)), key=lambda number: (seated[number].priority, -seated[number].rows_left))
     victims = [number for number in victims if not seated[number].few and not seated[number].hold]
+    comers = sorted(range(len(waiting)), key=lambda number: (-waiting[number].priority, -waiting[number].waited, number))
     pairs: list[tuple[int, int]] = []
-    for number in order(waiting):
+    for number in comers:
         if len(pairs) == len(victims):
             break
         victim, comer = seated[victims[len(pairs)]], waiting[number]
-        urgent = comer.few and comer.priority == victim.priority and len(pairs) < room
-        if comer.priority > victim.priority or urgent:
+        hurry = comer.few and comer.priority == victim.priority and len(pairs) < places
+        if comer.priority > victim.priority or hurry:
             pairs.append((victims[len(pairs)], number))
     return pairs
 

@@ -56,7 +56,7 @@ def train(
     micro_steps = finished = tokens = 0
 
     with bank.attached(base, cohort):
-        while not room.empty or room.enter(arrivals()):
+        while room.busy or room.enter(arrivals()):
             room.seat()
             lessons = room.deal()
 
