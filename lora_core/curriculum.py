@@ -4,6 +4,8 @@ The stream depends on the user's own examples, recipe and losses alone, never on
 rows are read.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +33,14 @@ class Learner:
     held_out: tuple[Rendered, ...] = ()
     start: Tensor | None = None  # row P to go on from; None starts afresh from the recipe's seed
     priority: int = 0  # the higher goes first
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what decides its course: recipe, examples and start."""
+        examples = [[one.tokens, one.trained] for half in (self.train, self.held_out) for one in half]
+        start = "" if self.start is None else hashlib.sha256(self.start.numpy().tobytes()).hexdigest()
+        parts = (self.recipe.digest, len(self.train), examples, start)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

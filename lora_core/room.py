@@ -4,12 +4,14 @@
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from lora_core import seating
 from lora_core.banks.lora import LoraBank
 from lora_core.cohort import Aside, Cohort
 from lora_core.curriculum import Assignment, Heard, Learner, Lesson, Student, Trained
 from lora_core.optim import gradient_norms, step_rows
+from lora_core.saves import Progress, Saves
 from lora_core.seating import Standing
 
 
@@ -17,7 +19,7 @@ class Seat:
     """A learner at work: its stream, the assignment it is at, and where its rows are: in a slot, or aside."""
 
     def __init__(self, learner: Learner, aside: Aside, cohort: Cohort, row_tokens: int, clock: int) -> None:
-        self.name, self.priority = learner.name, learner.priority
+        self.learner, self.name, self.priority = learner, learner.name, learner.priority
         self.aside, self.slot = aside, -1  # -1: its rows are aside
         self.since = clock  # the micro-step at which it began to wait, or sat down
         self.hold_until = 0
@@ -28,6 +30,7 @@ class Seat:
         self.assignment = Assignment(())
         self.slots: list[int] = []  # where its lessons are read in this micro-step, in their order
         self.losses: list[float] = []  # of the assignment's lessons so far
+        self.heard: list[Heard] = []  # the answers to all assignments before it
         self._go_on(None)
 
     @property
@@ -40,6 +43,18 @@ class Seat:
         waited = clock - self.since if self.slot < 0 else 0
         return Standing(self.student.rows_left, self.priority, waited, max(0, self.hold_until - clock))
 
+    def resume(self, progress: Progress) -> None:
+        """Go on from saved progress: hear again what was heard before, and take its rows."""
+        self.aside = replace(progress.aside, weights_P=progress.best_P)  # an examination in the past kept this row
+        for heard in progress.heard:
+            self._go_on(heard)
+        self.losses, self.aside = list(progress.losses), progress.aside
+
+    def progress(self, cohort: Cohort) -> Progress:
+        """How far it is."""
+        aside = self.aside if self.slot < 0 else cohort.take(self.slot)
+        return Progress(aside, self.student.result.row_P, self.heard, self.losses)
+
     def hear(self, norm: float) -> Trained | None:
         """Answer the assignment and go to the next; the result once there is no next."""
         if self.result is None:
@@ -47,6 +62,7 @@ class Seat:
         return self.result
 
     def _go_on(self, heard: Heard | None) -> None:
+        self.heard += [heard] if heard else []
         try:
             self.assignment = next(self._stream) if heard is None else self._stream.send(heard)
         except StopIteration as stop:
@@ -57,8 +73,8 @@ class Seat:
 class Room:
     """K slots, who sits in them, and who waits."""
 
-    def __init__(self, cohort: Cohort, bank: LoraBank, row_tokens: int) -> None:
-        self.cohort, self.bank, self.row_tokens = cohort, bank, row_tokens
+    def __init__(self, cohort: Cohort, bank: LoraBank, row_tokens: int, saves: Saves | None = None) -> None:
+        self.cohort, self.bank, self.row_tokens, self.saves = cohort, bank, row_tokens, saves
         self.clock = 0  # micro-steps so far
         self._waiting: list[Seat] = []
         self._seated: dict[int, Seat] = {}  # by slot
@@ -90,7 +106,10 @@ class Room:
             spec = learner.recipe.method
             start_P = self.bank.start_row(spec, learner.recipe.seed) if learner.start is None else learner.start
             aside = Aside.fresh(start_P, spec.scale)
-            self._waiting.append(Seat(learner, aside, self.cohort, self.row_tokens, self.clock))
+            seat = Seat(learner, aside, self.cohort, self.row_tokens, self.clock)
+            if self.saves and (progress := self.saves.load(learner)):
+                seat.resume(progress)
+            self._waiting.append(seat)
         return len(self._waiting) > before
 
     def seat(self) -> None:
@@ -137,6 +156,12 @@ class Room:
                 del self._seated[seat.slot]
                 self.cohort.clear(seat.slot)
                 yield trained
+
+    def save(self) -> None:
+        """Keep everybody's progress who has begun."""
+        for seat in (*self._seated.values(), *self._waiting):
+            if self.saves and (seat.heard or seat.losses):
+                self.saves.save(seat.learner, seat.progress(self.cohort))
 
     def _step(self, ready: Sequence[Seat]) -> list[float]:
         """One optimiser step of those whose assignment ends in one; each slot's gradient norm.

@@ -16,6 +16,7 @@ from lora_core.curriculum import Learner, Lesson, Trained
 from lora_core.data.packing import empty_row
 from lora_core.forward import stack, token_losses
 from lora_core.room import Room
+from lora_core.saves import Saves
 
 Compute = Callable[[BaseModel, Cohort, Sequence[Lesson | None], int], list[float]]
 
@@ -40,18 +41,20 @@ def train(
     bank: LoraBank | None = None,
     watch: Callable[[Pace], None] | None = None,
     arrivals: Callable[[], Sequence[Learner]] = tuple,
-    compute: "Compute | None" = None,
+    compute: Compute | None = None,
+    saves: Saves | None = None,
 ) -> Iterator[Trained]:
-    """Train every learner, `slots` at a time, and yield each as it finishes; `arrivals` is asked for more as it goes on.
+    """Train every learner, `slots` at a time, and yield each as it finishes.
 
-    At a fixed (slots, row_tokens, bank) a learner's row has the same bytes whoever the others are, whichever slots it
-    had and whether or not it was taken aside.  A learner whose numbers stop being finite is retired alone, with its
-    last good row.  Raises ValueError for two learners of one name.
+    `arrivals` is asked for more learners after every micro-step; with `saves`, learners go on from where a process
+    before this one was killed.  At a fixed (slots, row_tokens, bank) a learner's row has the same bytes whoever the
+    others are, whichever slots it had, and whether or not it was taken aside, or saved and resumed.  A learner whose
+    numbers stop being finite is retired alone, with its last good row.  Raises ValueError for two of one name.
     """
     learners, compute = list(learners), compute or read_rows
     bank = bank or lora_bank(base, [learner.recipe.method for learner in learners])
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
-    room = Room(cohort, bank, row_tokens)
+    room = Room(cohort, bank, row_tokens, saves)
     room.enter(learners)
     micro_steps = finished = tokens = 0
 
@@ -70,6 +73,8 @@ def train(
             if watch:
                 room_tokens = micro_steps * slots * row_tokens
                 watch(Pace(micro_steps, room.names, room.waiting, finished, tokens, room_tokens))
+            if saves and saves.due():
+                room.save()
             room.enter(arrivals())
 
 

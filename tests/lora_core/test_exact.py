@@ -1,0 +1,106 @@
+"""Two hundred random packs: whoever the neighbours are, wherever it sat, however often it was stopped, the same bytes."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_core.banks.lora import LoraBank
+from lora_core.base_model import BaseModel, freeze
+from lora_core.curriculum import Learner, Trained
+from lora_core.saves import Saves
+from lora_core.train import train
+from tests.lora_core.conftest import examples, gpt2, llama, recipe
+
+PACKS, T = 200, 32
+
+
+@pytest.fixture(scope="module")
+def bases() -> dict[str, BaseModel]:
+    """One of each architecture."""
+    return {"llama": freeze(llama(), None, "llama"), "gpt2": freeze(gpt2(), None, "gpt2")}
+
+
+def random_learner(generator: random.Random, name: str, base: BaseModel) -> Learner:
+    """Any user: rank 1 to 64, any targets and layers, schedule, size, batches by examples or by rows."""
+    ends = sorted({site.name.rpartition(".")[2] for site in base.sites})
+    settings = recipe(
+        seed=generator.randrange(1000),
+        rank=generator.choice([1, 2, 8, 16, 64]),
+        alpha=generator.choice([1, 16, 100]),
+        use_rslora=generator.random() < 0.3,
+        dropout=generator.choice([0, 0.1, 0.5]),
+        targets=generator.choice(["all-linear", tuple(generator.sample(ends, 2))]),
+        layers=generator.choice([None, (0,), (1,)]),
+        schedule=generator.choice(["constant", "linear", "cosine"]),
+        learning_rate=generator.choice([1e-4, 1e-2]),
+        weight_decay=generator.choice([0, 0.1]),
+        epochs=generator.randrange(1, 4),
+        patience=generator.choice([None, 1]),
+        batch_size=generator.choice([1, 4, 9]),
+        batch_rows=generator.choice([None, 1, 3]),
+        row_tokens=T,
+        max_length=T,
+    )
+    held_out = examples(generator.randrange(10**6), generator.randrange(0, 5))
+    size = generator.choice([1, 3, 9, 20])
+    return Learner(name, settings, examples(generator.randrange(10**6), size), held_out, priority=generator.randrange(2))
+
+
+def run(
+    base: BaseModel, now: Sequence[Learner], slots: int, bank: LoraBank, later: Sequence[Learner] = (), **more: Saves
+) -> dict[str, Trained]:
+    """Train some at once and let others arrive one by one."""
+    coming = [[one] for one in later]
+    arrive = lambda: coming.pop(0) if coming else ()  # noqa: E731
+    return {one.name: one for one in train(base, now, slots, T, bank, arrivals=arrive, **more)}
+
+
+class Killed(Exception):
+    """The process ended here."""
+
+
+def killed_and_resumed(
+    base: BaseModel, cohort: Sequence[Learner], slots: int, bank: LoraBank, folder: Path, steps: int
+) -> dict[str, Trained]:
+    """Save after every micro-step, die after some, and go on in another order."""
+
+    def die() -> bool:
+        nonlocal steps
+        steps -= 1
+        if steps < 0:
+            raise Killed
+        return True
+
+    done: dict[str, Trained] = {}
+    try:
+        for one in train(base, cohort, slots, T, bank, saves=Saves(folder, "shape", die)):
+            done[one.name] = one
+    except Killed:
+        pass
+    rest = [one for one in reversed(cohort) if one.name not in done]
+    return done | run(base, rest, slots, bank, saves=Saves(folder, "shape", lambda: False))
+
+
+@pytest.mark.parametrize("pack", range(PACKS))
+def test_a_user_is_the_same_alone_packed_taken_aside_killed_and_resumed(
+    bases: dict[str, BaseModel], tmp_path: Path, pack: int
+) -> None:
+    """Rows, losses and held-out losses, to the bit, at the same number of slots and row length."""
+    generator = random.Random(pack)
+    base = bases[generator.choice(["llama", "gpt2"])]
+    slots = generator.choice([1, 2, 4, 8])
+    cohort = [random_learner(generator, f"user{number}", base) for number in range(generator.randrange(2, 8))]
+    bank = LoraBank(base.sites, max(one.recipe.method.rank for one in cohort))
+    middle = generator.randrange(1, len(cohort))
+    one = generator.choice(cohort)
+
+    alone = run(base, [one], slots, bank)[one.name]
+    packed = run(base, cohort[:middle], slots, bank, cohort[middle:])[one.name]
+    resumed = killed_and_resumed(base, cohort, slots, bank, tmp_path, generator.randrange(1, 12))[one.name]
+
+    for other in (packed, resumed):
+        assert torch.equal(alone.row_P, other.row_P)
+        assert (alone.losses, alone.held_out, alone.outcome) == (other.losses, other.held_out, other.outcome)
