@@ -24,6 +24,7 @@ from lora_core.gate import Verdict, judge
 from lora_core.generate import TaskScore, generate, task_score
 from lora_core.intake import LoraFiles
 from lora_core.recipe import Recipe
+from lora_core.saves import Saves
 from lora_core.train import Pace, train
 
 ANSWERS_JUDGED = 8  # held-out prompts a user that are answered and compared: generation is the slow part
@@ -70,12 +71,13 @@ def train_candidates(
     candidates: Sequence[Candidate],
     slots: int,
     watch: Callable[[Pace], None] | None = None,
+    saves: Saves | None = None,
 ) -> None:
     """Train a cohort packed.  Its recipes share base, row length and bank, so neighbours change nobody's bytes."""
     by_label = {candidate.label: candidate for candidate in candidates}
     bank = training_bank(base, candidates)
     learners = [candidate.learner for candidate in candidates]
-    for trained in train(base, learners, slots, candidates[0].recipe.row_tokens, bank, watch):
+    for trained in train(base, learners, slots, candidates[0].recipe.row_tokens, bank, watch, saves=saves):
         by_label[trained.name].trained = trained
 
 

@@ -3,9 +3,11 @@
 Every step may run twice or die at any line: leases, fences and idempotent publishing make that harmless.
 """
 
+import hashlib
 import math
 import platform
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +26,7 @@ from lora_core.data.snapshot import load_snapshot
 from lora_core.errors import ArtifactRefused, BaseModelError, LoraError
 from lora_core.intake import LoraFiles, read_artifact
 from lora_core.recipe import make_recipe
+from lora_core.saves import Saves
 from lora_core.train import Pace
 from registry import jobs
 from registry.errors import LeaseLost, NotFound, ObjectDiffers, ObjectMissing, RegistryError
@@ -95,7 +98,7 @@ def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
 def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None = None) -> None:
     """Train everybody packed; who was retired drops out, with the reason."""
     if cohort.work:
-        train_candidates(cohort.base, cohort.candidates, cohort.slots, watch)
+        train_candidates(cohort.base, cohort.candidates, cohort.slots, watch, _saves(factory, cohort))
     for job, candidate in list(cohort.work.values()):
         trained = candidate.trained
         if trained is None or trained.outcome == "retired" or not finite(trained.row_P):
@@ -120,6 +123,7 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
         try:
             finished = _finished(cohort, bank, job, candidate)
             cohort.published[candidate.label] = publish(factory.engine, factory.store, job, finished, now())
+            _saves(factory, cohort).drop(candidate.label)
         except LeaseLost as error:
             cohort.failed[candidate.label] = str(error)
             del cohort.work[job.id]
@@ -191,6 +195,23 @@ def _drop(factory: Factory, cohort: Cohort, job: ClaimedJob, reason: str) -> Non
         jobs.fail(session, job, reason, now())
 
 
+def _saves(factory: Factory, cohort: Cohort) -> Saves:
+    """Where this machine keeps the progress of trainings, for whoever claims their jobs after a kill."""
+    bank = training_bank(cohort.base, cohort.candidates)
+    row_tokens = cohort.candidates[0].recipe.row_tokens
+    parts = (cohort.base.digest, computed_on(cohort.base), bank, cohort.slots, row_tokens, torch.__version__)
+    last = time.monotonic()
+
+    def due() -> bool:
+        nonlocal last
+        if time.monotonic() - last < factory.settings.save_seconds:
+            return False
+        last = time.monotonic()
+        return True
+
+    return Saves(factory.settings.home_folder / "saves", hashlib.sha256(repr(parts).encode()).hexdigest(), due)
+
+
 def _finished(cohort: Cohort, bank: LoraBank, job: ClaimedJob, candidate: Candidate) -> Finished:
     """A candidate as files and facts; the same candidate gives the same bytes."""
     trained, verdict = candidate.trained, candidate.verdict
@@ -211,6 +232,7 @@ def _finished(cohort: Cohort, bank: LoraBank, job: ClaimedJob, candidate: Candid
                      "outcome": trained.outcome, "losses": trained.losses, "held_out": trained.held_out},
         "gate": {"accepted": verdict.accepted, "reason": verdict.reason},
         "cohort": {"slots": cohort.slots, "row_tokens": candidate.recipe.row_tokens, "rank": bank.rank},
+        "device": computed_on(cohort.base),
         "versions": code_versions(),
     }  # fmt: skip
     files = write_artifact(tensors, AdapterConfig.of(cohort.base, spec, tensors), facts)
@@ -240,7 +262,7 @@ def _open_run(factory: Factory, cohort: Cohort, first: ClaimedJob) -> None:
         row_tokens = make_recipe(first.recipe).row_tokens
         session.add(
             Run(
-                id=cohort.run_id, worker=factory.settings.worker, device=_device_name(cohort.base),
+                id=cohort.run_id, worker=factory.settings.worker, device=computed_on(cohort.base)["device"],
                 slots=cohort.slots, row_tokens=row_tokens, started_at=cohort.started_at, finished_at=None, facts={},
             )
         )  # fmt: skip
@@ -253,9 +275,11 @@ def _close_run(factory: Factory, cohort: Cohort) -> None:
         run.facts = {"published": len(cohort.published), "failed": len(cohort.failed)}
 
 
-def _device_name(base: BaseModel) -> str:
+def computed_on(base: BaseModel) -> dict[str, str]:
+    """The kind of device and of numbers, which decide the last bits."""
     device = base.model.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": f"{device.type} {name}", "dtype": str(base.model.dtype).removeprefix("torch.")}
 
 
 def runs_wanted(factory: Factory) -> int:

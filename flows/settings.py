@@ -21,5 +21,6 @@ class FactorySettings(RegistrySettings):
     slots: Annotated[int, Field(ge=1, le=1024)] = 16  # K: users trained at once
     device: str = ""  # cpu, cuda, cuda:1; empty takes a GPU where there is one
     lease_seconds: Annotated[int, Field(ge=1)] = 300  # how long a silent worker keeps its jobs
+    save_seconds: Annotated[float, Field(ge=0)] = 60  # between saves of a training's progress
     worker: str = Field(default_factory=_worker_name)
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of a dataset's rows, before it is refused

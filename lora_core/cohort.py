@@ -65,8 +65,11 @@ class Cohort:
 
     def take(self, slot: int) -> Aside:
         """A copy of a user's rows, to go on from later."""
-        matrices = (self.weights_KP, self.first_KP, self.second_KP, self.gradient_KP)
-        return Aside(*(matrix[slot].to("cpu", copy=True) for matrix in matrices), float(self.scale_K11[slot]))
+        weights_P, first_P, second_P, gradient_P = (
+            matrix[slot].to("cpu", copy=True)
+            for matrix in (self.weights_KP, self.first_KP, self.second_KP, self.gradient_KP)
+        )
+        return Aside(weights_P, first_P, second_P, gradient_P, float(self.scale_K11[slot]))
 
     def seat(self, slot: int, aside: Aside) -> None:
         """Write rows that were taken aside into a slot."""

@@ -1,7 +1,7 @@
-"""One user's way through training, as a stream of assignments: what its row reads next, and what it does with the answer.
+"""One user's way through training, as a stream of assignments: what it reads next, and what it does with the answer.
 
-The stream depends on the user's own examples, recipe and losses alone, never on who else is in the cohort or on when its
-rows are read.
+The stream depends on the user's own examples, recipe and losses alone, never on who else is in the cohort, nor on when
+its rows are read.
 """
 
 import hashlib

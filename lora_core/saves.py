@@ -7,7 +7,6 @@ A save of other data, another recipe, base, bank or batch shape is not used.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,15 +50,12 @@ class Saves:
         }  # fmt: skip
         facts = {"scale": aside.scale, "heard": progress.heard, "losses": progress.losses}
         metadata = {"of": self._of(learner), "facts": json.dumps(facts)}
-        handle, beside = tempfile.mkstemp(dir=self.folder, prefix=".save-")
-        os.close(handle)
-        try:
-            save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, beside, metadata)
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, self._path(learner.name))
-        finally:
-            Path(beside).unlink(missing_ok=True)
+        path = self._path(learner.name)
+        beside = path.with_suffix(f".{os.getpid()}")
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, beside, metadata)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
 
     def load(self, learner: Learner) -> Progress | None:
         """A learner's progress; None where there is none that fits, or the file is not whole."""
@@ -77,7 +73,9 @@ class Saves:
 
     def drop(self, name: str) -> None:
         """Forget a learner's progress: its result is safe elsewhere."""
-        self._path(name).unlink(missing_ok=True)
+        path = self._path(name)
+        for file in (path, *self.folder.glob(f"{path.stem}.*")):  # what a kill left half-written too
+            file.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"

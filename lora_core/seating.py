@@ -1,10 +1,10 @@
 """Who sits in which slot: the plan of a cohort, in numbers of rows alone.
 
 Four rules.  The higher priority goes first.  Among equals the longest sits down first, so that no long user is left
-over at the end (Graham's LPT, 1969); a micro-step of waiting counts as a row, so that nobody waits for ever.  A user of
-a few rows does not wait for longer ones: a quarter of the slots are such users' before anybody's, and where none is free
-they take those of whoever has the most left, who is taken aside.  Slots that are still free read further rows of the
-seated.
+over at the end (Graham's LPT, 1969); a micro-step of waiting counts as a row, so that nobody waits for ever.  A user
+of a few rows does not wait for longer ones: a quarter of the slots are such users' before anybody's, and where none is
+free they take those of whoever has the most left, who is taken aside.  Slots that are still free read further rows of
+the seated.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ HOLD = 2 * FEW  # ... for so many micro-steps
 
 @dataclass(frozen=True)
 class Standing:
-    """What the plan knows of a user: rows left to read, priority, micro-steps waited, and how many it keeps its slot."""
+    """What the plan knows of a user: rows left to read, priority, micro-steps waited, how many it keeps its slot."""
 
     rows_left: int
     priority: int = 0
@@ -62,7 +62,7 @@ def _order(waiting: Sequence[Standing], few: bool) -> list[int]:
 
 
 def urgent(comer: Standing, seated: Sequence[Standing]) -> bool:
-    """Whether a user who waits may take somebody's slot at all: what keeps a long queue from being sorted every time."""
+    """Whether a user who waits may take somebody's slot at all: a long queue need not be sorted for the rest."""
     return comer.few or comer.priority > min(one.priority for one in seated)
 
 
@@ -71,7 +71,9 @@ def swaps(seated: Sequence[Standing], waiting: Sequence[Standing], slots: int) -
     places = express(slots) - sum(one.few for one in seated)
     victims = sorted(range(len(seated)), key=lambda number: (seated[number].priority, -seated[number].rows_left))
     victims = [number for number in victims if not seated[number].few and not seated[number].hold]
-    comers = sorted(range(len(waiting)), key=lambda number: (-waiting[number].priority, -waiting[number].waited, number))
+    comers = sorted(
+        range(len(waiting)), key=lambda number: (-waiting[number].priority, -waiting[number].waited, number)
+    )
     pairs: list[tuple[int, int]] = []
     for number in comers:
         if len(pairs) == len(victims):
@@ -84,7 +86,7 @@ def swaps(seated: Sequence[Standing], waiting: Sequence[Standing], slots: int) -
 
 
 def lanes(pending: Sequence[int], rows_left: Sequence[int], free: int) -> list[int]:
-    """How many of the free slots each seated user reads further rows in: the longest first, none beyond its pending rows.
+    """How many of the free slots each seated user reads further rows in, the longest first.
 
     `pending` counts the rows that each could read now, its own slot's among them.
     """

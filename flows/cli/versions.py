@@ -10,7 +10,7 @@ import typer
 
 from flows.cli.printing import AsJson, OwnReference, VersionReference, answer_one, say
 from flows.errors import Unready
-from flows.factory import now
+from flows.factory import Factory, now
 from registry import aliases, queries
 from registry.client import Client
 from registry.names import LATEST, Reference
@@ -22,7 +22,7 @@ Reason = Annotated[str, typer.Option("--reason", help="Kept in the alias's histo
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for command in (promote, rollback, pull):
+    for command in (promote, rollback, pull, reproduce):
         app.command()(command)
 
 
@@ -97,3 +97,18 @@ def _copied(folder: Path, to: Path) -> Path:
         return Path(shutil.copytree(folder, to))
     except OSError as error:
         raise Unready(f"{to} cannot be written ({error.strerror or error})", "give a new folder") from None
+
+
+def reproduce(reference: VersionReference, as_json: AsJson = False) -> None:
+    """Train a version again from what its manifest records, and compare the bytes; exit code 1 if they differ.
+
+    lora reproduce acme/alice:3
+    """
+    from flows.reproduce import reproduce as run
+
+    found = run(Factory.from_environment(), reference)
+    facts = {"reference": found.reference, "equal": found.equal, "published": found.published, "again": found.again}
+    differs = {name: f"{then} then, {now} now" for name, (then, now) in found.differs.items()}
+    answer_one({**facts, **({"differs": differs} if as_json else differs)}, as_json)
+    if not found.equal:
+        raise typer.Exit(1)

@@ -77,4 +77,4 @@ def lora(tmp_path: Path) -> Lora:
 def quiet_environment(home: Path) -> dict[str, str]:
     """The environment of a person who has set nothing but a home."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LORA_", "PREFECT_"))}
-    return kept | {"LORA_HOME": str(home / "home"), "COLUMNS": "200", "OMP_NUM_THREADS": "2"}
+    return kept | {"LORA_HOME": str(home / "home"), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,52 @@ def test_a_kill_during_training_costs_time_and_nothing_else(
     rows = json.loads(lora("list", "--json").stdout)
 
     assert [(row["versions"], row["latest"]) for row in rows] == [(1, 1)]
+
+
+def test_a_training_killed_half_way_goes_on_to_the_bytes_of_one_that_was_not(
+    lora: Lora, base_folder: Path, alice: Path, tmp_path: Path
+) -> None:
+    """SIGKILL once progress was saved; the next worker goes on from there, and a training from nothing agrees."""
+    lora("data", "add", "acme/alice", str(alice))
+    words = [
+        *LORA,
+        "train",
+        "acme/alice",
+        "--base",
+        str(base_folder),
+        *SETTINGS,
+        "-s",
+        "epochs=60",
+        "-s",
+        "patience=60",
+    ]
+    environment = quiet_environment(tmp_path) | {"LORA_LEASE_SECONDS": "2", "LORA_SAVE_SECONDS": "0"}
+    doomed = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    saves = tmp_path / "home" / "saves"
+    while doomed.poll() is None and not list(saves.glob("*.safetensors")):
+        time.sleep(0.02)
+    doomed.send_signal(signal.SIGKILL)
+    assert doomed.wait() == -signal.SIGKILL
+    time.sleep(2.5)
+
+    (row,) = json.loads(lora("work", "--once", "--json").stdout)
+    again = json.loads(lora("reproduce", "acme/alice", "--json").stdout)
+
+    assert row["version"] == "1"
+    assert again["equal"]
+    assert again["differs"] == {}
+    assert list(saves.iterdir()) == []
+
+
+def test_what_cannot_be_reproduced_says_so(lora: Lora, base_folder: Path, alice: Path, tmp_path: Path) -> None:
+    """A changed base is refused; other numbers of threads, libraries or devices would be named."""
+    moved = tmp_path / "base"
+    shutil.copytree(base_folder, moved)
+    train(lora, moved, "acme/alice", "--data", str(alice))
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+
+    assert "have changed" in lora("reproduce", "acme/alice", code=1).stderr
 
 
 DIES_PUBLISHING = """

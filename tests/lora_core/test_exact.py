@@ -1,4 +1,4 @@
-"""Two hundred random packs: whoever the neighbours are, wherever it sat, however often it was stopped, the same bytes."""
+"""Two hundred random packs: whoever the neighbours are, wherever a user sat and was stopped, the same bytes."""
 
 import random
 from collections.abc import Sequence
@@ -46,16 +46,23 @@ def random_learner(generator: random.Random, name: str, base: BaseModel) -> Lear
     )
     held_out = examples(generator.randrange(10**6), generator.randrange(0, 5))
     size = generator.choice([1, 3, 9, 20])
-    return Learner(name, settings, examples(generator.randrange(10**6), size), held_out, priority=generator.randrange(2))
+    return Learner(
+        name, settings, examples(generator.randrange(10**6), size), held_out, priority=generator.randrange(2)
+    )
 
 
 def run(
-    base: BaseModel, now: Sequence[Learner], slots: int, bank: LoraBank, later: Sequence[Learner] = (), **more: Saves
+    base: BaseModel,
+    now: Sequence[Learner],
+    slots: int,
+    bank: LoraBank,
+    later: Sequence[Learner] = (),
+    saves: Saves | None = None,
 ) -> dict[str, Trained]:
     """Train some at once and let others arrive one by one."""
     coming = [[one] for one in later]
     arrive = lambda: coming.pop(0) if coming else ()  # noqa: E731
-    return {one.name: one for one in train(base, now, slots, T, bank, arrivals=arrive, **more)}
+    return {one.name: one for one in train(base, now, slots, T, bank, arrivals=arrive, saves=saves)}
 
 
 class Killed(Exception):

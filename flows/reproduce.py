@@ -1,0 +1,69 @@
+"""Train a published version again, alone, from what its manifest records, and compare the bytes."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flows.candidates import make_candidate
+from flows.cohort import code_versions, computed_on
+from flows.errors import Unready
+from flows.factory import Factory
+from lora_core.artifact import MANIFEST, WEIGHTS, safetensors_bytes
+from lora_core.banks.lora import LoraBank, lora_bank
+from lora_core.base_model import BaseModel, load_base
+from lora_core.data.snapshot import load_snapshot
+from lora_core.recipe import make_recipe
+from lora_core.train import train
+from registry import queries
+from registry.names import Reference
+from registry.session import reading
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """SHA-256 of a version's weights as published and as trained again, and what differed around it: then, now."""
+
+    reference: str
+    published: str
+    again: str
+    differs: Mapping[str, tuple[str, str]]
+
+    @property
+    def equal(self) -> bool:
+        """Whether every byte came out the same."""
+        return self.published == self.again
+
+
+def reproduce(factory: Factory, text: str) -> Reproduction:
+    """Train the version that a reference means once more, at its slots, row length and bank.
+
+    Raises Unready when the base or its files are not those it was trained on.
+    """
+    reference = Reference.parse(text)
+    with reading(factory.engine) as session:
+        tenant = queries.tenant_id(session, reference.tenant)
+        version = queries.version(session, tenant, reference)
+        dataset, made_on, _ = queries.lineage(session, tenant, version)
+    manifest = json.loads((factory.client.pull(reference) / MANIFEST).read_text(encoding="utf-8"))
+    base = load_base(made_on.name, made_on.revision, factory.settings.device or None)
+    if base.digest != made_on.digest:
+        raise Unready(f"the files of {made_on.name} have changed since {text} was trained", "bring them back")
+
+    recipe = make_recipe(version.recipe)
+    snapshot = load_snapshot(factory.store.get(dataset.key), dataset.digest)
+    learner = make_candidate(reference.label, recipe, snapshot, base).learner
+    shape = manifest["cohort"]
+    bank = LoraBank(lora_bank(base, [recipe.method]).sites, shape["rank"])
+    (trained,) = train(base, [learner], shape["slots"], shape["row_tokens"], bank)
+
+    again = hashlib.sha256(safetensors_bytes(bank.to_tensors(trained.row_P, recipe.method))).hexdigest()
+    published = manifest["files"][WEIGHTS]["sha256"]
+    return Reproduction(f"{reference.label}:{version.number}", published, again, _differences(manifest, base))
+
+
+def _differences(manifest: Mapping[str, Mapping[str, str]], base: BaseModel) -> dict[str, tuple[str, str]]:
+    """Which versions and which device are not what they were."""
+    then = {**manifest["versions"], **manifest["device"]}
+    now = {**code_versions(), **computed_on(base)}
+    return {name: (then[name], now.get(name, "none")) for name in sorted(then) if then[name] != now.get(name)}
