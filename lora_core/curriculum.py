@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lora_core.data.packing import Row, epoch_batches, pack, pack_densely
+from lora_core.data.packing import Row, densely, epoch_batches, pack
 from lora_core.data.rendering import Rendered
 from lora_core.errors import LoraError
 from lora_core.optim import RowStep, rate_at
@@ -72,6 +72,7 @@ class Trained:
     steps: int = 0
     best_step: int = 0
     tokens: int = 0  # examples' tokens trained on, counting repetition
+    waited: int = 0  # micro-steps without a slot, the longest time
     losses: list[tuple[int, float]] = field(default_factory=list)  # step, mean training loss of its batch
     held_out: list[tuple[int, float]] = field(default_factory=list)  # step, mean held-out loss
 
@@ -159,12 +160,14 @@ class Student:
             for batch in epoch_batches(len(examples), recipe.batch_size, recipe.seed, epoch):
                 yield pack([(index, examples[index]) for index in batch], self.row_tokens)
         else:
-            for batch in epoch_batches(len(self._dense_rows), recipe.batch_rows, recipe.seed, epoch):
-                yield [self._dense_rows[index] for index in batch]
+            for batch in epoch_batches(len(self._shared_rows), recipe.batch_rows, recipe.seed, epoch):
+                full = ([(index, examples[index]) for index in self._shared_rows[number]] for number in batch)
+                yield [pack(row, self.row_tokens)[0] for row in full]
 
     @cached_property
-    def _dense_rows(self) -> list[Row]:
-        return pack_densely(self.learner.train, self.row_tokens)
+    def _shared_rows(self) -> list[list[int]]:
+        """Which examples share a row over all epochs, when batches are of rows."""
+        return densely([len(rendered.tokens) for rendered in self.learner.train], self.row_tokens)
 
     @cached_property
     def _held_out_rows(self) -> list[Row]:
@@ -177,7 +180,7 @@ class Student:
         batches = (
             math.ceil(len(self.learner.train) / recipe.batch_size)
             if recipe.batch_rows is None
-            else math.ceil(len(self._dense_rows) / recipe.batch_rows)
+            else math.ceil(len(self._shared_rows) / recipe.batch_rows)
         )
         return min(recipe.epochs * batches, recipe.max_steps or recipe.epochs * batches)
 

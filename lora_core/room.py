@@ -186,6 +186,7 @@ class Room:
         self._seated[slot] = seat
         self._lent.pop(slot, None)
         self.cohort.seat(slot, seat.aside)
+        seat.student.result.waited = max(seat.student.result.waited, standing.waited)
         seat.slot, seat.since = slot, self.clock
         seat.hold_until = self.clock + seating.HOLD if standing.starved else 0
 

@@ -2,7 +2,7 @@
 
 Four rules.  The higher priority goes first.  Among equals the longest sits down first, so that no long user is left
 over at the end (Graham's LPT, 1969); a micro-step of waiting counts as a row, so that nobody waits for ever.  A user
-of a few rows does not wait for longer ones: a quarter of the slots are such users' before anybody's, and where none is
+of a few rows does not wait for longer ones: half of the slots are such users' before anybody's, and where none is
 free they take those of whoever has the most left, who is taken aside.  Slots that are still free read further rows of
 the seated.
 """
@@ -38,7 +38,7 @@ class Standing:
 
 def express(slots: int) -> int:
     """How many slots users of a few rows have before anybody else."""
-    return max(1, slots // 4)
+    return max(1, slots // 2)
 
 
 def turns(free: int, seated: Sequence[Standing], waiting: Sequence[Standing], slots: int) -> list[int]:

@@ -81,7 +81,8 @@ def pack(examples: Sequence[tuple[int, Rendered]], row_tokens: int) -> list[Row]
     """
     open_rows: list[_Filling] = []
     for index, rendered in examples:
-        length = _checked_length(index, rendered, row_tokens)
+        length = len(rendered.tokens)
+        _check_length(index, length, row_tokens)
         row = next((row for row in open_rows if len(row.tokens) + length <= row_tokens), None)
         if row is None:
             row = _Filling()
@@ -90,30 +91,28 @@ def pack(examples: Sequence[tuple[int, Rendered]], row_tokens: int) -> list[Row]
     return [row.close(row_tokens) for row in open_rows]
 
 
-def pack_densely(examples: Sequence[Rendered], row_tokens: int) -> list[Row]:
-    """All examples into rows as full as best-fit decreasing makes them: the longest first, each where least is left.
+def densely(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Which examples share a row when all are packed at once: best-fit decreasing, so rows are as full as can be.
 
-    Raises ValueError as `pack` does.
+    Takes each example's tokens, gives each row's examples by number.  Raises ValueError as `pack` does.
     """
-    rows: list[_Filling] = []
+    rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # room left and the row's number, the tightest first
-    for index, rendered in sorted(enumerate(examples), key=lambda item: -len(item[1].tokens)):
-        length = _checked_length(index, rendered, row_tokens)
-        place = bisect_left(spaces, (length, -1))
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        _check_length(index, lengths[index], row_tokens)
+        place = bisect_left(spaces, (lengths[index], -1))
         if place == len(spaces):
             spaces.append((row_tokens, len(rows)))
-            rows.append(_Filling())
+            rows.append([])
         room, number = spaces.pop(place)
-        rows[number].add(index, rendered)
-        insort(spaces, (room - length, number))
-    return [row.close(row_tokens) for row in rows]
+        rows[number].append(index)
+        insort(spaces, (room - lengths[index], number))
+    return rows
 
 
-def _checked_length(index: int, rendered: Rendered, row_tokens: int) -> int:
-    length = len(rendered.tokens)
+def _check_length(index: int, length: int, row_tokens: int) -> None:
     if length > row_tokens:
         raise ValueError(f"example {index} has {length} tokens, a row {row_tokens}; lower max_length")
-    return length
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:

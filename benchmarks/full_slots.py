@@ -1,0 +1,114 @@
+"""How full the slots are and how long anybody waits: `python benchmarks/full_slots.py`.
+
+Five hundred users of 1,000 to 1,000,000 tokens (log-uniform: most are small, most tokens are in few hands), a tenth of
+higher priority; four in five are there at the start, the others come while it runs.  The real rows, curricula, seating
+and training loop; only the forward and backward pass is left out, since what is counted is tokens and micro-steps.
+More users of a few rows than there are slots for them at once have to take turns; who comes later must not wait.
+"""
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.packed_vs_serial import small_base
+from lora_core import seating
+from lora_core.banks.lora import LoraBank
+from lora_core.base_model import BaseModel
+from lora_core.cohort import Cohort
+from lora_core.curriculum import Learner, Lesson, Trained
+from lora_core.data.rendering import Rendered
+from lora_core.recipe import make_recipe
+from lora_core.train import Pace, train
+
+GOALS = {"useful": 0.97, "makespan": 1.05, "wait": 2}
+
+
+def trace(users: int, row_tokens: int, seed: int) -> list[Learner]:
+    """Users of log-uniform sizes, with examples of 20 to about 600 tokens."""
+    generator = random.Random(seed)
+    recipe = make_recipe({"rank": 1, "targets": "o_proj", "layers": 0, "epochs": 1, "patience": None,
+                          "batch_rows": 4, "row_tokens": row_tokens, "max_length": row_tokens})  # fmt: skip
+    return [_user(generator, number, recipe.model_copy(update={"seed": number})) for number in range(users)]
+
+
+def _user(generator: random.Random, number: int, recipe: object) -> Learner:
+    left, examples = math.exp(generator.uniform(math.log(1e3), math.log(1e6))), []
+    while left > 20:
+        length = min(int(left), 600, max(20, int(generator.lognormvariate(4.8, 0.7))))
+        examples.append(_rendered(length))
+        left -= length
+    return Learner(f"user{number}", recipe, tuple(examples), priority=int(generator.random() < 0.1))  # type: ignore[arg-type]  # a recipe
+
+
+_LENGTHS: dict[int, Rendered] = {}
+
+
+def _rendered(length: int) -> Rendered:
+    """Any example of that length; equal ones are one object, so that 70 million tokens fit in memory."""
+    return _LENGTHS.setdefault(length, Rendered((0,) * length, (True,) * length))
+
+
+def no_computing(_: BaseModel, __: Cohort, lessons: Sequence[Lesson | None], ___: int) -> list[float]:
+    """Every row's loss is 1."""
+    return [1.0] * len(lessons)
+
+
+def run(learners: list[Learner], slots: int, row_tokens: int) -> tuple[list[Trained], Pace]:
+    """Train them without computing; a fifth arrive one by one, every third micro-step from the hundredth on."""
+    base = small_base()
+    bank = LoraBank(tuple(site for site in base.sites if site.name.endswith("layers.0.self_attn.o_proj")), 1)
+    first, late = learners[: len(learners) * 4 // 5], learners[len(learners) * 4 // 5 :]
+    paces: list[Pace] = []
+
+    def arrivals() -> list[Learner]:
+        return [late.pop()] if late and len(paces) >= 100 and len(paces) % 3 == 0 else []
+
+    done = list(train(base, first, slots, row_tokens, bank, paces.append, arrivals, no_computing))
+    return done, paces[-1]
+
+
+def main() -> None:
+    """Print the figures against their goals, and keep them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=500)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--row-tokens", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    learners = trace(options.users, options.row_tokens, options.seed)
+    few = {learner.name for learner in learners if _rows(learner, options.row_tokens) <= seating.FEW}
+    late = {learner.name for learner in learners[len(learners) * 4 // 5 :]}
+    total = sum(len(example.tokens) for learner in learners for example in learner.train)
+    done, last = run(learners, options.slots, options.row_tokens)
+    peak = options.slots * options.row_tokens
+    figures = {
+        "users": len(done), "tokens": total, "slots": options.slots, "row_tokens": options.row_tokens,
+        "micro_steps": last.micro_steps,
+        "useful": last.tokens / last.room,
+        "makespan": last.micro_steps / (total / peak),
+        "few_at_the_start": len(few - late),
+        "their_longest_wait": max(one.waited for one in done if one.name in few - late),
+        "few_that_came_later": len(few & late),
+        "wait": max(one.waited for one in done if one.name in few & late),
+        "longest_wait_of_anybody": max(one.waited for one in done),
+    }  # fmt: skip
+    for name, value in figures.items():
+        goal = f"   goal {GOALS[name]}" if name in GOALS else ""
+        print(f"{name:<24} {value:,.4g}{goal}" if isinstance(value, float) else f"{name:<24} {value:,}{goal}")  # noqa: T201  a script's report
+    if options.save:
+        options.save.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _rows(learner: Learner, row_tokens: int) -> int:
+    return math.ceil(sum(len(example.tokens) for example in learner.train) / row_tokens)
+
+
+if __name__ == "__main__":
+    main()
