@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
@@ -75,6 +76,12 @@ def train(
 
 def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[float]:
     """One forward and backward over K rows; each slot's summed loss.  Gradients add up in the cohort matrix."""
+    losses: list[float] = backward_rows(base, cohort, lessons, row_tokens).tolist()
+    return losses
+
+
+def backward_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Tensor:
+    """As `read_rows`, the losses still on the device, shape K: no number is looked at, so shapes alone can run it."""
     batch = stack([lesson.row if lesson else empty_row(row_tokens) for lesson in lessons], base.model)
     weight_K = torch.tensor([lesson.weight if lesson else 0.0 for lesson in lessons]).to(base.model.device)
     cohort.set_dropout(
@@ -84,5 +91,4 @@ def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None],
     loss_KT, _ = token_losses(base, batch)
     loss_K = loss_KT.sum(1)
     (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
-    losses: list[float] = loss_K.tolist()
-    return losses
+    return loss_K.detach()
