@@ -132,6 +132,18 @@ def train_planned(
         current = smaller
 
 
+def with_fewer(base: BaseModel, slots: int, attempt: Callable[[int], None]) -> None:
+    """Attempt what can be begun again with so many slots, and with half as many each time memory runs out."""
+    while True:
+        try:
+            return attempt(slots)
+        except (RuntimeError, MemoryError) as error:
+            if slots == 1 or not exhausted(error):
+                raise
+        release(base.model.device)
+        slots //= 2
+
+
 def exhausted(error: BaseException) -> bool:
     """Whether an error says that memory is out."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
