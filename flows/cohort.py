@@ -31,6 +31,7 @@ from lora_core.base_model import BaseModel, check_device, load_base
 from lora_core.data.snapshot import load_snapshot
 from lora_core.errors import ArtifactRefused, BaseModelError, LoraError
 from lora_core.intake import LoraFiles, read_artifact
+from lora_core.memory import tighten
 from lora_core.planner import Plan, free_bytes, with_fewer
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
@@ -106,6 +107,7 @@ def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
 
 def _planned(factory: Factory, cohort: Cohort) -> Plan:
     """How many slots fit into memory, where it is known how much there is.  Raises MemoryTooSmall."""
+    tighten(cohort.base.model.device)
     budget = factory.settings.memory or free_bytes(cohort.base.model.device)
     if budget is None:
         return cohort.plan
