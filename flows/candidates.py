@@ -23,9 +23,10 @@ from lora_core.evaluate import Scores, Trial, evaluate
 from lora_core.gate import Verdict, judge
 from lora_core.generate import TaskScore, generate, task_score
 from lora_core.intake import LoraFiles
+from lora_core.planner import Plan, plan, train_planned
 from lora_core.recipe import Recipe
 from lora_core.saves import Saves
-from lora_core.train import Pace, train
+from lora_core.train import Pace
 
 ANSWERS_JUDGED = 8  # held-out prompts a user that are answered and compared: generation is the slow part
 ANSWER_TOKENS = 48
@@ -46,6 +47,7 @@ class Candidate:
     live: LoraFiles | None = None  # the version that `latest` points to now
     live_number: int | None = None
     trained: Trained | None = None
+    plan: Plan | None = None  # by which it was trained
     scores: dict[str, Scores] = field(default_factory=dict)  # base, previous, candidate
     tasks: dict[str, TaskScore] = field(default_factory=dict)  # base, candidate
     verdict: Verdict | None = None
@@ -69,16 +71,32 @@ def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseMod
 def train_candidates(
     base: BaseModel,
     candidates: Sequence[Candidate],
-    slots: int,
+    planned: Plan,
     watch: Callable[[Pace], None] | None = None,
     saves: Saves | None = None,
-) -> None:
-    """Train a cohort packed.  Its recipes share base, row length and bank, so neighbours change nobody's bytes."""
+) -> Plan:
+    """Train a cohort packed, and tell by which plan it ended: a smaller one where memory ran out.
+
+    Its recipes share base, row length and bank, so neighbours change nobody's bytes.
+    """
     by_label = {candidate.label: candidate for candidate in candidates}
     bank = training_bank(base, candidates)
     learners = [candidate.learner for candidate in candidates]
-    for trained in train(base, learners, slots, candidates[0].recipe.row_tokens, bank, watch, saves=saves):
-        by_label[trained.name].trained = trained
+    for trained, used in train_planned(base, learners, planned, bank, watch, saves=saves):
+        by_label[trained.name].trained, by_label[trained.name].plan = trained, used
+        planned = used
+    return planned
+
+
+def plan_training(base: BaseModel, candidates: Sequence[Candidate], budget_bytes: int, most_slots: int) -> Plan:
+    """As many slots as fit into memory.  Rows are shortened at need if no recipe counts its batch in rows."""
+    row_tokens = candidates[0].recipe.row_tokens
+    recipes = [candidate.recipe for candidate in candidates]
+    examples = [one for c in candidates for one in (*c.learner.train, *c.learner.held_out)]
+    fixed = any(recipe.batch_rows for recipe in recipes)
+    shortest_row = None if fixed else max(len(rendered.tokens) for rendered in examples)
+    drops = any(recipe.method.dropout for recipe in recipes)
+    return plan(base, training_bank(base, candidates), budget_bytes, row_tokens, most_slots, drops, shortest_row)
 
 
 def training_bank(base: BaseModel, candidates: Iterable[Candidate]) -> LoraBank:
@@ -86,7 +104,7 @@ def training_bank(base: BaseModel, candidates: Iterable[Candidate]) -> LoraBank:
     return lora_bank(base, [candidate.recipe.method for candidate in candidates])
 
 
-def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: int) -> None:
+def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: int, row_tokens: int) -> None:
     """Score base, live version and candidate on each user's held-out examples, packed together, and pass the gate."""
     bank = _judging_bank(base, candidates)
     named = [
@@ -94,7 +112,6 @@ def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: in
         for candidate, row_P in zip(candidates, _rows(base, bank, candidates), strict=True)
         for name, trial in _rivals(candidate, row_P, bank).items()
     ]
-    row_tokens = candidates[0].recipe.row_tokens
     scored = evaluate(base, bank, [trial for *_, trial in named], slots, row_tokens)
     for (candidate, name, _), scores in zip(named, scored, strict=True):
         candidate.scores[name] = scores

@@ -3,7 +3,6 @@
 Every step may run twice or die at any line: leases, fences and idempotent publishing make that harmless.
 """
 
-import hashlib
 import math
 import platform
 import threading
@@ -17,7 +16,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from flows.candidates import Candidate, finite, judge_candidates, make_candidate, train_candidates, training_bank
+from flows.candidates import (
+    Candidate,
+    finite,
+    judge_candidates,
+    make_candidate,
+    plan_training,
+    train_candidates,
+    training_bank,
+)
 from flows.factory import Factory, now
 from lora_core.artifact import AdapterConfig, write_artifact
 from lora_core.banks.lora import LoraBank
@@ -25,6 +32,8 @@ from lora_core.base_model import BaseModel, check_device, load_base
 from lora_core.data.snapshot import load_snapshot
 from lora_core.errors import ArtifactRefused, BaseModelError, LoraError
 from lora_core.intake import LoraFiles, read_artifact
+from lora_core.memory import tighten
+from lora_core.planner import Plan, free_bytes, with_fewer
 from lora_core.recipe import make_recipe
 from lora_core.saves import Saves
 from lora_core.train import Pace
@@ -48,8 +57,8 @@ class Cohort:
 
     base: BaseModel  # there once anybody's work is
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan  # a smaller one once memory ran out
         self.run_id = RunId(uuid.uuid4())
         self.started_at = now()
         self.work: dict[JobId, tuple[ClaimedJob, Candidate]] = {}
@@ -77,7 +86,8 @@ def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[Claimed
 def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
     """Load the base and every user's examples; a user with bad data drops out alone, with the reason."""
     first = claimed[0]
-    cohort = Cohort(min(factory.settings.slots, 1 << math.ceil(math.log2(len(claimed)))))
+    slots = min(factory.settings.slots, 1 << math.ceil(math.log2(len(claimed))))
+    cohort = Cohort(Plan(slots, make_recipe(first.recipe).row_tokens))
     try:
         cohort.base = load_base(first.base_name, first.base_revision, factory.settings.device or None)
         if cohort.base.digest != first.base_digest:
@@ -91,14 +101,26 @@ def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
                 cohort.work[job.id] = (job, _candidate(factory, cohort.base, job))
             except (LoraError, ObjectMissing, ObjectDiffers) as error:
                 _drop(factory, cohort, job, str(error))
-        _open_run(factory, cohort, first)
+        if cohort.work:
+            cohort.plan = _planned(factory, cohort)
+        _open_run(factory, cohort)
     return cohort
+
+
+def _planned(factory: Factory, cohort: Cohort) -> Plan:
+    """How many slots fit into memory, where it is known how much there is.  Raises MemoryTooSmall."""
+    tighten(cohort.base.model.device)
+    budget = factory.settings.memory or free_bytes(cohort.base.model.device)
+    if budget is None:
+        return cohort.plan
+    return plan_training(cohort.base, cohort.candidates, budget, cohort.plan.slots)
 
 
 def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None = None) -> None:
     """Train everybody packed; who was retired drops out, with the reason."""
     if cohort.work:
-        train_candidates(cohort.base, cohort.candidates, cohort.slots, watch, _saves(factory, cohort))
+        saves = _saves(factory, cohort)
+        cohort.plan = train_candidates(cohort.base, cohort.candidates, cohort.plan, watch, saves)
     for job, candidate in list(cohort.work.values()):
         trained = candidate.trained
         if trained is None or trained.outcome == "retired" or not finite(trained.row_P):
@@ -108,7 +130,8 @@ def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None
 def judge(factory: Factory, cohort: Cohort) -> None:
     """Score base, live version and candidate of every user, and pass the gate."""
     if cohort.work:
-        judge_candidates(cohort.base, cohort.candidates, cohort.slots)
+        base, users, plan = cohort.base, cohort.candidates, cohort.plan
+        with_fewer(base, plan.slots, lambda slots: judge_candidates(base, users, slots, plan.row_tokens))
 
 
 def publish_all(factory: Factory, cohort: Cohort) -> None:
@@ -197,9 +220,7 @@ def _drop(factory: Factory, cohort: Cohort, job: ClaimedJob, reason: str) -> Non
 
 def _saves(factory: Factory, cohort: Cohort) -> Saves:
     """Where this machine keeps the progress of trainings, for whoever claims their jobs after a kill."""
-    bank = training_bank(cohort.base, cohort.candidates)
-    row_tokens = cohort.candidates[0].recipe.row_tokens
-    parts = (cohort.base.digest, computed_on(cohort.base), bank, cohort.slots, row_tokens, torch.__version__)
+    shape = f"{cohort.base.digest} {computed_on(cohort.base)} {torch.__version__}"
     last = time.monotonic()
 
     def due() -> bool:
@@ -209,13 +230,14 @@ def _saves(factory: Factory, cohort: Cohort) -> Saves:
         last = time.monotonic()
         return True
 
-    return Saves(factory.settings.home_folder / "saves", hashlib.sha256(repr(parts).encode()).hexdigest(), due)
+    return Saves(factory.settings.home_folder / "saves", shape, due)
 
 
 def _finished(cohort: Cohort, bank: LoraBank, job: ClaimedJob, candidate: Candidate) -> Finished:
     """A candidate as files and facts; the same candidate gives the same bytes."""
-    trained, verdict = candidate.trained, candidate.verdict
+    trained, plan, verdict = candidate.trained, candidate.plan, candidate.verdict
     assert trained  # it came through training
+    assert plan  # by a plan
     assert verdict  # and through the gate
     spec = candidate.recipe.method
     tensors = bank.to_tensors(trained.row_P, spec)
@@ -231,7 +253,7 @@ def _finished(cohort: Cohort, bank: LoraBank, job: ClaimedJob, candidate: Candid
         "training": {"steps": trained.steps, "best_step": trained.best_step, "tokens": trained.tokens,
                      "outcome": trained.outcome, "losses": trained.losses, "held_out": trained.held_out},
         "gate": {"accepted": verdict.accepted, "reason": verdict.reason},
-        "cohort": {"slots": cohort.slots, "row_tokens": candidate.recipe.row_tokens, "rank": bank.rank},
+        "cohort": {"slots": plan.slots, "row_tokens": plan.row_tokens, "rank": bank.rank},
         "device": computed_on(cohort.base),
         "versions": code_versions(),
     }  # fmt: skip
@@ -257,13 +279,13 @@ def code_versions() -> dict[str, str]:
     return found
 
 
-def _open_run(factory: Factory, cohort: Cohort, first: ClaimedJob) -> None:
+def _open_run(factory: Factory, cohort: Cohort) -> None:
     with transaction(factory.engine) as session:
-        row_tokens = make_recipe(first.recipe).row_tokens
         session.add(
             Run(
                 id=cohort.run_id, worker=factory.settings.worker, device=computed_on(cohort.base)["device"],
-                slots=cohort.slots, row_tokens=row_tokens, started_at=cohort.started_at, finished_at=None, facts={},
+                slots=cohort.plan.slots, row_tokens=cohort.plan.row_tokens, started_at=cohort.started_at,
+                finished_at=None, facts={},
             )
         )  # fmt: skip
 

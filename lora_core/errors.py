@@ -8,6 +8,7 @@ LoraError
 ├── RecipeError           a recipe is not valid
 ├── BaseModelError        a base cannot be loaded or adapted
 ├── DeviceMissing         a device is not in this machine
+├── MemoryTooSmall        not even one slot fits into a device's memory
 ├── ArtifactRefused       adapter files are hostile, broken or of another base
 └── TrainingError         a user's training cannot start or go on
 
@@ -85,6 +86,20 @@ class DeviceMissing(LoraError):
 
     def __str__(self) -> str:
         return "device {!r} is not here: {}; set LORA_DEVICE to cpu, cuda or cuda:1, or unset it".format(*self.args)
+
+
+class MemoryTooSmall(LoraError):
+    """Not even one slot fits: bytes it needs, bytes there are, tokens a row."""
+
+    def __init__(self, needed: int, budget: int, row_tokens: int) -> None:
+        super().__init__(needed, budget, row_tokens)
+
+    def __str__(self) -> str:
+        needed, budget, row_tokens = self.args
+        return (
+            f"one user at {row_tokens} tokens a row needs {needed / 2**20:,.1f} MiB of memory and there are "
+            f"{budget / 2**20:,.1f}; lower row_tokens or rank, raise LORA_MEMORY or take a larger device"
+        )
 
 
 class ArtifactRefused(LoraError):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -31,7 +31,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saves:
-    """A folder of saves.  `shape` names whatever decides the bytes besides the learner: base, bank, slots, row length.
+    """A folder of saves.  `shape` names whatever decides the bytes besides the learner: base, device, libraries.
 
     `due` is asked after every micro-step whether to save now.
     """
@@ -39,6 +39,10 @@ class Saves:
     folder: Path
     shape: str
     due: Callable[[], bool]
+
+    def shaped(self, *more: object) -> "Saves":
+        """The saves of one training, whose slots, row length and bank decide the bytes too."""
+        return replace(self, shape=f"{self.shape} {more}")
 
     def save(self, learner: Learner, progress: Progress) -> None:
         """Write a learner's progress over its earlier one, whole or not at all."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
@@ -54,7 +55,7 @@ def train(
     learners, compute = list(learners), compute or read_rows
     bank = bank or lora_bank(base, [learner.recipe.method for learner in learners])
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
-    room = Room(cohort, bank, row_tokens, saves)
+    room = Room(cohort, bank, row_tokens, saves and saves.shaped(slots, row_tokens, bank))
     room.enter(learners)
     micro_steps = finished = tokens = 0
 
@@ -80,6 +81,12 @@ def train(
 
 def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[float]:
     """One forward and backward over K rows; each slot's summed loss.  Gradients add up in the cohort matrix."""
+    losses: list[float] = backward_rows(base, cohort, lessons, row_tokens).tolist()
+    return losses
+
+
+def backward_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Tensor:
+    """As `read_rows`, the losses still on the device, shape K: no number is looked at, so shapes alone can run it."""
     batch = stack([lesson.row if lesson else empty_row(row_tokens) for lesson in lessons], base.model)
     weight_K = torch.tensor([lesson.weight if lesson else 0.0 for lesson in lessons]).to(base.model.device)
     cohort.set_dropout(
@@ -89,5 +96,4 @@ def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None],
     loss_KT, _ = token_losses(base, batch)
     loss_K = loss_KT.sum(1)
     (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
-    losses: list[float] = loss_K.tolist()
-    return losses
+    return loss_K.detach()

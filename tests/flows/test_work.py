@@ -3,13 +3,23 @@
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from pydantic import ByteSize
 
+from flows import candidates
 from flows import cohort as steps
 from flows.factory import Factory, Pinned, add_data, now, pin_base, request_training
 from flows.settings import FactorySettings
 from flows.work import run_cohort
+from lora_core import train
+from lora_core.banks.lora import LoraBank
+from lora_core.base_model import BaseModel
+from lora_core.cohort import Cohort as Slots
+from lora_core.errors import MemoryTooSmall
+from lora_core.evaluate import Scores, evaluate
 from lora_core.recipe import load_recipe
 from registry import jobs, queries
 from registry.errors import LeaseLost, StoreUnavailable
@@ -173,3 +183,54 @@ def test_runs_are_wanted_for_every_group_and_for_dead_workers_jobs(factory: Fact
         assert len(jobs.claim(session, "dead", timedelta(minutes=5), 4, long_ago)) == 1
 
     assert steps.runs_wanted(factory) == 2
+
+
+def test_a_cohort_is_planned_to_fit_into_memory(base_folder: Path, ask: Ask) -> None:
+    """Fewer slots than users: some wait for a slot, everybody is published, and the version says how it was made."""
+    for user in ("acme/alice", "acme/bob", "acme/eve", "acme/joe"):
+        ask(user)
+    small = Factory(FactorySettings(base=str(base_folder), slots=4, memory=ByteSize(900_000)))
+
+    cohort = run_cohort(small)
+
+    assert cohort
+    assert len(cohort.published) == 4
+    assert cohort.plan.slots < 4
+    assert 0 < cohort.plan.predicted_bytes <= 900_000
+
+
+def test_memory_too_small_for_anybody_is_told_with_the_numbers(base_folder: Path, ask: Ask, factory: Factory) -> None:
+    """The job waits for a worker that has more."""
+    job = ask("acme/alice").job_id
+
+    with pytest.raises(MemoryTooSmall, match="raise LORA_MEMORY or take a larger device"):
+        run_cohort(Factory(FactorySettings(base=str(base_folder), memory=ByteSize(1000))))
+
+    assert state(factory, job).state == "queued"
+
+
+def test_nobody_is_lost_when_memory_runs_out_in_training_and_in_judging(
+    factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cohort goes on with fewer slots."""
+    for user in ("acme/alice", "acme/bob"):
+        ask(user)
+    works = train.read_rows
+
+    def full(base: BaseModel, cohort: Slots, *rest: Any) -> list[float]:  # the rest is the engine's
+        if cohort.slots > 1:
+            raise torch.OutOfMemoryError("full")
+        return works(base, cohort, *rest)
+
+    def full_when_judging(base: BaseModel, bank: LoraBank, trials: Any, slots: int, *rest: Any) -> list[Scores]:  # too
+        if slots > 1:
+            raise torch.OutOfMemoryError("full")
+        return evaluate(base, bank, trials, slots, *rest)
+
+    monkeypatch.setattr(train, "read_rows", full)
+    monkeypatch.setattr(candidates, "evaluate", full_when_judging)
+    cohort = run_cohort(factory)
+
+    assert cohort
+    assert len(cohort.published) == 2
+    assert (cohort.plan.slots, cohort.plan.checkpointed) == (1, True)

@@ -1,0 +1,62 @@
+"""The memory law: what a pack will take is known before its first step."""
+
+import random
+
+import pytest
+import torch
+
+from benchmarks.memory_law import Setting, error_of, make_base, measured, random_setting
+from benchmarks.memory_law import compare as compare_peaks
+from lora_core.banks.lora import lora_bank
+from lora_core.base_model import BaseModel
+from lora_core.checkpointing import checkpointed, decoder_layers
+from lora_core.memory import predict
+from lora_core.train import train
+from tests.lora_core.conftest import T, learner, recipe
+
+
+@pytest.mark.slow
+def test_the_predicted_peak_is_the_measured_one_within_a_quarter_of_a_percent() -> None:
+    """Random architectures, sizes, slots, row lengths, ranks, targets and dropout, against torch's own profiler."""
+    generator = random.Random(7)
+
+    results = [compare_peaks(random_setting(generator, layers=3), "cpu") for _ in range(30)]
+
+    assert max(abs(error_of(result)) for result in results) < 0.0025
+
+
+def test_predicting_leaves_the_base_as_it_was(base: BaseModel) -> None:
+    """The same modules, weights and outputs; nothing without data stays behind."""
+    bank = lora_bank(base, [recipe().method])
+    modules, tokens = dict(base.model.named_modules()), torch.arange(8)[None]
+    before = base.model(input_ids=tokens).logits
+
+    predict(base, bank, 2, T, drops=True, layers_forget=True)
+
+    assert dict(base.model.named_modules()) == modules
+    assert torch.equal(base.model(input_ids=tokens).logits, before)
+
+
+def test_checkpointing_takes_less_memory_where_layers_are_many(llama_base: BaseModel) -> None:
+    """Really, not only in the prediction."""
+    plain = Setting("llama", 4, 4, 8, 64, 4, "all-linear", 0.0, False)
+    forgetful = Setting("llama", 4, 4, 8, 64, 4, "all-linear", 0.0, True)
+    base = make_base(plain, "cpu")
+    bank = lora_bank(base, [plain.spec])
+
+    assert measured(base, bank, forgetful) < 0.6 * measured(base, bank, plain)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_checkpointing_changes_no_byte(base: BaseModel, dropout: float) -> None:
+    """Rows, losses and held-out losses are those of training without; masks come out the same the second time."""
+    learners = [learner(seed, held_out=3, patience=2, dropout=dropout) for seed in (1, 2, 3)]
+    plain = {trained.name: trained for trained in train(base, learners, 2, T)}
+
+    with checkpointed(base):
+        forgetful = {trained.name: trained for trained in train(base, learners, 2, T)}
+
+    for name, trained in plain.items():
+        assert torch.equal(trained.row_P, forgetful[name].row_P)
+        assert (trained.losses, trained.held_out) == (forgetful[name].losses, forgetful[name].held_out)
+    assert not any("forward" in vars(layer) for layer in decoder_layers(base))

@@ -1,0 +1,160 @@
+"""How many users train at once, and what becomes of them when memory runs out all the same."""
+
+import weakref
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from lora_core.banks.lora import LoraBank, lora_bank
+from lora_core.base_model import BaseModel
+from lora_core.cohort import Cohort
+from lora_core.curriculum import Learner, Lesson, Trained
+from lora_core.errors import MemoryTooSmall
+from lora_core.memory import predict
+from lora_core.planner import Plan, plan, train_planned
+from lora_core.train import Compute, Pace, read_rows, train
+from tests.lora_core.conftest import T, learner, recipe
+
+
+@pytest.fixture
+def bank(base: BaseModel) -> LoraBank:
+    """Of users of the usual recipe."""
+    return lora_bank(base, [recipe().method])
+
+
+@pytest.mark.slow
+def test_slots_are_as_many_as_fit(base: BaseModel, bank: LoraBank) -> None:
+    """To the byte: with one byte less it is checkpointing, and below that half of them."""
+    eight, eight_forgetful = (predict(base, bank, 8, T, True, forget) for forget in (False, True))
+
+    assert plan(base, bank, eight, T, 16) == Plan(8, T, False, eight)
+    assert plan(base, bank, eight - 1, T, 16) == Plan(8, T, True, eight_forgetful)
+    assert plan(base, bank, eight_forgetful - 1, T, 16).slots == 4
+
+
+def test_no_more_slots_are_planned_than_are_asked_for(base: BaseModel, bank: LoraBank) -> None:
+    """However much memory there is."""
+    assert plan(base, bank, 1 << 40, T, 3) == Plan(3, T, False, predict(base, bank, 3, T))
+
+
+def test_where_not_even_one_slot_fits_the_numbers_are_told(base: BaseModel, bank: LoraBank) -> None:
+    """What it takes, what there is, and what to change."""
+    with pytest.raises(MemoryTooSmall) as refused:
+        plan(base, bank, 1 << 16, T, 16)
+
+    assert "0.1; lower row_tokens or rank, raise LORA_MEMORY" in str(refused.value)
+
+
+@pytest.mark.slow
+def test_rows_are_shortened_only_where_not_even_one_slot_fits(base: BaseModel, bank: LoraBank) -> None:
+    """By halves, and never below the longest example."""
+    least = min(predict(base, bank, 1, T, True, forget) for forget in (False, True))
+
+    assert plan(base, bank, least, T, 16, shortest_row=20).row_tokens == T
+    assert plan(base, bank, least - 1, T, 16, shortest_row=20).row_tokens == T // 2
+    with pytest.raises(MemoryTooSmall):
+        plan(base, bank, 1 << 16, T, 16, shortest_row=20)
+
+
+@pytest.mark.slow
+def test_peaks_grow_evenly_with_slots(base: BaseModel, bank: LoraBank) -> None:
+    """So that halving finds the most: each further slot costs the same, but for the rounding of blocks."""
+    peaks = [predict(base, bank, slots, T) for slots in (8, 16, 24)]
+
+    assert (peaks[2] - peaks[1]) / (peaks[1] - peaks[0]) == pytest.approx(1, abs=0.001)
+
+
+def full_above(slots: int, error: Exception, after: int = 3) -> Compute:
+    """A device that has no room for more than some slots, which shows in a later micro-step and amid a backward."""
+    calls: list[int] = []
+
+    def compute(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[float]:
+        calls.append(cohort.slots)
+        losses = read_rows(base, cohort, lessons, row_tokens)
+        if cohort.slots > slots and calls.count(cohort.slots) > after:
+            cohort.gradient_KP += 1
+            raise type(error)(*error.args)  # anew: an error holds on to whatever was there when it was raised
+        return losses
+
+    return compute
+
+
+def by_name(trained: Sequence[tuple[Trained, Plan]]) -> dict[str, tuple[Trained, Plan]]:
+    """Results and their plans by name."""
+    return {one.name: (one, planned) for one, planned in trained}
+
+
+ERRORS = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_nobody_is_lost_when_memory_runs_out(llama_base: BaseModel, error: Exception) -> None:
+    """First layers forget, then slots are halved; everybody has the bytes that the plan it ended by gives."""
+    learners = [learner(seed, count=seed + 20) for seed in range(1, 7)]
+    bank = lora_bank(llama_base, [recipe().method])
+
+    found = by_name([*train_planned(llama_base, learners, Plan(4, T), bank, compute=full_above(2, error))])
+
+    assert {name: one.outcome for name, (one, _) in found.items()} == {one.name: "finished" for one in learners}
+    expected = {one.name: one.row_P for one in train(llama_base, learners, 2, T, bank)}
+    for name, (one, planned) in found.items():
+        assert planned == Plan(2, T, True)
+        assert torch.equal(one.row_P, expected[name])
+
+
+def test_whoever_had_finished_stays(llama_base: BaseModel) -> None:
+    """Only the others begin again, once each."""
+    learners = [learner(1, count=2), learner(2, count=30), learner(3, count=30)]
+    bank = lora_bank(llama_base, [recipe().method])
+    full = full_above(1, torch.OutOfMemoryError("full"), after=8)
+
+    found = [*train_planned(llama_base, learners, Plan(2, T), bank, compute=full)]
+
+    assert [(one.name, planned.slots) for one, planned in found][0] == ("user1", 2)
+    assert sorted((one.name, planned.slots) for one, planned in found[1:]) == [("user2", 1), ("user3", 1)]
+
+
+def test_a_device_without_room_for_one_says_so(llama_base: BaseModel) -> None:
+    """Rather than trying for ever; and the base is as it was."""
+    bank = lora_bank(llama_base, [recipe().method])
+    modules = dict(llama_base.model.named_modules())
+
+    with pytest.raises(torch.OutOfMemoryError):
+        [*train_planned(llama_base, [learner(1)], Plan(4, T), bank, compute=full_above(0, ERRORS[0], after=0))]
+
+    assert dict(llama_base.model.named_modules()) == modules
+
+
+def test_another_error_is_no_reason_to_try_again(llama_base: BaseModel) -> None:
+    """It would only come again."""
+    seen: list[Pace] = []
+    bank = lora_bank(llama_base, [recipe().method])
+    broken = full_above(0, RuntimeError("a broken kernel"), after=0)
+
+    with pytest.raises(RuntimeError, match="a broken kernel"):
+        [*train_planned(llama_base, [learner(1)], Plan(4, T), bank, watch=seen.append, compute=broken)]
+
+    assert seen == []
+
+
+def test_the_first_cohort_is_gone_before_the_next_is_made(llama_base: BaseModel) -> None:
+    """Else the smaller one would have to fit beside it."""
+    met: list[weakref.ref[Cohort]] = []
+    alive: list[int] = []
+    bank = lora_bank(llama_base, [recipe().method])
+    full = full_above(1, ERRORS[0], after=0)
+
+    def compute(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[float]:
+        if not met or met[-1]() is not cohort:
+            met.append(weakref.ref(cohort))
+        alive.append(sum(one() is not None for one in met))
+        return full(base, cohort, lessons, row_tokens)
+
+    learners: list[Learner] = [learner(1), learner(2)]
+    assert len([*train_planned(llama_base, learners, Plan(2, T), bank, compute=compute)]) == 2
+    assert len(met) == 3
+    assert set(alive) == {1}
