@@ -2,7 +2,7 @@
 
 import os
 import socket
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,8 +18,9 @@ class FactorySettings(RegistrySettings):
 
     base: str = ""  # the base that is used where none is named: a folder or a Hugging Face id
     base_revision: str = ""  # of the base above; empty takes its main branch
+    quantise: Literal["", "8bit", "4bit"] = ""  # of the bases that jobs are made for; empty keeps them whole
     slots: Annotated[int, Field(ge=1, le=1024)] = 16  # K: users trained at once
-    device: str = ""  # cpu, cuda, cuda:1; empty takes a GPU where there is one
+    device: str = ""  # cpu, cuda, cuda:1, auto for all GPUs; empty takes a GPU where there is one
     lease_seconds: Annotated[int, Field(ge=1)] = 300  # how long a silent worker keeps its jobs
     worker: str = Field(default_factory=_worker_name)
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of a dataset's rows, before it is refused
