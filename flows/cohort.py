@@ -89,7 +89,8 @@ def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
     slots = min(factory.settings.slots, 1 << math.ceil(math.log2(len(claimed))))
     cohort = Cohort(Plan(slots, make_recipe(first.recipe).row_tokens))
     try:
-        cohort.base = load_base(first.base_name, first.base_revision, factory.settings.device or None)
+        device = factory.settings.device or None
+        cohort.base = load_base(first.base_name, first.base_revision, device, quantise=first.base_quantised)
         if cohort.base.digest != first.base_digest:
             raise BaseModelError(first.base_name, "its files have changed since the job was made", "train again")
     except LoraError as error:
@@ -246,7 +247,8 @@ def _finished(cohort: Cohort, bank: LoraBank, job: ClaimedJob, candidate: Candid
         for name, figures in candidate.scores.items()
     }
     facts = {
-        "base": {"name": AdapterConfig.of(cohort.base, spec, tensors).base_name, "digest": job.base_digest},
+        "base": {"name": AdapterConfig.of(cohort.base, spec, tensors).base_name, "digest": job.base_digest,
+                 "quantised": job.base_quantised},
         "dataset": {"digest": job.dataset_digest, "cut": candidate.cut, "dropped": candidate.dropped},
         "recipe": candidate.recipe.model_dump(mode="json"),
         "scores": scores,

@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pinned:
-    """A base as its name, revision and digest pin it."""
+    """A base as its name, revision, quantisation and digest pin it."""
 
     name: str
     revision: str
     digest: str
     parameters: int
+    quantised: str = ""
 
 
 class Factory:
@@ -133,18 +134,22 @@ def pin_base(factory: Factory, name: str | None = None, revision: str | None = N
     LORA_BASE_REVISION is one of LORA_BASE: it says nothing about another base.
     """
     from lora_core.base_model import count_parameters, fingerprint, locate  # imported late: needs torch
+    from lora_core.quantised import check_quantise
 
     settings = factory.settings
     name = name or settings.base
     if not name:
         raise Unready("no base is named", "pass --base or set LORA_BASE to a folder or a Hugging Face id")
     revision = revision or (settings.base_revision if name == settings.base else "") or None
+    check_quantise(name, settings.quantise)
     folder = locate(name, revision)
     shown = os.path.abspath(name) if os.path.isdir(name) else name
-    return Pinned(shown, revision or "main", fingerprint(folder), count_parameters(folder))
+    digest = fingerprint(folder, settings.quantise)
+    return Pinned(shown, revision or "main", digest, count_parameters(folder), settings.quantise)
 
 
 def _base_row(session: Session, base: Pinned) -> SharedBase:
     return queries.ensure_base(
-        session, name=base.name, revision=base.revision, digest=base.digest, parameters=base.parameters, now=now()
-    )
+        session, name=base.name, revision=base.revision, quantised=base.quantised, digest=base.digest,
+        parameters=base.parameters, now=now(),
+    )  # fmt: skip

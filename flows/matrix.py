@@ -88,7 +88,8 @@ def pull_all(factory: Factory, references: Sequence[str]) -> tuple[BaseModel, li
             tenant = queries.tenant_id(session, reference.tenant)
             version = queries.version(session, tenant, reference)
             dataset, made_on, _ = queries.lineage(session, tenant, version)
-        base = base or load_base(made_on.name, made_on.revision, factory.settings.device or None)
+        device = factory.settings.device or None
+        base = base or load_base(made_on.name, made_on.revision, device, quantise=made_on.quantised)
         if base.digest != made_on.digest:
             raise Unready(f"{text} was trained on another base than the rest", "compare users of one base")
         files = read_artifact(factory.client.pull(reference), {site.name: site for site in base.sites})

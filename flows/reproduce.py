@@ -46,7 +46,8 @@ def reproduce(factory: Factory, text: str) -> Reproduction:
         version = queries.version(session, tenant, reference)
         dataset, made_on, _ = queries.lineage(session, tenant, version)
     manifest = json.loads((factory.client.pull(reference) / MANIFEST).read_text(encoding="utf-8"))
-    base = load_base(made_on.name, made_on.revision, factory.settings.device or None)
+    device = factory.settings.device or None
+    base = load_base(made_on.name, made_on.revision, device, quantise=made_on.quantised)
     if base.digest != made_on.digest:
         raise Unready(f"the files of {made_on.name} have changed since {text} was trained", "bring them back")
 

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field
 
@@ -18,9 +18,10 @@ class FactorySettings(RegistrySettings):
 
     base: str = ""  # the base that is used where none is named: a folder or a Hugging Face id
     base_revision: str = ""  # of the base above; empty takes its main branch
+    quantise: Literal["", "8bit", "4bit"] = ""  # of the bases that jobs are made for; empty keeps them whole
     slots: Annotated[int, Field(ge=1, le=1024)] = 16  # K: users trained at once
     memory: Annotated[ByteSize, Field(gt=0)] | None = None  # 8GiB; None: 95 % of what a GPU has free, any on a CPU
-    device: str = ""  # cpu, cuda, cuda:1; empty takes a GPU where there is one
+    device: str = ""  # cpu, cuda, cuda:1, auto for all GPUs; empty takes a GPU where there is one
     lease_seconds: Annotated[int, Field(ge=1)] = 300  # how long a silent worker keeps its jobs
     save_seconds: Annotated[float, Field(ge=0)] = 60  # between saves of a training's progress
     worker: str = Field(default_factory=_worker_name)

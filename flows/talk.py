@@ -32,7 +32,8 @@ class Voice:
         with reading(factory.engine) as session:
             tenant = queries.tenant_id(session, wanted.tenant)
             _, made_on, _ = queries.lineage(session, tenant, queries.version(session, tenant, wanted))
-        base = load_base(base_name or made_on.name, made_on.revision, factory.settings.device or None)
+        name, device = base_name or made_on.name, factory.settings.device or None
+        base = load_base(name, made_on.revision, device, quantise=made_on.quantised)
         if base.digest != made_on.digest:
             raise Unready(f"{base.name} is not the base that {reference} was trained on", "pass that one with --base")
         files = read_artifact(folder, {site.name: site for site in base.sites})

@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -15,6 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from lora_core.errors import BaseModelError, DeviceMissing
+from lora_core.quantised import QuantisedLinear, check_quantise, quantisation, unpack_on_use
+
+SHARDED = "auto"  # the device that means all GPUs: layers lie on one after another
 
 # What decides a base's behaviour.  Weights are safetensors only: nothing is unpickled.
 WEIGHTS = "*.safetensors"
@@ -54,11 +58,12 @@ class BaseModel:
     transposed: bool  # linears keep their weight as [in, out] (GPT-2's Conv1D): PEFT's fan_in_fan_out
     longest: int  # tokens an example may have: the base knows no later position, or looks no further back
     plain_head: bool  # logits are the last hidden state times the head's weight: no bias, scale or soft cap
+    quantised: str = ""  # 8bit, 4bit, or not
 
     @property
     def parameters(self) -> int:
-        """How many numbers the base holds; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """How many numbers the base holds, however few bits each has; tied ones count once."""
+        return int(self.model.num_parameters())
 
 
 def locate(name: str, revision: str | None = None) -> Path:
@@ -76,13 +81,15 @@ def locate(name: str, revision: str | None = None) -> Path:
         raise BaseModelError(name, why, "check the id, HF_TOKEN and HF_HUB_OFFLINE, or give a folder") from None
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the names and SHA-256 of the files that decide what the base computes."""
+def fingerprint(folder: Path, quantise: str = "") -> str:
+    """SHA-256 over the names and SHA-256 of the files that decide what the base computes, and how it is quantised."""
     files = sorted({path for pattern in FINGERPRINTED for path in folder.glob(pattern) if path.is_file()})
     total = hashlib.sha256()
     for path in files:
         with path.open("rb") as stream:
             total.update(f"{path.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    if quantise:
+        total.update(f"\0{quantise}\n".encode())  # no file has that name
     return total.hexdigest()
 
 
@@ -101,27 +108,49 @@ def _parameters_in(path: Path) -> int:
 
 
 def load_base(
-    name: str, revision: str | None = None, device: str | None = None, dtype: torch.dtype | None = None
+    name: str,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    quantise: str = "",
 ) -> BaseModel:
-    """Load a causal language model by folder or hub id; fp32 on CPU, bf16 on GPU.  Raises BaseModelError."""
+    """Load a causal language model by folder or hub id; fp32 on CPU, bf16 on GPU.  Raises BaseModelError.
+
+    `device` may be "auto": the layers lie on all GPUs, one after another.  `quantise` is 8bit or 4bit, or neither.
+    """
+    check_quantise(name, quantise)
     folder = locate(name, revision)
     device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     if not any(folder.glob(WEIGHTS)):
         raise BaseModelError(name, "it has no safetensors weights", "convert them; pickles are never opened")
+    placed = _placement(device, dtype, quantise)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", trust_remote_code=False
+            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", trust_remote_code=False, **placed
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         why = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
         raise BaseModelError(name, why, "give a causal language model that transformers knows") from None
-    return freeze(model.to(device), tokenizer, name, revision or "main", fingerprint(folder))
+    if any(parameter.is_meta for parameter in model.parameters()):  # accelerate's word for what is left on CPU or disk
+        raise BaseModelError(name, "it does not fit on the GPUs here", "add GPUs, or set LORA_QUANTISE to 8bit or 4bit")
+    model = model if placed else model.to(device)
+    return freeze(model, tokenizer, name, revision or "main", fingerprint(folder, quantise), quantise)
+
+
+def _placement(device: str, dtype: torch.dtype, quantise: str) -> dict[str, Any]:  # transformers' own arguments
+    """What has transformers spread or pack the weights; nothing for a plain base on one device."""
+    if not quantise and device != SHARDED:
+        return {}
+    placed: dict[str, Any] = {"device_map": SHARDED if device == SHARDED else {"": device}}
+    return placed | {"quantization_config": quantisation(quantise, dtype)} if quantise else placed
 
 
 def check_device(device: str) -> str:
-    """A device, once it has held something.  Raises DeviceMissing."""
+    """A device, once it has held something; "auto" is the CPU where there is no GPU.  Raises DeviceMissing."""
+    if device == SHARDED:
+        return SHARDED if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # an assertion says that this build of torch knows no GPU
@@ -135,8 +164,10 @@ def freeze(
     name: str = "unnamed",
     revision: str = "main",
     digest: str = "",
+    quantised: str = "",
 ) -> BaseModel:
     """A model already in memory as a base: no gradient, no dropout of its own."""
+    unpack_on_use(model)
     model.requires_grad_(False).eval()
     linears = adaptable(model)
     if not linears:
@@ -144,7 +175,7 @@ def freeze(
     sites = tuple(Site(path, *widths(linear)) for path, linear in linears.items())
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     return BaseModel(
-        model, tokenizer, name, revision, digest, sites, transposed, _longest(model), _has_plain_head(model)
+        model, tokenizer, name, revision, digest, sites, transposed, _longest(model), _has_plain_head(model), quantised
     )
 
 
@@ -161,8 +192,9 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
     if not isinstance(head, nn.Linear):
         return False
     tokens = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    return torch.equal(hidden @ head.weight.mT, model(input_ids=tokens, use_cache=False).logits)
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.to(head.weight.device)
+    logits = model(input_ids=tokens, use_cache=False).logits.to(head.weight.device)
+    return torch.equal(hidden @ head.weight.mT, logits)
 
 
 def adaptable(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -171,13 +203,15 @@ def adaptable(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | QuantisedLinear | Conv1D) and module is not head
     }
 
 
 def widths(linear: nn.Module) -> tuple[int, int]:
-    """How many numbers go in and come out of a linear or a Conv1D."""
+    """How many numbers go in and come out of a linear, packed or not, or of a Conv1D."""
+    if isinstance(linear, nn.Linear | QuantisedLinear):
+        return linear.in_features, linear.out_features
     weight = linear.weight
     assert isinstance(weight, Tensor)  # nn.Module types its attributes loosely
-    rows, columns = weight.shape
-    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
+    inputs, outputs = weight.shape
+    return inputs, outputs

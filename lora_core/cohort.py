@@ -113,10 +113,10 @@ class Cohort:
         """
         if not self.drops:
             return None
-        places = torch.arange(x_KTI[0].numel(), device=x_KTI.device).view(1, *x_KTI.shape[1:])
-        mixed = places * _GOLDEN + self.key_K[:, None, None] * (2 * site + 1)
+        places = torch.arange(x_KTI.shape[1:].numel(), device=x_KTI.device).view(1, *x_KTI.shape[1:])
+        key_K11, rate_K11 = (column_K.to(x_KTI.device).view(-1, 1, 1) for column_K in (self.key_K, self.dropout_K))
+        mixed = places * _GOLDEN + key_K11 * (2 * site + 1)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
             mixed = (mixed ^ (mixed >> shift & (1 << 64 - shift) - 1)) * factor
         uniform = ((mixed >> 40) & 0xFFFFFF).float() / 2**24
-        rate_K11 = self.dropout_K[:, None, None]
         return ((uniform >= rate_K11) / (1 - rate_K11)).to(x_KTI.dtype)

@@ -85,7 +85,9 @@ class DeviceMissing(LoraError):
         super().__init__(device, why)
 
     def __str__(self) -> str:
-        return "device {!r} is not here: {}; set LORA_DEVICE to cpu, cuda or cuda:1, or unset it".format(*self.args)
+        return "device {!r} is not here: {}; set LORA_DEVICE to cpu, cuda, cuda:1 or auto, or unset it".format(
+            *self.args
+        )
 
 
 class MemoryTooSmall(LoraError):

@@ -48,10 +48,11 @@ def token_losses(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
         "use_cache": False,
     }
     if base.plain_head:
-        hidden_KTD = base.model.base_model(**inputs).last_hidden_state
         head_VD = base.model.get_output_embeddings().weight
-        loss_KT, right_KT = _HeadLoss.apply(hidden_KTD, head_VD, batch.targets_KT)  # type: ignore[no-untyped-call]  # torch's
-        return loss_KT, right_KT
+        hidden_KTD = base.model.base_model(**inputs).last_hidden_state.to(head_VD.device)
+        targets_KT = batch.targets_KT.to(head_VD.device)  # the last of several GPUs may hold the head
+        loss_KT, right_KT = _HeadLoss.apply(hidden_KTD, head_VD, targets_KT)  # type: ignore[no-untyped-call]  # torch's
+        return loss_KT.to(batch.targets_KT.device), right_KT.to(batch.targets_KT.device)
     logits_KTV = base.model(**inputs).logits.float()
     loss_KT = F.cross_entropy(logits_KTV.mT, batch.targets_KT, ignore_index=IGNORED, reduction="none")
     return loss_KT, logits_KTV.detach().argmax(-1) == batch.targets_KT

@@ -64,6 +64,7 @@ class ClaimedJob:
     dataset_digest: str
     base_name: str
     base_revision: str
+    base_quantised: str
     base_digest: str
     recipe: Facts
     recipe_digest: str
@@ -207,7 +208,7 @@ def _claimed(session: Session, ids: Sequence[JobId]) -> list[ClaimedJob]:
             ClaimedJob(
                 job.id, job.fence, job.attempts, job.lease_until, job.tenant_id, job.adapter_id, job.dataset_id,
                 job.base_id, Reference(tenant, user, adapter), opaque, dataset.key, dataset.digest, base.name,
-                base.revision, base.digest, job.recipe, job.recipe_digest, job.cohort_group,
+                base.revision, base.quantised, base.digest, job.recipe, job.recipe_digest, job.cohort_group,
             )
         )  # fmt: skip
     return claimed

@@ -88,7 +88,7 @@ class User(Base):
 
 
 class SharedBase(Base):
-    """A frozen model that adapters were trained on, pinned by the digest of its files."""
+    """A frozen model that adapters were trained on, pinned by the digest of its files and how they are quantised."""
 
     __tablename__ = "bases"
 
@@ -96,6 +96,7 @@ class SharedBase(Base):
     digest: Mapped[str] = mapped_column(String(64), unique=True)
     name: Mapped[str] = mapped_column(String(512))
     revision: Mapped[str] = mapped_column(String(128))
+    quantised: Mapped[str] = mapped_column(String(8))  # 8bit, 4bit, or empty: part of what the digest pins
     parameters: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime]
 

@@ -234,13 +234,15 @@ def ensure_dataset(
 
 
 def ensure_base(
-    session: Session, *, name: str, revision: str, digest: str, parameters: int, now: datetime
+    session: Session, *, name: str, revision: str, digest: str, parameters: int, now: datetime, quantised: str = ""
 ) -> SharedBase:
     """The base of that digest; made where it is new, and under the name it was loaded by last."""
     found = find_or_add(
         session,
         select(SharedBase).where(SharedBase.digest == digest),
-        lambda: SharedBase(digest=digest, name=name, revision=revision, parameters=parameters, created_at=now),
+        lambda: SharedBase(
+            digest=digest, name=name, revision=revision, quantised=quantised, parameters=parameters, created_at=now
+        ),
     )
     found.name, found.revision = name, revision
     session.flush()

@@ -94,7 +94,7 @@ def show(reference: VersionReference, as_json: AsJson = False) -> None:
         scores = queries.scores(session, tenant, version)
     facts = _version_facts(wanted, version)
     made_from = {
-        "base": f"{base.name} ({base.digest[:12]})",
+        "base": f"{base.name} ({', '.join(filter(None, (base.quantised, base.digest[:12])))})",
         "dataset": f"{dataset.digest[:12]}, {dataset.examples} examples",
         "job": job.id,
         "run": version.run_id,

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_core.base_model import BaseModel, Site
 from lora_core.cohort import Cohort
 from lora_core.errors import TrainingError
+from lora_core.quantised import QuantisedLinear
 from lora_core.recipe import LoraSpec
 
 PREFIX = "base_model.model."  # PEFT's: LoraModel around the model
@@ -114,7 +115,7 @@ class LoraSite(nn.Module):
         number: int,
     ) -> None:
         super().__init__()
-        self.weight_IO = frozen.weight if isinstance(frozen, Conv1D) else frozen.weight.mT
+        self.weight_IO = _frozen_weight(frozen)
         self.bias_O = frozen.bias
         self.down_KRI = down_KRI.detach().requires_grad_()
         self.up_KRO = up_KRO.detach().requires_grad_()
@@ -131,40 +132,55 @@ class LoraSite(nn.Module):
         return y_KTO
 
 
+def _frozen_weight(frozen: nn.Module) -> "Tensor | QuantisedLinear":
+    """A linear's weight as [in, out]; one that is kept in few bits stays so until it is used."""
+    if isinstance(frozen, QuantisedLinear):
+        return frozen
+    weight: Tensor = frozen.weight  # type: ignore[assignment]  # nn.Module types its attributes loosely
+    return weight if isinstance(frozen, Conv1D) else weight.mT
+
+
+def _plain(weight_IO: "Tensor | QuantisedLinear", dtype: torch.dtype) -> Tensor:
+    return weight_IO if isinstance(weight_IO, Tensor) else weight_IO.unpacked(dtype).mT
+
+
 class _LowRankDelta(torch.autograd.Function):
     """y = x W + b + scale * (keep * x) A^T B^T, row by row, with W frozen.
 
     Its backward adds the factors' gradients straight into the cohort's gradient matrix and fuses the two input
-    gradients.  Every narrow product has R as its rows, not its columns: half the time on CPU.
+    gradients.  Every narrow product has R as its rows, not its columns: half the time on CPU.  Where the layer is on
+    another device than the cohort, the factors go there and their gradients come back.
     """
 
     @staticmethod
     def forward(
         ctx: Any,  # torch's context object has no public type
-        x_KTI: Tensor, weight_IO: Tensor, bias_O: Tensor | None, down_KRI: Tensor, up_KRO: Tensor,
+        x_KTI: Tensor, weight_IO: Tensor | QuantisedLinear, bias_O: Tensor | None, down_KRI: Tensor, up_KRO: Tensor,
         scale_K11: Tensor, keep_KTI: Tensor | None, gradients: tuple[Tensor, Tensor],
     ) -> Tensor:  # fmt: skip
+        down_KRI, up_KRO, scale_K11 = (factor.to(x_KTI.device) for factor in (down_KRI, up_KRO, scale_K11))
+        plain_IO = _plain(weight_IO, x_KTI.dtype)
         y_KTO = (
-            x_KTI @ weight_IO
+            x_KTI @ plain_IO
             if bias_O is None
-            else torch.addmm(bias_O, x_KTI.flatten(0, 1), weight_IO).unflatten(0, x_KTI.shape[:2])
+            else torch.addmm(bias_O, x_KTI.flatten(0, 1), plain_IO).unflatten(0, x_KTI.shape[:2])
         )
         seen_KTI = x_KTI if keep_KTI is None else x_KTI * keep_KTI
         low_KRT = torch.bmm(down_KRI, seen_KTI.mT).mul_(scale_K11)
-        ctx.save_for_backward(seen_KTI, low_KRT, weight_IO, down_KRI, up_KRO, scale_K11, keep_KTI)
-        ctx.gradients = gradients
+        ctx.save_for_backward(seen_KTI, low_KRT, down_KRI, up_KRO, scale_K11, keep_KTI)
+        ctx.weight_IO, ctx.gradients = weight_IO, gradients
         return y_KTO.baddbmm_(low_KRT.mT, up_KRO)
 
     @staticmethod
     def backward(ctx: Any, g_KTO: Tensor) -> tuple[Tensor | None, ...]:  # torch's context object
-        seen_KTI, low_KRT, weight_IO, down_KRI, up_KRO, scale_K11, keep_KTI = ctx.saved_tensors
+        seen_KTI, low_KRT, down_KRI, up_KRO, scale_K11, keep_KTI = ctx.saved_tensors
         down_gradient_KRI, up_gradient_KRO = ctx.gradients
         low_g_KRT = torch.bmm(up_KRO, g_KTO.mT).mul_(scale_K11)
-        up_gradient_KRO.add_(torch.bmm(low_KRT, g_KTO))
-        down_gradient_KRI.add_(torch.bmm(low_g_KRT, seen_KTI))
+        up_gradient_KRO.add_(torch.bmm(low_KRT, g_KTO).to(up_gradient_KRO.device))
+        down_gradient_KRI.add_(torch.bmm(low_g_KRT, seen_KTI).to(down_gradient_KRI.device))
         x_g_KTI = None
         if ctx.needs_input_grad[0]:
-            x_g_KTI = g_KTO @ weight_IO.mT
+            x_g_KTI = g_KTO @ _plain(ctx.weight_IO, g_KTO.dtype).mT
             if keep_KTI is None:
                 x_g_KTI.baddbmm_(low_g_KRT.mT, down_KRI)
             else:

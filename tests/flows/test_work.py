@@ -1,5 +1,6 @@
 """The steps of a cohort when something breaks on the way: everybody else goes on, and nothing is lost."""
 
+import json
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -234,3 +235,23 @@ def test_nobody_is_lost_when_memory_runs_out_in_training_and_in_judging(
     assert cohort
     assert len(cohort.published) == 2
     assert (cohort.plan.slots, cohort.plan.checkpointed) == (1, True)
+
+
+def test_a_job_is_trained_on_the_base_that_it_was_made_for_however_the_worker_is_set(
+    factory: Factory, ask: Ask
+) -> None:
+    """A quantised base is another base: a cohort, a row and a manifest of its own."""
+    whole = ask("acme/alice").job_id
+    few_bits = pin_base(Factory(factory.settings.model_copy(update={"quantise": "4bit"})))
+    packed = ask("acme/alice", base=few_bits).job_id
+    assert packed != whole
+
+    while cohort := run_cohort(factory):
+        assert not cohort.failed
+
+    manifests = []
+    for number in (1, 2):
+        folder = factory.client.pull(Reference.parse(f"acme/alice:{number}"))
+        manifests.append(json.loads((folder / "manifest.json").read_text())["base"])
+    assert [manifest["quantised"] for manifest in manifests] == ["", "4bit"]
+    assert manifests[1]["digest"] == few_bits.digest != manifests[0]["digest"]

@@ -21,6 +21,7 @@ def upgrade() -> None:
         sa.Column("digest", sa.String(length=64), nullable=False),
         sa.Column("name", sa.String(length=512), nullable=False),
         sa.Column("revision", sa.String(length=128), nullable=False),
+        sa.Column("quantised", sa.String(length=8), nullable=False),
         sa.Column("parameters", sa.BigInteger(), nullable=False),
         sa.Column("created_at", UtcTime(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_bases")),
