@@ -41,6 +41,7 @@ class Lesson:
     weight: float
     dropout: float
     key: int  # of this lesson's dropout mask
+    recurring: Sequence[Row] = ()  # the rows that come again, this one among them; none where it is read once
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,12 @@ class Student:
         judged = self.recipe.patience is not None
         return pack(list(enumerate(self.learner.held_out)), self.row_tokens) if judged else []
 
+    def _recurring_rows(self, trains: bool) -> Sequence[Row]:
+        """The rows that every epoch reads again: examinations always, training where the data is packed once."""
+        if trains:
+            return () if self.recipe.batch_rows is None else self._dense_rows
+        return self._held_out_rows
+
     def _planned_steps(self) -> int:
         """How many optimiser steps it takes if nothing stops it early."""
         recipe = self.recipe
@@ -196,7 +203,8 @@ class Student:
         dropout = self.recipe.method.dropout if weight else 0.0
         first, self.lessons = self.lessons, self.lessons + len(rows)
         keys = (dropout_key(self.recipe.seed, first + number) for number in range(len(rows)))
-        lessons = tuple(Lesson(row, weight, dropout, key) for row, key in zip(rows, keys, strict=True))
+        recurring = self._recurring_rows(bool(weight))
+        lessons = tuple(Lesson(row, weight, dropout, key, recurring) for row, key in zip(rows, keys, strict=True))
         losses, norm = yield Assignment(lessons, step)
         if not all(map(math.isfinite, losses)):
             raise NotFinite("the loss", self.result.steps)

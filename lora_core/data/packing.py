@@ -3,7 +3,9 @@
 Pure Python over token lists; the training loop stacks one row a slot into K x T tensors.  T tokens a row.
 """
 
+import hashlib
 import random
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +39,12 @@ class Row:
     def used(self) -> int:
         """How many of the T tokens are examples rather than filling."""
         return sum(document < len(self.examples) for document in self.documents)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that a frozen layer's output depends on besides the base: tokens, positions and documents."""
+        fields = (array("q", field).tobytes() for field in (self.tokens, self.positions, self.documents))
+        return hashlib.sha256(b"".join(fields)).hexdigest()
 
 
 @dataclass
