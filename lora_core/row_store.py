@@ -65,6 +65,7 @@ class RowFolder:
         try:
             content = file.read_bytes()
             if content[:_DIGEST] != _checksum(key, content[_DIGEST:]):
+                file.unlink(missing_ok=True)  # or nobody would write a sound one in its place
                 return None
             os.utime(file)  # used now
             hidden_TD: Tensor = safetensors.torch.load(content[_DIGEST:])["hidden"]

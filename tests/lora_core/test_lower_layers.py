@@ -239,6 +239,7 @@ def test_a_broken_file_is_a_miss(tmp_path: Path) -> None:
     for broken in (sound[:-1], flipped, b"", sound[:32]):
         (tmp_path / "context/row").write_bytes(broken)
         assert folder.load("context/row") is None
+        assert "context/row" not in folder
     (tmp_path / "context/other").write_bytes(sound)
     assert folder.load("context/other") is None
 
@@ -252,6 +253,8 @@ def test_training_goes_on_over_broken_files(llama4: BaseModel, tmp_path: Path) -
     found = run(llama4, learners(), lower_layers(llama4, learners(), kept(folder=RowFolder(tmp_path, PLENTY))))
 
     assert_same(found, run(llama4, learners()))
+    folder = RowFolder(tmp_path, PLENTY)
+    assert all(folder.load(f"{file.parent.name}/{file.name}") is not None for file in tmp_path.glob("*/*"))  # mended
 
 
 def test_a_disk_that_is_slower_than_computing_is_given_up(llama4: BaseModel, tmp_path: Path) -> None:
