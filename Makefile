@@ -34,6 +34,7 @@ format: .venv/.dev-ready
 
 bench: .venv/.dev-ready
 	$(BIN)/python benchmarks/packed_vs_serial.py
+	$(BIN)/python benchmarks/lower_layers.py
 
 stack: .venv/.dev-ready
 	infra/install-test-servers

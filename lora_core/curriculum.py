@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lora_core.data.packing import Row, densely, epoch_batches, pack
+from lora_core.data.packing import DenseRows, Row, epoch_batches, pack
 from lora_core.data.rendering import Rendered
 from lora_core.errors import LoraError
 from lora_core.optim import RowStep, rate_at
@@ -51,6 +51,7 @@ class Lesson:
     weight: float
     dropout: float
     key: int  # of this lesson's dropout mask
+    recurring: Sequence[Row] = ()  # the rows that come again, this one among them; none where it is read once
 
 
 @dataclass(frozen=True)
@@ -160,19 +161,24 @@ class Student:
             for batch in epoch_batches(len(examples), recipe.batch_size, recipe.seed, epoch):
                 yield pack([(index, examples[index]) for index in batch], self.row_tokens)
         else:
-            for batch in epoch_batches(len(self._shared_rows), recipe.batch_rows, recipe.seed, epoch):
-                full = ([(index, examples[index]) for index in self._shared_rows[number]] for number in batch)
-                yield [pack(row, self.row_tokens)[0] for row in full]
+            for batch in epoch_batches(len(self._dense_rows), recipe.batch_rows, recipe.seed, epoch):
+                yield [self._dense_rows[index] for index in batch]
 
     @cached_property
-    def _shared_rows(self) -> list[list[int]]:
-        """Which examples share a row over all epochs, when batches are of rows."""
-        return densely([len(rendered.tokens) for rendered in self.learner.train], self.row_tokens)
+    def _dense_rows(self) -> "DenseRows":
+        """The rows of all epochs, when batches are of rows."""
+        return DenseRows(self.learner.train, self.row_tokens)
 
     @cached_property
     def _held_out_rows(self) -> list[Row]:
         judged = self.recipe.patience is not None
         return pack(list(enumerate(self.learner.held_out)), self.row_tokens) if judged else []
+
+    def _recurring_rows(self, trains: bool) -> Sequence[Row]:
+        """The rows that every epoch reads again: examinations always, training where the data is packed once."""
+        if trains:
+            return () if self.recipe.batch_rows is None else self._dense_rows
+        return self._held_out_rows
 
     def _planned_steps(self) -> int:
         """How many optimiser steps it takes if nothing stops it early."""
@@ -180,7 +186,7 @@ class Student:
         batches = (
             math.ceil(len(self.learner.train) / recipe.batch_size)
             if recipe.batch_rows is None
-            else math.ceil(len(self._shared_rows) / recipe.batch_rows)
+            else math.ceil(len(self._dense_rows) / recipe.batch_rows)
         )
         return min(recipe.epochs * batches, recipe.max_steps or recipe.epochs * batches)
 
@@ -209,7 +215,8 @@ class Student:
         dropout = self.recipe.method.dropout if weight else 0.0
         first, self.lessons = self.lessons, self.lessons + len(rows)
         keys = (dropout_key(self.recipe.seed, first + number) for number in range(len(rows)))
-        lessons = tuple(Lesson(row, weight, dropout, key) for row, key in zip(rows, keys, strict=True))
+        recurring = self._recurring_rows(bool(weight))
+        lessons = tuple(Lesson(row, weight, dropout, key, recurring) for row, key in zip(rows, keys, strict=True))
         losses, norm = yield Assignment(lessons, step)
         if not all(map(math.isfinite, losses)):
             raise NotFinite("the loss", self.result.steps)

@@ -23,6 +23,16 @@ class Batch:
     documents_KT: Tensor
     mask_K1TT: Tensor
 
+    @property
+    def inputs(self) -> dict[str, Any]:  # tensors and a flag, as transformers' models take them
+        """What a model reads of it."""
+        return {
+            "input_ids": self.tokens_KT,
+            "attention_mask": self.mask_K1TT,
+            "position_ids": self.positions_KT,
+            "use_cache": False,
+        }
+
 
 def stack(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
     """K rows as one batch; a token sees its own document's earlier tokens and nothing else."""
@@ -41,19 +51,13 @@ def stack(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
 
 def token_losses(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Each token's next-token loss in nats (0 where it does not count), and whether the first guess was right; K T."""
-    inputs = {
-        "input_ids": batch.tokens_KT,
-        "attention_mask": batch.mask_K1TT,
-        "position_ids": batch.positions_KT,
-        "use_cache": False,
-    }
     if base.plain_head:
         head_VD = base.model.get_output_embeddings().weight
-        hidden_KTD = base.model.base_model(**inputs).last_hidden_state.to(head_VD.device)
+        hidden_KTD = base.model.base_model(**batch.inputs).last_hidden_state.to(head_VD.device)
         targets_KT = batch.targets_KT.to(head_VD.device)  # the last of several GPUs may hold the head
         loss_KT, right_KT = _HeadLoss.apply(hidden_KTD, head_VD, targets_KT)  # type: ignore[no-untyped-call]  # torch's
         return loss_KT.to(batch.targets_KT.device), right_KT.to(batch.targets_KT.device)
-    logits_KTV = base.model(**inputs).logits.float()
+    logits_KTV = base.model(**batch.inputs).logits.float()
     loss_KT = F.cross_entropy(logits_KTV.mT, batch.targets_KT, ignore_index=IGNORED, reduction="none")
     return loss_KT, logits_KTV.detach().argmax(-1) == batch.targets_KT
 

@@ -3,11 +3,14 @@
 Pure Python over token lists; the training loop stacks one row a slot into K x T tensors.  T tokens a row.
 """
 
+import hashlib
 import random
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from lora_core.data.rendering import Rendered
 
@@ -37,6 +40,12 @@ class Row:
     def used(self) -> int:
         """How many of the T tokens are examples rather than filling."""
         return sum(document < len(self.examples) for document in self.documents)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that a frozen layer's output depends on besides the base: tokens, positions and documents."""
+        fields = (array("q", field).tobytes() for field in (self.tokens, self.positions, self.documents))
+        return hashlib.sha256(b"".join(fields)).hexdigest()
 
 
 @dataclass
@@ -89,6 +98,21 @@ def pack(examples: Sequence[tuple[int, Rendered]], row_tokens: int) -> list[Row]
             open_rows.append(row)
         row.add(index, rendered)
     return [row.close(row_tokens) for row in open_rows]
+
+
+class DenseRows(Sequence[Row]):
+    """All examples packed at once, each row made when it is asked for: many users' rows would fill the memory."""
+
+    def __init__(self, examples: Sequence[Rendered], row_tokens: int) -> None:
+        self._examples, self._row_tokens = examples, row_tokens
+        self.members = densely([len(rendered.tokens) for rendered in examples], row_tokens)  # of each row, by number
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, number: Any) -> Any:  # an index: rows are never sliced
+        (row,) = pack([(index, self._examples[index]) for index in self.members[number]], self._row_tokens)
+        return row
 
 
 def densely(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
