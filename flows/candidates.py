@@ -23,8 +23,10 @@ from lora_core.evaluate import Scores, Trial, evaluate
 from lora_core.gate import Verdict, judge
 from lora_core.generate import TaskScore, generate, task_score
 from lora_core.intake import LoraFiles
+from lora_core.lower_layers import LowerLayers
 from lora_core.planner import Plan, plan, train_planned
 from lora_core.recipe import Recipe
+from lora_core.row_store import RowStore
 from lora_core.saves import Saves
 from lora_core.train import Pace
 
@@ -74,6 +76,7 @@ def train_candidates(
     planned: Plan,
     watch: Callable[[Pace], None] | None = None,
     saves: Saves | None = None,
+    states: RowStore | None = None,
 ) -> Plan:
     """Train a cohort packed, and tell by which plan it ended: a smaller one where memory ran out.
 
@@ -82,7 +85,8 @@ def train_candidates(
     by_label = {candidate.label: candidate for candidate in candidates}
     bank = training_bank(base, candidates)
     learners = [candidate.learner for candidate in candidates]
-    for trained, used in train_planned(base, learners, planned, bank, watch, saves=saves):
+    compute = LowerLayers(base, bank, states).read_rows if states else None
+    for trained, used in train_planned(base, learners, planned, bank, watch, compute, saves):
         by_label[trained.name].trained, by_label[trained.name].plan = trained, used
         planned = used
     return planned

@@ -35,6 +35,7 @@ from lora_core.intake import LoraFiles, read_artifact
 from lora_core.memory import tighten
 from lora_core.planner import Plan, free_bytes, with_fewer
 from lora_core.recipe import make_recipe
+from lora_core.row_store import RowMemory, RowStore
 from lora_core.saves import Saves
 from lora_core.train import Pace
 from registry import jobs
@@ -120,8 +121,8 @@ def _planned(factory: Factory, cohort: Cohort) -> Plan:
 def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None = None) -> None:
     """Train everybody packed; who was retired drops out, with the reason."""
     if cohort.work:
-        saves = _saves(factory, cohort)
-        cohort.plan = train_candidates(cohort.base, cohort.candidates, cohort.plan, watch, saves)
+        saves, states = _saves(factory, cohort), _states(factory, cohort)
+        cohort.plan = train_candidates(cohort.base, cohort.candidates, cohort.plan, watch, saves, states)
     for job, candidate in list(cohort.work.values()):
         trained = candidate.trained
         if trained is None or trained.outcome == "retired" or not finite(trained.row_P):
@@ -232,6 +233,14 @@ def _saves(factory: Factory, cohort: Cohort) -> Saves:
         return True
 
     return Saves(factory.settings.home_folder / "saves", shape, due)
+
+
+def _states(factory: Factory, cohort: Cohort) -> RowStore | None:
+    """Where states under the first adapted layer are kept, if any row of the cohort comes again over a few layers."""
+    recipes = [candidate.recipe for candidate in cohort.candidates]
+    if not factory.settings.states or not all(recipe.method.layers for recipe in recipes):
+        return None
+    return RowStore(RowMemory(factory.settings.states), time.monotonic)
 
 
 def _finished(cohort: Cohort, bank: LoraBank, job: ClaimedJob, candidate: Candidate) -> Finished:

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 could not be done, 2 wrong usage, 3 does not exist, 4 done
 """
 
 import io
+import logging
 import os
 import sys
 import warnings
@@ -38,6 +39,7 @@ def main() -> None:
     """Run the command line; what was raised on purpose is told in one line, without a traceback."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at every start which kernels it does without
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter of a user's data that a terminal does not know

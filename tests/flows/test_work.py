@@ -255,3 +255,18 @@ def test_a_job_is_trained_on_the_base_that_it_was_made_for_however_the_worker_is
         manifests.append(json.loads((folder / "manifest.json").read_text())["base"])
     assert [manifest["quantised"] for manifest in manifests] == ["", "4bit"]
     assert manifests[1]["digest"] == few_bits.digest != manifests[0]["digest"]
+
+
+def test_adapters_on_upper_layers_are_the_same_with_lower_states_kept(base_folder: Path, ask: Ask) -> None:
+    """Two users of the same data, two ways, the same losses: what is kept changes nothing but time."""
+    found = []
+    for user, states in (("acme/ann", 0), ("acme/bob", 1 << 20)):
+        ask(user, layers=1, batch_rows=2)
+        factory = Factory(FactorySettings(base=str(base_folder), slots=4, states=ByteSize(states)))
+        cohort = run_cohort(factory)
+        assert cohort
+        ((_, candidate),) = cohort.work.values()
+        assert candidate.trained
+        found.append(candidate.trained.losses)
+
+    assert found[0] == found[1]
