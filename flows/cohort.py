@@ -4,15 +4,12 @@ Every step may run twice or die at any line: leases, fences and idempotent publi
 """
 
 import math
-import platform
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -26,8 +23,7 @@ from flows.candidates import (
     training_bank,
 )
 from flows.factory import Factory, now
-from lora_core.artifact import AdapterConfig, write_artifact
-from lora_core.banks.lora import LoraBank
+from flows.finished import computed_on, finished
 from lora_core.base_model import BaseModel, check_device, load_base
 from lora_core.data.snapshot import load_snapshot
 from lora_core.errors import ArtifactRefused, BaseModelError, LoraError
@@ -43,11 +39,10 @@ from registry.errors import LeaseLost, NotFound, ObjectDiffers, ObjectMissing, R
 from registry.jobs import ClaimedJob
 from registry.models import Run
 from registry.names import JobId, RunId
-from registry.publishing import Finished, Published, publish
+from registry.publishing import Published, publish
 from registry.session import reading, transaction
 
 MOST_RUNS = 16  # cohort runs asked for in one tick: more would only wait in line
-LIBRARIES = ("lora-factory", "torch", "transformers", "safetensors", "numpy")
 
 
 class Cohort:
@@ -146,8 +141,8 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
     for job, candidate in list(cohort.work.values()):
         assert bank  # there is work
         try:
-            finished = _finished(cohort, bank, job, candidate)
-            cohort.published[candidate.label] = publish(factory.engine, factory.store, job, finished, now())
+            result = finished(cohort.base, cohort.run_id, bank, job, candidate)
+            cohort.published[candidate.label] = publish(factory.engine, factory.store, job, result, now())
             _saves(factory, cohort).drop(candidate.label)
         except LeaseLost as error:
             cohort.failed[candidate.label] = str(error)
@@ -243,53 +238,6 @@ def _states(factory: Factory, cohort: Cohort) -> RowStore | None:
     return RowStore(RowMemory(factory.settings.states), time.monotonic)
 
 
-def _finished(cohort: Cohort, bank: LoraBank, job: ClaimedJob, candidate: Candidate) -> Finished:
-    """A candidate as files and facts; the same candidate gives the same bytes."""
-    trained, plan, verdict = candidate.trained, candidate.plan, candidate.verdict
-    assert trained  # it came through training
-    assert plan  # by a plan
-    assert verdict  # and through the gate
-    spec = candidate.recipe.method
-    tensors = bank.to_tensors(trained.row_P, spec)
-    scores = {
-        name: figures.summary() | {f"answer_{key}": value for key, value in _task(candidate, name).items()}
-        for name, figures in candidate.scores.items()
-    }
-    facts = {
-        "base": {"name": AdapterConfig.of(cohort.base, spec, tensors).base_name, "digest": job.base_digest,
-                 "quantised": job.base_quantised},
-        "dataset": {"digest": job.dataset_digest, "cut": candidate.cut, "dropped": candidate.dropped},
-        "recipe": candidate.recipe.model_dump(mode="json"),
-        "scores": scores,
-        "training": {"steps": trained.steps, "best_step": trained.best_step, "tokens": trained.tokens,
-                     "outcome": trained.outcome, "losses": trained.losses, "held_out": trained.held_out},
-        "gate": {"accepted": verdict.accepted, "reason": verdict.reason},
-        "cohort": {"slots": plan.slots, "row_tokens": plan.row_tokens, "rank": bank.rank},
-        "device": computed_on(cohort.base),
-        "versions": code_versions(),
-    }  # fmt: skip
-    files = write_artifact(tensors, AdapterConfig.of(cohort.base, spec, tensors), facts)
-    return Finished(
-        files, verdict.accepted, verdict.reason, bank.parameters(spec), scores, cohort.run_id,
-        code_versions()["lora-factory"],
-    )  # fmt: skip
-
-
-def _task(candidate: Candidate, subject: str) -> dict[str, float]:
-    return asdict(candidate.tasks[subject]) if subject in candidate.tasks else {}
-
-
-def code_versions() -> dict[str, str]:
-    """What computed a version: this code, Python and the libraries under it."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
 def _open_run(factory: Factory, cohort: Cohort) -> None:
     with transaction(factory.engine) as session:
         session.add(
@@ -306,13 +254,6 @@ def _close_run(factory: Factory, cohort: Cohort) -> None:
         run = session.get_one(Run, cohort.run_id)
         run.finished_at = now()
         run.facts = {"published": len(cohort.published), "failed": len(cohort.failed)}
-
-
-def computed_on(base: BaseModel) -> dict[str, str]:
-    """The kind of device and of numbers, which decide the last bits."""
-    device = base.model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": f"{device.type} {name}", "dtype": str(base.model.dtype).removeprefix("torch.")}
 
 
 def runs_wanted(factory: Factory) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flows.candidates import make_candidate
-from flows.cohort import code_versions, computed_on
 from flows.errors import Unready
 from flows.factory import Factory
+from flows.finished import code_versions, computed_on
 from lora_core.artifact import MANIFEST, WEIGHTS, safetensors_bytes
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel, load_base

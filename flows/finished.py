@@ -1,0 +1,72 @@
+"""What a trained and judged candidate comes to: files, scores and facts.  The same in, the same out."""
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from flows.candidates import Candidate
+from lora_core.artifact import AdapterConfig, write_artifact
+from lora_core.banks.lora import LoraBank
+from lora_core.base_model import BaseModel
+from registry.jobs import ClaimedJob
+from registry.names import RunId
+from registry.publishing import Finished
+
+LIBRARIES = ("lora-factory", "torch", "transformers", "safetensors", "numpy")
+
+
+def finished(base: BaseModel, run_id: RunId, bank: LoraBank, job: ClaimedJob, candidate: Candidate) -> Finished:
+    """A candidate as files and facts; the same candidate gives the same bytes."""
+    trained, plan, verdict = candidate.trained, candidate.plan, candidate.verdict
+    assert trained  # it came through training
+    assert plan  # by a plan
+    assert verdict  # and through the gate
+    spec = candidate.recipe.method
+    tensors = bank.to_tensors(trained.row_P, spec)
+    scores = {
+        name: figures.summary() | {f"answer_{key}": value for key, value in _task(candidate, name).items()}
+        for name, figures in candidate.scores.items()
+    }
+    facts = {
+        "base": {"name": AdapterConfig.of(base, spec, tensors).base_name, "digest": job.base_digest,
+                 "quantised": job.base_quantised},
+        "dataset": {"digest": job.dataset_digest, "cut": candidate.cut, "dropped": candidate.dropped},
+        "recipe": candidate.recipe.model_dump(mode="json"),
+        "scores": scores,
+        "training": {"steps": trained.steps, "best_step": trained.best_step, "tokens": trained.tokens,
+                     "outcome": trained.outcome, "losses": trained.losses, "held_out": trained.held_out},
+        "gate": {"accepted": verdict.accepted, "reason": verdict.reason},
+        "cohort": {"slots": plan.slots, "row_tokens": plan.row_tokens, "rank": bank.rank},
+        "device": computed_on(base),
+        "versions": code_versions(),
+    }  # fmt: skip
+    files = write_artifact(tensors, AdapterConfig.of(base, spec, tensors), facts)
+    return Finished(
+        files, verdict.accepted, verdict.reason, bank.parameters(spec), scores, run_id,
+        code_versions()["lora-factory"],
+    )  # fmt: skip
+
+
+def _task(candidate: Candidate, subject: str) -> dict[str, float]:
+    return asdict(candidate.tasks[subject]) if subject in candidate.tasks else {}
+
+
+def code_versions() -> dict[str, str]:
+    """What computed a version: this code, Python and the libraries under it."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def computed_on(base: BaseModel) -> dict[str, str]:
+    """The kind of device and of numbers, and the threads of a CPU, which decide the last bits."""
+    device = base.model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    dtype = str(base.model.dtype).removeprefix("torch.")
+    return {"device": f"{device.type} {name}", "dtype": dtype, "threads": str(torch.get_num_threads())}
