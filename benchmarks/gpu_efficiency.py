@@ -2,14 +2,14 @@
 
 E is packed tokens a second over those of the same frozen base's forward and input-gradient backward on the same batch,
 without adapters; 1 would mean that K users' adapters, clipping and AdamW are free.  Both in bf16, every linear adapted,
-one example of T tokens a user and step, blocks of steps in turn in one process while the users train.  T is the longest
-of the tried that fits the device.  Seating users and copying them out is not in E (see `gpu_users.py`).
+one example of T tokens a user and step, blocks of steps in turn in one process while the users train.  The frozen base
+finds its batches on the device, packed training makes its own.  T is the longest of the tried that fits.  Seating users
+and copying them out is not in E (see `gpu_users.py`).
 """
 
 import argparse
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import TypedDict
 
@@ -18,12 +18,12 @@ import torch
 from benchmarks import measuring
 from benchmarks.measuring import Budget, Samples, Turns, first_that_fits, ratios, say, spread
 from benchmarks.sides import (
-    SHAPES,
     Load,
     Shape,
     adapter_width,
+    chosen_shape,
     learners,
-    packed_rows,
+    packed_batches,
     random_base,
     run_frozen,
     run_packed,
@@ -60,8 +60,8 @@ def measure(
     device, load, peak = base.model.device, Load(1, row_tokens, row_tokens), 0
     steps = block * (rounds + 1) + 1  # one more than is timed: nobody is copied out on the clock
     users = [load.examples(steps, shape.vocabulary, seed) for seed in range(slots)]
-    frozen = twin(base)
-    others = {"frozen": lambda: run_frozen(frozen, packed_rows(users, load, row_tokens, block))}
+    frozen, batches = twin(base), list(packed_batches(base, users, load, row_tokens, block))
+    others = {"frozen": partial(run_frozen, frozen, batches)}
     recipe = load.recipe(RANK, row_tokens)
     cohort = learners(recipe, users, start_row(base, recipe))
 
@@ -100,7 +100,7 @@ def show(result: Measured, goal: float, fewest: Measured) -> str:
     return (
         f"{result['shape']:>22} {result['slots']:>4} {result['row_tokens']:>5} {spread(result['efficiency'], ''):>18} "
         f"{goal:>5} {against:>+10.1%}{' ' if abs(against) <= SAME else '!'} {packed:>10.1f} {frozen:>10.1f}  "
-        f"{result['floor']['packed']}"
+        f"{result['floor']['packed']}{'' if result['plain_head'] else '; head loss not fused'}"
     )
 
 
@@ -109,7 +109,7 @@ def compare(name: str, options: argparse.Namespace, device: torch.device, budget
 
     Where more users leave room for shorter rows only, the fewest are measured at those too: E is compared at one T.
     """
-    shape = SHAPES[name].shrunk() if options.tiny else SHAPES[name]
+    shape = chosen_shape(name, options.tiny)
     base = random_base(shape, device, torch.bfloat16)
     fewest: dict[int, Measured] = {}  # by T
     kept: list[Measured] = []
@@ -141,20 +141,16 @@ def compare(name: str, options: argparse.Namespace, device: torch.device, budget
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every base, keep the raw samples, print the table last."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring.gpu_parser(__doc__, rounds=7)
     parser.add_argument("--shapes", nargs="+", choices=list(GOALS), default=list(GOALS))
     parser.add_argument("--users", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--row-tokens", type=int, nargs="+", default=ROW_TOKENS, help="tried in this order")
     parser.add_argument("--block", type=int, default=5, help="steps in a turn")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=9, help="nothing new begins after that")
-    parser.add_argument("--results", type=Path, help="folder for raw samples")
-    parser.add_argument("--tiny", action="store_true", help="shrunk bases on the CPU: shows that it runs, not how fast")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.users, options.row_tokens, options.block, options.rounds = [4, 8], [16], 1, 2
-    device, budget = torch.device("cpu" if options.tiny else "cuda"), Budget(options.minutes)
-    machine, folder = measuring.machine_facts(device), options.results or measuring.results_folder(options.tiny)
+    (device, folder), budget = measuring.place(options), Budget(options.minutes)
+    machine = measuring.machine_facts(device)
     results: list[Measured] = []
     table = []
     for name in options.shapes:

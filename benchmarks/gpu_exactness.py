@@ -9,19 +9,17 @@ import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA starts
 
-import argparse
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypedDict
 
 import torch
 
 from benchmarks import measuring
 from benchmarks.measuring import Budget, Samples, Turns, ratios, say, spread
-from benchmarks.sides import SHAPES, Load, Shape, learners, random_base, run_packed, start_row
+from benchmarks.sides import SHAPES, Load, Shape, chosen_shape, learners, random_base, run_packed, start_row
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner
 from lora_core.train import train
@@ -139,27 +137,23 @@ def verdict(rows: Mapping[str, str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every base, keep digests and raw samples, print the table last."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring.gpu_parser(__doc__, rounds=7)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["0.5B", "1B"])
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--row-tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8, help="of the users whose rows are compared")
     parser.add_argument("--block", type=int, default=5, help="steps in a turn")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=9, help="nothing new begins after that")
-    parser.add_argument("--results", type=Path, help="folder for digests and raw samples")
-    parser.add_argument("--tiny", action="store_true", help="shrunk bases on the CPU: shows that it runs, not how fast")
     options = parser.parse_args(arguments)
     setting = Setting(options.users, options.row_tokens, options.steps)
     if options.tiny:
         setting, options.block, options.rounds = Setting(4, 16, 3), 1, 2
-    device, budget = torch.device("cpu" if options.tiny else "cuda"), Budget(options.minutes)
-    machine, folder = measuring.machine_facts(device), options.results or measuring.results_folder(options.tiny)
+    (device, folder), budget = measuring.place(options), Budget(options.minutes)
+    machine = measuring.machine_facts(device)
     results = []
     for name in options.shapes:
         if budget.spent:
             break
-        shape = SHAPES[name].shrunk() if options.tiny else SHAPES[name]
+        shape = chosen_shape(name, options.tiny)
         base = random_base(shape, device, torch.bfloat16)
         results.append(measure(base, shape, setting, options.block, options.rounds, budget))
         measuring.save(folder / "gpu_exactness.json", machine, results)

@@ -31,6 +31,7 @@ from benchmarks.sides import (
     Examples,
     Load,
     Shape,
+    chosen_shape,
     compile_layers,
     flat_twin,
     learners,
@@ -101,7 +102,8 @@ def measure(
     in_block = {name: steps * (1 if name in ("peft", "compiled") else fit.slots) for name in turns.samples}
     seconds = {name: [s / in_block[name] for s in samples] for name, samples in turns.samples.items()}
     step = median(seconds["packed"])
-    seating = seating_seconds(base, cohort, fit, step * fit.slots / micro_steps, budget)
+    fresh = learners(recipe, users)  # each draws a start of its own, which seating has to pay for
+    seating = seating_seconds(base, fresh, fit, step * fit.slots / micro_steps, budget)
     paid = [s + seating / STEPS for s in seconds["packed"]]
     tokens = sum(len(example.tokens) for user in users for example in user) / len(users) / count
     floor = step_floor(base, shape, tokens * fit.slots, load.longest, fit.slots, RANK)
@@ -152,7 +154,7 @@ def show(result: Measured, goal: float | None) -> str:
     over = {name: spread(values) for name, values in result["over"].items()}
     return (
         f"{result['shape']:>22} {result['tokens']:>6.0f} {result['fit']['slots']:>3} {result['fit']['row_tokens']:>5} "
-        f"{1e3 * median(result['seconds']['packed']):>9.2f} {1e3 * result['seating']:>8.2f} {over['peft']:>20} "
+        f"{1e3 * median(result['seconds']['packed']):>9.2f} {1e3 * result['seating']:>8.2f} {over.get('peft', ''):>20} "
         f"{goal or '':>5} {over.get('compiled', ''):>20} {over.get('flat', ''):>20}  {result['floor']}"
     )
 
@@ -162,7 +164,7 @@ def compare(
     budget: Budget,
 ) -> dict[int, Measured]:  # fmt: skip
     """One base under every load, by the load's tokens; what does not fit or comes too late is left out."""
-    shape = SHAPES[name].shrunk() if options.tiny else SHAPES[name]
+    shape = chosen_shape(name, options.tiny)
     base = random_base(shape, device, torch.bfloat16)
     kept: dict[int, Measured] = {}
     room = math.inf  # tokens at once that are known to fit
@@ -174,7 +176,8 @@ def compare(
         steps = max(1, min(options.steps, 4096 // tokens))
         run = partial(measure, base, shape, load, others, steps, options.rounds, budget)
         if fit := first_that_fits(choices, run):
-            room = fit[0].slots * fit[0].row_tokens
+            fitted = fit[0].slots * fit[0].row_tokens
+            room = fitted if room == math.inf else max(room, fitted)
             kept[tokens] = fit[1]
         measuring.release()
     return dict(sorted(kept.items()))
@@ -203,22 +206,18 @@ def draw(results: Mapping[int, Measured], path: Path) -> None:
 
 def sweep_loads(tiny: bool) -> dict[int, Load]:
     """By tokens a user and step: sequences of at most 512 tokens."""
-    longest, points = (8, (8, 16, 32)) if tiny else (512, SWEEP)
+    longest, points = (8, (32, 8, 16)) if tiny else (512, SWEEP)
     return {n: Load(max(1, n // longest), min(n, longest), min(n, longest)) for n in points}
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; `--tiny` makes everything small."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring.gpu_parser(__doc__, rounds=4)
     parser.add_argument("--shapes", nargs="*", choices=list(GOALS), default=list(GOALS))
     parser.add_argument("--sweep", choices=[*SHAPES, "none"], default="4B", help="base of the sweep")
     parser.add_argument("--others", nargs="+", choices=OTHERS, default=OTHERS)
     parser.add_argument("--users", type=int, default=USERS)
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn, fewer where a step has many tokens")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--minutes", type=float, default=8, help="nothing new begins after that")
-    parser.add_argument("--results", type=Path, help="folder for raw samples and the curve")
-    parser.add_argument("--tiny", action="store_true", help="shrunk bases on the CPU: shows that it runs, not how fast")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.users, options.steps, options.rounds = 4, 1, 2
@@ -228,8 +227,8 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Every base, then the sweep; raw samples and curve are kept, the table comes last."""
     options = read_options(arguments)
-    device, budget = torch.device("cpu" if options.tiny else "cuda"), Budget(options.minutes)
-    machine, folder = measuring.machine_facts(device), options.results or measuring.results_folder(options.tiny)
+    (device, folder), budget = measuring.place(options), Budget(options.minutes)
+    machine = measuring.machine_facts(device)
     four = Load(4, 12, 16) if options.tiny else FOUR
     lines, results = [], []
     for name in options.shapes:

@@ -1,8 +1,10 @@
 """How benchmarks are timed and what is kept: turns, spread, floors, the machine, files.
 
-What runs is in `sides.py`.  Sides take turns (A-B-A-B) in one process; a first round warms up and is not kept; every sample is.
+What runs is in `sides.py`.  Sides take turns (A-B-A-B) in one process; a first round warms up and is not kept, every
+later sample is.
 """
 
+import argparse
 import gc
 import json
 import platform
@@ -136,6 +138,7 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
@@ -189,9 +192,23 @@ def machine_facts(device: torch.device) -> dict[str, str]:
     }  # fmt: skip
 
 
-def results_folder(tiny: bool) -> Path:
-    """Where results lie; those of a tiny run say nothing, and go where nobody looks."""
-    return Path(tempfile.mkdtemp()) if tiny else RESULTS
+def gpu_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The command line that scripts for a GPU share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--minutes", type=float, default=8, help="no round begins after that")
+    parser.add_argument("--results", type=Path, help="folder for raw samples")
+    parser.add_argument("--tiny", action="store_true", help="shrunk bases on the CPU: shows that it runs, not how fast")
+    return parser
+
+
+def place(options: argparse.Namespace) -> tuple[torch.device, Path]:
+    """Where a GPU script computes, and where its results go; those of a tiny run go where nobody looks."""
+    if options.tiny:
+        return torch.device("cpu"), options.results or Path(tempfile.mkdtemp())
+    if not torch.cuda.is_available():
+        raise SystemExit("torch finds no GPU here; --tiny shows on the CPU that the script runs")
+    return torch.device("cuda"), options.results or RESULTS
 
 
 def save(path: Path, machine: Mapping[str, str], results: Sequence[object]) -> None:

@@ -18,7 +18,7 @@ from benchmarks.sides import (
     SHAPES,
     Load,
     learners,
-    packed_rows,
+    packed_batches,
     peft_twin,
     random_base,
     run_frozen,
@@ -68,7 +68,7 @@ def compare(setting: Setting, rounds: int) -> Measured:
     sides: dict[str, Side] = {
         "packed": lambda: run_packed(base, learners(recipe, users), setting.tokens),
         "peft": peft_loop,
-        "frozen": lambda: run_frozen(base, packed_rows(users, load, setting.tokens, setting.steps)),
+        "frozen": lambda: run_frozen(base, packed_batches(base, users, load, setting.tokens, setting.steps)),
     }
     seconds = alternate(sides, rounds, CPU)
     return {

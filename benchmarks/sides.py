@@ -21,7 +21,7 @@ from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner
 from lora_core.data.packing import IGNORED, Row, pack
 from lora_core.data.rendering import Rendered
-from lora_core.forward import stack, token_losses
+from lora_core.forward import Batch, stack, token_losses
 from lora_core.recipe import Recipe, make_recipe
 from lora_core.train import train
 
@@ -59,13 +59,18 @@ class Shape:
         )  # fmt: skip
 
 
-SHAPES = {
+SHAPES = {  # as their makers publish them
     "8B": Shape("Llama-3.1-8B", LlamaConfig, 128256, 4096, 14336, 32, 32, 8, 128, tied=False),
     "4B": Shape("Qwen3-4B", Qwen3Config, 151936, 2560, 9728, 36, 32, 8, 128),
     "1B": Shape("Llama-3.2-1B", LlamaConfig, 128256, 2048, 8192, 16, 32, 8, 64),
     "0.5B": Shape("Qwen2.5-0.5B", Qwen2Config, 151936, 896, 4864, 24, 14, 2, 64),
     "6M": Shape("Llama of 6M", LlamaConfig, 4096, 256, 704, 6, 8, 8, 32),
 }
+
+
+def chosen_shape(name: str, tiny: bool) -> Shape:
+    """A shape by its short name, shrunk for a run that only shows that all works."""
+    return SHAPES[name].shrunk() if tiny else SHAPES[name]
 
 
 def random_base(shape: Shape, device: torch.device, dtype: torch.dtype) -> BaseModel:
@@ -129,13 +134,13 @@ def run_packed(base: BaseModel, cohort: Sequence[Learner], row_tokens: int, turn
         pass
 
 
-def run_frozen(base: BaseModel, micro_steps: Iterable[Sequence[Row]]) -> None:
+def run_frozen(base: BaseModel, batches: Iterable[Batch]) -> None:
     """The base's own forward and input-gradient backward on the packed batches; nothing is trained."""
     embed = base.model.get_input_embeddings()
-    for rows in micro_steps:
+    for batch in batches:
         hook = embed.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         try:
-            losses_KT, _ = token_losses(base, stack(rows, base.model))
+            losses_KT, _ = token_losses(base, batch)
         finally:
             hook.remove()
         losses_KT.sum().backward()
@@ -147,6 +152,13 @@ def packed_rows(users: Sequence[Examples], load: Load, row_tokens: int, steps: i
         batch = slice(step * load.sequences, (step + 1) * load.sequences)
         rows = [pack(list(enumerate(examples[batch])), row_tokens) for examples in users]
         yield from ([user[number % len(user)] for user in rows] for number in range(load.rows(row_tokens)))
+
+
+def packed_batches(
+    base: BaseModel, users: Sequence[Examples], load: Load, row_tokens: int, steps: int
+) -> Iterator[Batch]:
+    """The same, on the device."""
+    return (stack(rows, base.model) for rows in packed_rows(users, load, row_tokens, steps))
 
 
 def peft_twin(base: BaseModel, rank: int) -> nn.Module:
@@ -258,7 +270,7 @@ def step_floor(base: BaseModel, shape: Shape, tokens: float, sequence: int, user
 
     Products: twice through every frozen weight (forward, input gradient), three times through the adapters, causal
     attention with a backward of twice its forward.  Bytes: weights once a pass; of a user's numbers the bf16 copy read
-    twice and written once, the gradient written and read, fp32 weights and both moments read and written; no activations.
+    twice and written once, the gradient written and read, weights and both moments in fp32 read and written.
     """
     width = adapter_width(base, rank) if users else 0
     frozen = sum(site.inputs * site.outputs for site in base.sites) + shape.vocabulary * shape.width
