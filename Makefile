@@ -1,14 +1,15 @@
 # make demo   everything from nothing: sets up, trains eight users' adapters, publishes and pulls them
 # make test   the test suite, with a real PostgreSQL, a real S3 server where one can be had, and real PEFT
 # make check  format, lint, types, import contracts
-# make bench  the benchmarks behind the README's figures
+# make bench  the benchmarks behind the README's figures, on the CPU
+# make bench-gpu  those that need a GPU, each at most ten minutes
 # make stack  the compose file's services as plain processes, without Docker
 PYTHON ?= python3
 BIN := .venv/bin
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: demo setup test quick check format bench stack clean
+.PHONY: demo setup test quick check format bench bench-gpu stack clean
 
 demo: .venv/.demo-ready
 	$(BIN)/lora demo
@@ -35,6 +36,11 @@ format: .venv/.dev-ready
 bench: .venv/.dev-ready
 	$(BIN)/python benchmarks/packed_vs_serial.py
 	$(BIN)/python benchmarks/lower_layers.py
+
+bench-gpu: .venv/.dev-ready
+	$(BIN)/python benchmarks/gpu_efficiency.py
+	$(BIN)/python benchmarks/gpu_users.py
+	$(BIN)/python benchmarks/gpu_exactness.py
 
 stack: .venv/.dev-ready
 	infra/install-test-servers
