@@ -35,6 +35,8 @@ format: .venv/.dev-ready
 
 bench: .venv/.dev-ready
 	$(BIN)/python benchmarks/packed_vs_serial.py
+	$(BIN)/python benchmarks/full_slots.py
+	$(BIN)/python benchmarks/memory_law.py
 	$(BIN)/python benchmarks/lower_layers.py
 
 bench-gpu: .venv/.dev-ready

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.packed_vs_serial import small_base
+from benchmarks.sides import SHAPES, random_base
 from lora_core import seating
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
@@ -60,7 +60,7 @@ def no_computing(_: BaseModel, __: Cohort, lessons: Sequence[Lesson | None], ___
 
 def run(learners: list[Learner], slots: int, row_tokens: int) -> tuple[list[Trained], Pace]:
     """Train them without computing; a fifth arrive one by one, every third micro-step from the hundredth on."""
-    base = small_base()
+    base = random_base(SHAPES["6M"], torch.device("cpu"), torch.float32)
     bank = LoraBank(tuple(site for site in base.sites if site.name.endswith("layers.0.self_attn.o_proj")), 1)
     first, late = learners[: len(learners) * 4 // 5], learners[len(learners) * 4 // 5 :]
     paces: list[Pace] = []

@@ -30,7 +30,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.packed_vs_serial import processor
+from benchmarks.measuring import processor
 from lora_core.banks.lora import lora_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort

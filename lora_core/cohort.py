@@ -54,8 +54,8 @@ class Cohort:
         """Write a user into a slot: its start row, and no memory of who was there."""
         self.clear(slot)
         self.weights_KP[slot] = row_P.to(self.weights_KP.device)
+        self.working_KP[slot] = self.weights_KP[slot]
         self.scale_K11[slot] = scale
-        self.refresh()
 
     def clear(self, slot: int) -> None:
         """Make a slot the base model: a row of zeros."""

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from lora_core.base_model import BaseModel
 from lora_core.data.packing import IGNORED, Row
 
+PIECE_LOGITS, LEAST_PIECE = 1 << 26, 256  # logits at once, where that is no fewer tokens than the least
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -65,28 +67,38 @@ def token_losses(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
 class _HeadLoss(torch.autograd.Function):
     """Next-token loss through a frozen head: -log softmax(h W^T)[target], with its gradient taken on the way.
 
-    The head needs no gradient, so the softmax becomes the gradient in place and the logits are never kept
-    (the fused loss of Hsu et al., "Liger Kernel", 2024, in plain torch).
+    The head needs no gradient, so the softmax becomes the gradient in place and the logits are never kept, nor ever
+    there for all tokens at once (the fused loss of Hsu et al., "Liger Kernel", 2024, in plain torch).
     """
 
     @staticmethod
     def forward(ctx: Any, hidden_KTD: Tensor, head_VD: Tensor, targets_KT: Tensor) -> tuple[Tensor, Tensor]:
-        counted_KT1 = (targets_KT != IGNORED)[:, :, None]
-        safe_KT1 = targets_KT.clamp_min(0)[:, :, None]
-        logits_KTV = (hidden_KTD @ head_VD.mT).float()
-        wanted_KT1 = logits_KTV.gather(-1, safe_KT1)
-        highest_KT1 = logits_KTV.amax(-1, keepdim=True)
-        odds_KTV = logits_KTV.sub_(highest_KT1).exp_()
-        total_KT1 = odds_KTV.sum(-1, keepdim=True)
-        loss_KT1 = torch.where(counted_KT1, total_KT1.log() + highest_KT1 - wanted_KT1, 0.0)
-        right_KT = (counted_KT1 & (wanted_KT1 == highest_KT1))[:, :, 0]
-        if ctx.needs_input_grad[0]:
-            expected_KTD = (odds_KTV.to(head_VD.dtype) @ head_VD) / total_KT1.to(head_VD.dtype)
-            ctx.save_for_backward(torch.where(counted_KT1, expected_KTD - head_VD[safe_KT1[:, :, 0]], 0.0))
+        piece = max(LEAST_PIECE, PIECE_LOGITS // len(head_VD))  # of the shapes alone: the same bytes whoever is in it
+        halves = zip(hidden_KTD.flatten(0, 1).split(piece), targets_KT.flatten().split(piece), strict=True)
+        pieces = [_piece_loss(h_ND, head_VD, t_N, ctx.needs_input_grad[0]) for h_ND, t_N in halves]
+        loss_N, right_N, gradient_ND = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        ctx.save_for_backward(gradient_ND.view(*targets_KT.shape, -1))
+        right_KT = right_N.view_as(targets_KT)
         ctx.mark_non_differentiable(right_KT)
-        return loss_KT1[:, :, 0], right_KT
+        return loss_N.view_as(targets_KT), right_KT
 
     @staticmethod
     def backward(ctx: Any, g_KT: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # torch's context object
         (gradient_KTD,) = ctx.saved_tensors
         return gradient_KTD * g_KT[:, :, None].to(gradient_KTD.dtype), None, None
+
+
+def _piece_loss(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """N tokens' losses, whether the first guess was right, and the losses' gradient with respect to `hidden_ND`."""
+    counted_N1, safe_N1 = (targets_N != IGNORED)[:, None], targets_N.clamp_min(0)[:, None]
+    logits_NV = (hidden_ND @ head_VD.mT).float()
+    wanted_N1, highest_N1 = logits_NV.gather(-1, safe_N1), logits_NV.amax(-1, keepdim=True)
+    odds_NV = logits_NV.sub_(highest_N1).exp_()
+    total_N1 = odds_NV.sum(-1, keepdim=True)
+    loss_N1 = torch.where(counted_N1, total_N1.log() + highest_N1 - wanted_N1, 0.0)
+    right_N1 = counted_N1 & (wanted_N1 == highest_N1)
+    if not learns:
+        return loss_N1[:, 0], right_N1[:, 0], hidden_ND[:, :0]
+    expected_ND = (odds_NV.to(head_VD.dtype) @ head_VD) / total_N1.to(head_VD.dtype)
+    gradient_ND = torch.where(counted_N1, expected_ND - head_VD[safe_N1[:, 0]], 0.0)
+    return loss_N1[:, 0], right_N1[:, 0], gradient_ND
