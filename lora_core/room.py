@@ -3,6 +3,7 @@
 `seating.py` decides by numbers; here its decisions move rows.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from lora_core import seating
 from lora_core.banks.lora import LoraBank
 from lora_core.cohort import Aside, Cohort
 from lora_core.curriculum import Assignment, Heard, Learner, Lesson, Student, Trained
-from lora_core.optim import gradient_norms, step_rows
+from lora_core.optim import RowStep, gradient_norms, step_rows
 from lora_core.saves import Progress, Saves
 from lora_core.seating import Standing
 
@@ -169,12 +170,15 @@ class Room:
         A row whose numbers are not finite does not step; its student will hear why.
         """
         norms = [0.0] * self.cohort.slots
-        steps = {seat.slot: seat.assignment.step for seat in ready if seat.assignment.step}
-        if steps:
-            norms_K = gradient_norms(self.cohort).tolist()
-            finite = {slot: step for slot, step in steps.items() if norms_K[slot] - norms_K[slot] == 0}
-            step_rows(self.cohort, [finite.get(slot) for slot in range(self.cohort.slots)], norms_K)
-            norms = [norm if slot in steps else 0.0 for slot, norm in enumerate(norms_K)]
+        stepping = [seat for seat in ready if seat.assignment.step]
+        if stepping:
+            found = gradient_norms(self.cohort).tolist()
+            due: list[RowStep | None] = [None] * self.cohort.slots
+            for seat in stepping:
+                norms[seat.slot] = found[seat.slot]
+                if all(map(math.isfinite, (*seat.losses, found[seat.slot]))):
+                    due[seat.slot] = seat.assignment.step
+            step_rows(self.cohort, due, norms)
         for seat in ready:
             if not seat.assignment.step:
                 self.cohort.gradient_KP[seat.slot] = 0
