@@ -200,11 +200,11 @@ def test_a_file_that_may_not_be_read_is_told_by_name(lora: Lora, monkeypatch: py
     """Whatever the operating system refuses, and wherever."""
 
     def closed(factory: Factory) -> None:
-        raise PermissionError(13, "Permission denied", "/root/x")
+        raise PermissionError(13, "Permission denied", "/srv/x")
 
     monkeypatch.setattr(Factory, "set_up", closed)
 
-    refused(lora("setup"), 1, "error: /root/x: Permission denied")
+    refused(lora("setup"), 1, "error: /srv/x: Permission denied")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(registry: Engine) -> None:
