@@ -27,12 +27,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel, freeze
-from lora_core.checkpointing import checkpointed
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Lesson
 from lora_core.data.packing import pack
 from lora_core.data.rendering import Rendered
 from lora_core.errors import MemoryTooSmall
+from lora_core.layers import checkpointed
 from lora_core.memory import predict, release, tighten, workspace_bytes
 from lora_core.optim import RowStep, gradient_norms, step_rows
 from lora_core.planner import SHARE, Plan, plan

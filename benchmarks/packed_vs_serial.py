@@ -2,8 +2,9 @@
 
 One process, interleaved: in every round each side runs the same users, examples and steps, one after the other.  Tokens
 a second of packed training over the PEFT loop's (above 1 is faster) and over the frozen base's own forward and
-input-gradient backward on the same batch (1 would mean that adapters, clipping and AdamW are free).  Medians over the
-rounds with the lowest and highest; absolute times are not for comparing machines.
+input-gradient backward on the same batch (1 would mean that adapters, clipping and AdamW are free), both as they are
+and with the base's layers compiled.  Medians over the rounds with the lowest and highest; absolute times are not for
+comparing machines.
 """
 
 import argparse
@@ -24,10 +25,19 @@ from benchmarks.sides import (
     run_frozen,
     run_packed,
     run_peft,
+    twin,
 )
+from lora_core.base_model import BaseModel
+from lora_core.layers import compiled
 
-GOALS = {32: 3.0, 64: 3.0, 128: 1.8, 256: 1.3}  # least packed / PEFT, by tokens a user and step
-FROZEN_GOAL = 0.75
+# What is compared, over what: the least that is wanted, by tokens a user and step where it depends on them.
+GOALS = {
+    ("packed", "peft"): {32: 3.0, 64: 3.0, 128: 1.8, 256: 1.3},
+    ("compiled", "peft"): {32: 5.0, 64: 5.0, 128: 2.5, 256: 1.8},
+    ("packed", "frozen"): 0.75,
+    ("compiled", "frozen"): 0.95,
+    ("compiled", "frozen compiled"): 0.85,
+}
 CPU = torch.device("cpu")
 
 
@@ -42,16 +52,15 @@ class Setting:
 
 
 class Measured(TypedDict):
-    """What is kept of a setting."""
+    """What is kept of a setting: every raw time, and ratios of tokens a second by what is compared."""
 
     tokens: int
-    over_peft: list[float]
-    over_frozen: list[float]
     seconds: Samples
+    ratios: dict[str, list[float]]
 
 
 def compare(setting: Setting, rounds: int) -> Measured:
-    """Interleaved rounds of the three sides; ratios of tokens a second and every raw time.
+    """Interleaved rounds of all sides.
 
     One example of exactly `tokens` tokens a step for each user: all sides read the same and nothing is padding.
     """
@@ -61,26 +70,34 @@ def compare(setting: Setting, rounds: int) -> Measured:
     recipe = load.recipe(setting.rank, setting.tokens)
     users = [load.examples(setting.steps, SHAPES["6M"].vocabulary, seed) for seed in range(setting.users)]
 
+    def packed(base: BaseModel) -> Side:
+        return lambda: run_packed(base, learners(recipe, users), setting.tokens)
+
+    def frozen(base: BaseModel) -> Side:
+        return lambda: run_frozen(base, packed_batches(base, users, load, setting.tokens, setting.steps))
+
     def peft_loop() -> None:
         for examples in users:
             run_peft(peft_model, examples, load, micro=1)
 
-    sides: dict[str, Side] = {
-        "packed": lambda: run_packed(base, learners(recipe, users), setting.tokens),
-        "peft": peft_loop,
-        "frozen": lambda: run_frozen(base, packed_batches(base, users, load, setting.tokens, setting.steps)),
-    }
-    seconds = alternate(sides, rounds, CPU)
-    return {
-        "tokens": setting.tokens, "over_peft": ratios(seconds["peft"], seconds["packed"]),
-        "over_frozen": ratios(seconds["frozen"], seconds["packed"]), "seconds": seconds,
-    }  # fmt: skip
+    for_packed, for_frozen = twin(base), twin(base)
+    with compiled(for_packed), compiled(for_frozen):
+        sides = {
+            "packed": packed(base), "peft": peft_loop, "frozen": frozen(base),
+            "compiled": packed(for_packed), "frozen compiled": frozen(for_frozen),
+        }  # fmt: skip
+        seconds = alternate(sides, rounds, CPU)
+    found = {f"{one} / {other}": ratios(seconds[other], seconds[one]) for one, other in GOALS}
+    return {"tokens": setting.tokens, "seconds": seconds, "ratios": found}
 
 
 def show(result: Measured) -> str:
-    """One line of the table: both ratios as median (lowest-highest)."""
-    tokens, over_peft, over_frozen = result["tokens"], spread(result["over_peft"]), spread(result["over_frozen"])
-    return f"{tokens:>6} {over_peft:>22} {GOALS.get(tokens, 0):>6} {over_frozen:>22} {FROZEN_GOAL:>6}"
+    """One line of the table: each ratio as median (lowest-highest), and what is wanted."""
+    cells = []
+    for (one, other), goal in GOALS.items():
+        wanted = goal[result["tokens"]] if isinstance(goal, dict) else goal
+        cells.append(f"{spread(result['ratios'][f'{one} / {other}'])} [{wanted}]")
+    return f"{result['tokens']:>6} " + " ".join(f"{cell:>26}" for cell in cells)
 
 
 def main() -> None:
@@ -95,7 +112,7 @@ def main() -> None:
     options = parser.parse_args()
     machine = machine_facts(CPU)
     say(machine)
-    say(f"{'tokens':>6} {'packed / PEFT loop':>22} {'goal':>6} {'packed / frozen base':>22} {'goal':>6}")
+    say(f"{'tokens':>6} " + " ".join(f"{one + ' / ' + other:>26}" for one, other in GOALS))
     results = []
     for tokens in options.tokens:
         results.append(compare(Setting(options.users, tokens, options.steps, options.rank), options.rounds))

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -83,7 +84,7 @@ def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
     """Load the base and every user's examples; a user with bad data drops out alone, with the reason."""
     first = claimed[0]
     slots = min(factory.settings.slots, 1 << math.ceil(math.log2(len(claimed))))
-    cohort = Cohort(Plan(slots, make_recipe(first.recipe).row_tokens))
+    cohort = Cohort(Plan(slots, make_recipe(first.recipe).row_tokens, compiled=factory.settings.compile))
     try:
         device = factory.settings.device or None
         cohort.base = load_base(first.base_name, first.base_revision, device, quantise=first.base_quantised)
@@ -110,7 +111,8 @@ def _planned(factory: Factory, cohort: Cohort) -> Plan:
     budget = factory.settings.memory or free_bytes(cohort.base.model.device)
     if budget is None:
         return cohort.plan
-    return plan_training(cohort.base, cohort.candidates, budget, cohort.plan.slots)
+    found = plan_training(cohort.base, cohort.candidates, budget, cohort.plan.slots)
+    return replace(found, compiled=cohort.plan.compiled)
 
 
 def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None = None) -> None:

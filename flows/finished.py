@@ -38,7 +38,8 @@ def finished(base: BaseModel, run_id: RunId, bank: LoraBank, job: ClaimedJob, ca
         "training": {"steps": trained.steps, "best_step": trained.best_step, "tokens": trained.tokens,
                      "outcome": trained.outcome, "losses": trained.losses, "held_out": trained.held_out},
         "gate": {"accepted": verdict.accepted, "reason": verdict.reason},
-        "cohort": {"slots": plan.slots, "row_tokens": plan.row_tokens, "rank": bank.rank},
+        "cohort": {"slots": plan.slots, "row_tokens": plan.row_tokens, "rank": bank.rank,
+                   "compiled": plan.compiled},
         "device": computed_on(base),
         "versions": code_versions(),
     }  # fmt: skip

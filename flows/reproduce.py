@@ -13,8 +13,8 @@ from lora_core.artifact import MANIFEST, WEIGHTS, safetensors_bytes
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data.snapshot import load_snapshot
+from lora_core.planner import Plan, train_planned
 from lora_core.recipe import make_recipe
-from lora_core.train import train
 from registry import queries
 from registry.names import Reference
 from registry.session import reading
@@ -56,7 +56,8 @@ def reproduce(factory: Factory, text: str) -> Reproduction:
     learner = make_candidate(reference.label, recipe, snapshot, base).learner
     shape = manifest["cohort"]
     bank = LoraBank(lora_bank(base, [recipe.method]).sites, shape["rank"])
-    (trained,) = train(base, [learner], shape["slots"], shape["row_tokens"], bank)
+    planned = Plan(shape["slots"], shape["row_tokens"], compiled=shape.get("compiled", False))
+    ((trained, _),) = train_planned(base, [learner], planned, bank)
 
     again = hashlib.sha256(safetensors_bytes(bank.to_tensors(trained.row_P, recipe.method))).hexdigest()
     published = manifest["files"][WEIGHTS]["sha256"]

@@ -20,6 +20,7 @@ class FactorySettings(RegistrySettings):
     base_revision: str = ""  # of the base above; empty takes its main branch
     quantise: Literal["", "8bit", "4bit"] = ""  # of the bases that jobs are made for; empty keeps them whole
     slots: Annotated[int, Field(ge=1, le=1024)] = 16  # K: users trained at once
+    compile: bool = False  # layers as compiled graphs: a minute once for each shape, then quicker steps
     memory: Annotated[ByteSize, Field(gt=0)] | None = None  # 8GiB; None: 95 % of what a GPU has free, any on a CPU
     states: Annotated[ByteSize, Field(ge=0)] = ByteSize(1 << 30)  # for states under the first adapted layer; 0: none
     device: str = ""  # cpu, cuda, cuda:1, auto for all GPUs; empty takes a GPU where there is one

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,12 @@ FINGERPRINTED = (
 
 @dataclass(frozen=True)
 class Site:
-    """One frozen linear that can be adapted: its path in the model, and how wide it is."""
+    """One frozen linear that can be adapted: its path in the model, how wide it is, and what it reads."""
 
     name: str
     inputs: int
     outputs: int
+    reads: int  # sites with the same number read the same tensor: a query, a key and a value, say
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ def freeze(
     linears = adaptable(model)
     if not linears:
         raise BaseModelError(name, "it has no linear layer to adapt", "choose a transformer language model")
-    sites = tuple(Site(path, *widths(linear)) for path, linear in linears.items())
+    reads = _what_is_read(model, linears)
+    sites = tuple(Site(path, *widths(linear), reads[path]) for path, linear in linears.items())
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     return BaseModel(
         model, tokenizer, name, revision, digest, sites, transposed, _longest(model), _has_plain_head(model), quantised
@@ -186,12 +189,33 @@ def _longest(model: PreTrainedModel) -> int:
 
 
 @torch.inference_mode()
+def _what_is_read(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> dict[str, int]:
+    """A number for the tensor that each linear reads, tried on a few tokens; one that is not run reads its own."""
+    seen: dict[str, Tensor] = {}  # kept, lest a later tensor has the address of an earlier one
+
+    def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: seen.__setitem__(path, inputs[0])
+
+    hooks = [linear.register_forward_pre_hook(note(path)) for path, linear in linears.items()]
+    model.base_model(input_ids=_few_tokens(model), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    numbers = {id(tensor): number for number, tensor in enumerate(seen.values())}
+    return {path: numbers[id(seen[path])] if path in seen else -1 - n for n, path in enumerate(linears)}
+
+
+def _few_tokens(model: PreTrainedModel) -> Tensor:
+    words: int = model.config.get_text_config().vocab_size
+    return torch.arange(4, device=model.device)[None] % words
+
+
+@torch.inference_mode()
 def _has_plain_head(model: PreTrainedModel) -> bool:
     """Tried on a few tokens rather than read off the architecture: several scale or cap their logits."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return False
-    tokens = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    tokens = _few_tokens(model)
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.to(head.weight.device)
     logits = model(input_ids=tokens, use_cache=False).logits.to(head.weight.device)
     return torch.equal(hidden @ head.weight.mT, logits)

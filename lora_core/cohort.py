@@ -105,7 +105,7 @@ class Cohort:
         self.dropout_K.copy_(torch.tensor(rates))
         self.key_K.copy_(torch.tensor(keys))
 
-    def dropout_mask(self, site: int, x_KTI: Tensor) -> Tensor | None:
+    def dropout_mask(self, site: Tensor, x_KTI: Tensor) -> Tensor | None:
         """What multiplies a site's inputs: 0 or 1 / (1 - rate), shape K T I; None when no slot drops.
 
         A counter-based hash (SplitMix64's finaliser; Steele et al., 2014) of the slot's own key, the site and the place
@@ -115,7 +115,7 @@ class Cohort:
             return None
         places = torch.arange(x_KTI.shape[1:].numel(), device=x_KTI.device).view(1, *x_KTI.shape[1:])
         key_K11, rate_K11 = (column_K.to(x_KTI.device).view(-1, 1, 1) for column_K in (self.key_K, self.dropout_K))
-        mixed = places * _GOLDEN + key_K11 * (2 * site + 1)
+        mixed = places * _GOLDEN + key_K11 * (2 * site.to(x_KTI.device) + 1)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
             mixed = (mixed ^ (mixed >> shift & (1 << 64 - shift) - 1)) * factor
         uniform = ((mixed >> 40) & 0xFFFFFF).float() / 2**24

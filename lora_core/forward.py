@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lora_core.base_model import BaseModel
 from lora_core.data.packing import IGNORED, Row
+from lora_core.products import quick_product
 
 PIECE_LOGITS, LEAST_PIECE = 1 << 26, 256  # logits at once, where that is no fewer tokens than the least
 
@@ -91,7 +92,7 @@ class _HeadLoss(torch.autograd.Function):
 def _piece_loss(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
     """N tokens' losses, whether the first guess was right, and the losses' gradient with respect to `hidden_ND`."""
     counted_N1, safe_N1 = (targets_N != IGNORED)[:, None], targets_N.clamp_min(0)[:, None]
-    logits_NV = (hidden_ND @ head_VD.mT).float()
+    logits_NV = quick_product(hidden_ND, head_VD.mT).float()
     wanted_N1, highest_N1 = logits_NV.gather(-1, safe_N1), logits_NV.amax(-1, keepdim=True)
     odds_NV = logits_NV.sub_(highest_N1).exp_()
     total_N1 = odds_NV.sum(-1, keepdim=True)
@@ -99,6 +100,6 @@ def _piece_loss(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, learns: b
     right_N1 = counted_N1 & (wanted_N1 == highest_N1)
     if not learns:
         return loss_N1[:, 0], right_N1[:, 0], hidden_ND[:, :0]
-    expected_ND = (odds_NV.to(head_VD.dtype) @ head_VD) / total_N1.to(head_VD.dtype)
+    expected_ND = quick_product(odds_NV.to(head_VD.dtype), head_VD) / total_N1.to(head_VD.dtype)
     gradient_ND = torch.where(counted_N1, expected_ND - head_VD[safe_N1[:, 0]], 0.0)
     return loss_N1[:, 0], right_N1[:, 0], gradient_ND

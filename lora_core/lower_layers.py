@@ -7,7 +7,7 @@ at the first adapted layer.  K slots, T tokens a slot, D hidden width.
 import hashlib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
 
 import torch
@@ -21,6 +21,7 @@ from lora_core.curriculum import Lesson
 from lora_core.data.packing import Row, empty_row, pack
 from lora_core.data.rendering import Rendered
 from lora_core.forward import stack
+from lora_core.layers import wrapped
 from lora_core.row_store import RowStore
 from lora_core.train import read_rows
 
@@ -155,20 +156,10 @@ def _place(site: str) -> tuple[str, int]:
     return ("", 0) if at is None else (".".join(parts[:at]), int(parts[at]))
 
 
-@contextmanager
-def _forward_of(layers: Sequence[nn.Module], instead: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While inside, layers give `instead` of the hidden states that enter them; their attributes can still be read."""
+def _forward_of(layers: Sequence[nn.Module], instead: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """While inside, layers give `instead` of the hidden states that enter them."""
 
     def forward(*inputs: Tensor, **named: Tensor) -> Tensor:
         return instead(inputs[0] if inputs else named["hidden_states"])
 
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        vars(layer)["forward"] = forward  # shadows the class's
-    try:
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            del vars(layer)["forward"]
-            if own is not None:
-                vars(layer)["forward"] = own
+    return wrapped(layers, lambda _: forward)

@@ -11,9 +11,9 @@ import torch
 
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
-from lora_core.checkpointing import checkpointed, decoder_layers
 from lora_core.curriculum import Learner, Trained
 from lora_core.errors import MemoryTooSmall
+from lora_core.layers import checkpointed, compiled, decoder_layers
 from lora_core.memory import predict, release
 from lora_core.saves import Saves
 from lora_core.train import Compute, Pace, train
@@ -26,12 +26,13 @@ EXHAUSTED = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_
 
 @dataclass(frozen=True)
 class Plan:
-    """K, T, whether layers forget their activations, and the peak that this will take in bytes (0: not predicted)."""
+    """K, T, how layers run, and the peak that this will take in bytes (0: not predicted)."""
 
     slots: int
     row_tokens: int
-    checkpointed: bool = False
+    checkpointed: bool = False  # layers forget their activations
     predicted_bytes: int = 0
+    compiled: bool = False
 
     def smaller(self) -> "Plan | None":
         """What to try when this did not fit: checkpointing, which changes nobody's bytes; then half the slots."""
@@ -119,7 +120,7 @@ def train_planned(
         done: set[str] = set()
         smaller = None
         try:
-            with checkpointed(base, current.checkpointed):
+            with compiled(base, current.compiled), checkpointed(base, current.checkpointed):
                 for trained in train(
                     base, waiting, current.slots, current.row_tokens, bank, watch, compute=compute, saves=saves
                 ):

@@ -116,7 +116,7 @@ def test_what_the_base_does_not_have_cannot_be_adapted(
 
 def mask(cohort: Cohort, site: int = 0) -> torch.Tensor:
     """The dropout mask of one site for T x 64 inputs."""
-    found = cohort.dropout_mask(site, torch.zeros(cohort.slots, T, 64))
+    found = cohort.dropout_mask(torch.tensor(site), torch.zeros(cohort.slots, T, 64))
     assert found is not None
     return found
 

@@ -9,7 +9,7 @@ from benchmarks.memory_law import Setting, error_of, make_base, measured, random
 from benchmarks.memory_law import compare as compare_peaks
 from lora_core.banks.lora import lora_bank
 from lora_core.base_model import BaseModel
-from lora_core.checkpointing import checkpointed, decoder_layers
+from lora_core.layers import checkpointed, decoder_layers
 from lora_core.memory import predict
 from lora_core.train import train
 from tests.lora_core.conftest import T, learner, recipe

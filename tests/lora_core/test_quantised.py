@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lora_core import quantised
-from lora_core.banks.lora import LoraBank, LoraSite, _LowRankDelta, lora_bank
+from lora_core.banks.lora import LoraBank, lora_bank
+from lora_core.banks.lora_sites import Deltas, LoraGroup, LoraSite
 from lora_core.base_model import BaseModel, check_device, fingerprint, load_base
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Learner
@@ -244,17 +245,17 @@ def test_a_sites_factors_follow_its_layer_to_another_gpu() -> None:
         linear.bias = torch.nn.Parameter(torch.empty(112, device=there))
         x_KTI = torch.empty(2, T, 64, device=there)
 
-        y_KTO = LoraSite(linear, down_KRI, up_KRO, *gradients, cohort, 0)(x_KTI)
+        (down_gradient_KRI, up_gradient_KRO) = gradients
+        group = LoraGroup([linear], down_KRI, [up_KRO], down_gradient_KRI, [up_gradient_KRO], cohort, 0)
+        y_KTO = LoraSite(group, 0)(x_KTI)
         context = Context()
-        keep_KTI = cohort.dropout_mask(0, x_KTI)
-        scale_K11 = cohort.scale_K11
-        _LowRankDelta.forward(context, x_KTI, linear.weight.mT, None, down_KRI, up_KRO, scale_K11, keep_KTI, gradients)
-        x_g_KTI, *_ = _LowRankDelta.backward(context, torch.empty_like(y_KTO))
+        Deltas.forward(context, x_KTI, down_KRI, group, cohort.dropout_mask(group.number, x_KTI))
+        x_g_KTI, *_ = Deltas.backward(context, torch.empty_like(y_KTO))
 
     assert y_KTO.device == torch.device("cuda:1")
     assert x_g_KTI is not None
     assert x_g_KTI.device == torch.device("cuda:1")
-    assert gradients[0].device == torch.device("cuda:0")
+    assert down_gradient_KRI.device == torch.device("cuda:0")
 
 
 class Context:

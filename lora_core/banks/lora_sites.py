@@ -1,0 +1,120 @@
+"""What LoRA does to a base's forward pass: the sites that read one tensor, computed together.
+
+K slots, T tokens a slot, I inputs and O outputs of a site, R the bank's rank, S = R times the sites of a group.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_core.banks.lora_products import Frozen, deltas, deltas_gradients
+from lora_core.cohort import Cohort
+from lora_core.quantised import QuantisedLinear
+
+
+class LoraSite(nn.Module):
+    """One linear of a group, in its place in the base."""
+
+    def __init__(self, group: "LoraGroup", member: int) -> None:
+        super().__init__()
+        self.group, self.member = group, member
+
+    def forward(self, x_KTI: Tensor) -> Tensor:
+        """The frozen linear plus each row's own delta, K T O."""
+        return self.group.read(x_KTI, self.member)
+
+
+class LoraGroup:
+    """Frozen linears that read the same tensor, with K users' low-rank deltas; row k of the batch belongs to slot k.
+
+    Shapes: x_KTI enters; down_KSI and ups_KRO are views into the cohort matrix, and their gradients into the cohort's
+    gradient matrix.  Whichever linear is run first computes for all; the others only hand theirs out.
+    """
+
+    def __init__(
+        self,
+        linears: Sequence[nn.Module],
+        down_KSI: Tensor,
+        ups_KRO: Sequence[Tensor],
+        down_gradient_KSI: Tensor,
+        ups_gradient_KRO: Sequence[Tensor],
+        cohort: Cohort,
+        number: int,
+    ) -> None:
+        self.frozen = [_frozen(linear) for linear in linears]
+        self.biases: list[Any] = [linear.bias for linear in linears]  # nn.Module types its attributes loosely
+        self.down_KSI = _leaf(down_KSI, down_gradient_KSI)
+        self.ups_KRO = [_leaf(up_KRO, g_KRO) for up_KRO, g_KRO in zip(ups_KRO, ups_gradient_KRO, strict=True)]
+        self.cohort = cohort
+        self.number = torch.tensor(number, device=down_KSI.device)  # a tensor: a graph is compiled for all numbers
+        self._read: Tensor | None = None
+        self._ready: dict[int, Tensor] = {}  # what nobody has asked for yet, by member
+
+    def read(self, x_KTI: Tensor, member: int) -> Tensor:
+        """What a member makes of x, K T O."""
+        if x_KTI is not self._read or member not in self._ready:
+            self._read, self._ready = x_KTI, dict(enumerate(self._compute(x_KTI)))
+        y_KTO = self._ready.pop(member)
+        if not self._ready:
+            self._read = None
+        return y_KTO
+
+    def factors(self, device: torch.device) -> tuple[Tensor, list[Tensor], Tensor]:
+        """down_KSI, ups_KRO and scale_K11 on a layer's device; their gradients come back."""
+        ups_KRO = [up_KRO.to(device) for up_KRO in self.ups_KRO]
+        return self.down_KSI.to(device), ups_KRO, self.cohort.scale_K11.to(device)
+
+    def _compute(self, x_KTI: Tensor) -> Sequence[Tensor]:
+        keep_KTI = self.cohort.dropout_mask(self.number, x_KTI)
+        if torch.compiler.is_compiling():
+            factors = self.factors(x_KTI.device)
+            compiled: list[Tensor] = torch.ops.lora_core.deltas(x_KTI, self.frozen, self.biases, *factors, keep_KTI)
+            return compiled[:-1]
+        eager: Sequence[Tensor] = Deltas.apply(x_KTI, self.down_KSI, self, keep_KTI)  # type: ignore[no-untyped-call]  # torch's
+        return eager
+
+
+class Deltas(torch.autograd.Function):
+    """`deltas` of a group.  Its backward adds the factors' gradients straight into the cohort's gradient matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # torch's context object has no public type
+        x_KTI: Tensor, leaf: Tensor, group: LoraGroup, keep_KTI: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """`leaf`, any factor, makes autograd call the backward where x needs no gradient."""
+        factors = group.factors(x_KTI.device)
+        *ys_KTO, low_KST = deltas(x_KTI, group.frozen, group.biases, *factors, keep_KTI)
+        ctx.save_for_backward(x_KTI, low_KST, keep_KTI)
+        ctx.group, ctx.factors = group, factors
+        return tuple(ys_KTO)
+
+    @staticmethod
+    def backward(ctx: Any, *gs_KTO: Tensor) -> tuple[Tensor | None, ...]:  # torch's context object
+        """The gradient of x; the factors' are added where they belong."""
+        x_KTI, low_KST, keep_KTI = ctx.saved_tensors
+        group, to_x = ctx.group, ctx.needs_input_grad[0]
+        down_KSI, ups_KRO, scale_K11 = ctx.factors
+        x_g_KTI, *gradients = deltas_gradients(
+            gs_KTO, x_KTI, group.frozen, low_KST, down_KSI, ups_KRO, scale_K11, keep_KTI, to_x
+        )
+        for leaf, gradient in zip((group.down_KSI, *group.ups_KRO), gradients, strict=True):
+            leaf.grad.add_(gradient.to(leaf.device))
+        return x_g_KTI if to_x else None, None, None, None
+
+
+def _frozen(linear: nn.Module) -> Frozen:
+    if isinstance(linear, QuantisedLinear):
+        return linear
+    weight: Tensor = linear.weight  # type: ignore[assignment]  # nn.Module types its attributes loosely
+    return weight if isinstance(linear, Conv1D) else weight.mT
+
+
+def _leaf(factor: Tensor, gradient: Tensor) -> Tensor:
+    """A view of the cohort matrix to differentiate by; what autograd finds is added to a view of the gradient's."""
+    leaf = factor.detach().requires_grad_()
+    leaf.grad = gradient
+    return leaf
