@@ -32,7 +32,7 @@ from lora_core.intake import LoraFiles, read_artifact
 from lora_core.memory import tighten
 from lora_core.planner import Plan, free_bytes, with_fewer
 from lora_core.recipe import make_recipe
-from lora_core.row_store import RowMemory, RowStore
+from lora_core.row_store import RowFolder, RowMemory, RowStore
 from lora_core.saves import Saves
 from lora_core.train import Pace
 from registry import jobs
@@ -219,7 +219,7 @@ def _drop(factory: Factory, cohort: Cohort, job: ClaimedJob, reason: str) -> Non
 
 def _saves(factory: Factory, cohort: Cohort) -> Saves:
     """Where this machine keeps the progress of trainings, for whoever claims their jobs after a kill."""
-    shape = f"{cohort.base.digest} {computed_on(cohort.base)} {torch.__version__}"
+    shape = f"{cohort.base.digest} {computed_on(cohort.base)} {torch.__version__} {cohort.plan.compiled}"
     last = time.monotonic()
 
     def due() -> bool:
@@ -234,10 +234,12 @@ def _saves(factory: Factory, cohort: Cohort) -> Saves:
 
 def _states(factory: Factory, cohort: Cohort) -> RowStore | None:
     """Where states under the first adapted layer are kept, if any row of the cohort comes again over a few layers."""
-    recipes = [candidate.recipe for candidate in cohort.candidates]
-    if not factory.settings.states or not all(recipe.method.layers for recipe in recipes):
+    memory, disk = factory.settings.states, factory.settings.states_disk
+    if not (memory or disk) or not all(candidate.recipe.method.layers for candidate in cohort.candidates):
         return None
-    return RowStore(RowMemory(factory.settings.states), time.monotonic)
+    kind = "compiled" if cohort.plan.compiled else "eager"  # which rounds otherwise
+    folder = RowFolder(factory.settings.home_folder / "states" / kind, disk) if disk else None
+    return RowStore(RowMemory(memory), time.monotonic, folder)
 
 
 def _open_run(factory: Factory, cohort: Cohort) -> None:

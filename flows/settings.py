@@ -23,6 +23,7 @@ class FactorySettings(RegistrySettings):
     compile: bool = False  # layers as compiled graphs: a minute once for each shape, then quicker steps
     memory: Annotated[ByteSize, Field(gt=0)] | None = None  # 8GiB; None: 95 % of what a GPU has free, any on a CPU
     states: Annotated[ByteSize, Field(ge=0)] = ByteSize(1 << 30)  # for states under the first adapted layer; 0: none
+    states_disk: Annotated[ByteSize, Field(ge=0)] = ByteSize(0)  # the same under LORA_HOME, for later versions; 0: none
     device: str = ""  # cpu, cuda, cuda:1, auto for all GPUs; empty takes a GPU where there is one
     lease_seconds: Annotated[int, Field(ge=1)] = 300  # how long a silent worker keeps its jobs
     save_seconds: Annotated[float, Field(ge=0)] = 60  # between saves of a training's progress

@@ -244,6 +244,17 @@ def test_a_training_killed_half_way_goes_on_to_the_bytes_of_one_that_was_not(
     assert list(saves.iterdir()) == []
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for a CPU with a C++ compiler")
+def test_a_version_of_compiled_layers_is_reproduced_by_compiled_layers(
+    lora: Lora, base_folder: Path, alice: Path
+) -> None:
+    """The manifest says so, whatever the settings are by then."""
+    words = ("acme/alice", "--data", str(alice), "--base", str(base_folder), *SETTINGS)
+    lora("train", *words, environment={"LORA_COMPILE": "true"})
+
+    assert json.loads(lora("reproduce", "acme/alice", "--json").stdout)["equal"]
+
+
 def test_what_cannot_be_reproduced_says_so(lora: Lora, base_folder: Path, alice: Path, tmp_path: Path) -> None:
     """A changed base is refused; other numbers of threads, libraries or devices would be named."""
     moved = tmp_path / "base"

@@ -258,15 +258,16 @@ def test_a_job_is_trained_on_the_base_that_it_was_made_for_however_the_worker_is
 
 
 def test_adapters_on_upper_layers_are_the_same_with_lower_states_kept(base_folder: Path, ask: Ask) -> None:
-    """Two users of the same data, two ways, the same losses: what is kept changes nothing but time."""
+    """Users of the same data, three ways, the same losses: what is kept changes nothing but time."""
     found = []
-    for user, states in (("acme/ann", 0), ("acme/bob", 1 << 20)):
+    for user, memory, disk in (("acme/ann", 0, 0), ("acme/bob", 1 << 20, 0), ("acme/cat", 0, 1 << 24)):
         ask(user, layers=1, batch_rows=2)
-        factory = Factory(FactorySettings(base=str(base_folder), slots=4, states=ByteSize(states)))
-        cohort = run_cohort(factory)
+        settings = FactorySettings(base=str(base_folder), slots=4, states=ByteSize(memory), states_disk=ByteSize(disk))
+        cohort = run_cohort(Factory(settings))
         assert cohort
         ((_, candidate),) = cohort.work.values()
         assert candidate.trained
         found.append(candidate.trained.losses)
 
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
+    assert list((settings.home_folder / "states" / "eager").glob("*/*"))
