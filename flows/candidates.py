@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lora_core.banks.lora import LoraBank, lora_bank
+from lora_core.banks.bank import Bank
+from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner, Trained, newest
 from lora_core.data.examples import Example
@@ -19,10 +20,10 @@ from lora_core.data.rendering import Rendered, render, render_prompt
 from lora_core.data.snapshot import Snapshot
 from lora_core.data.splits import split
 from lora_core.errors import TemplateRefused, TrainingError
-from lora_core.evaluate import Scores, Trial, evaluate
+from lora_core.evaluate import Asked, Scores, Trial, evaluate_all
 from lora_core.gate import Verdict, judge
 from lora_core.generate import TaskScore, generate, task_score
-from lora_core.intake import LoraFiles
+from lora_core.intake import AdapterFiles
 from lora_core.lower_layers import LowerLayers
 from lora_core.planner import Plan, plan, train_planned
 from lora_core.recipe import Recipe
@@ -46,7 +47,7 @@ class Candidate:
     held_out: tuple[Example, ...]
     cut: int  # examples that were longer than max_length
     dropped: int  # examples that had nothing to learn in that length, or that the base's template refuses
-    live: LoraFiles | None = None  # the version that `latest` points to now
+    live: AdapterFiles | None = None  # the version that `latest` points to now
     live_number: int | None = None
     trained: Trained | None = None
     plan: Plan | None = None  # by which it was trained
@@ -103,41 +104,22 @@ def plan_training(base: BaseModel, candidates: Sequence[Candidate], budget_bytes
     return plan(base, training_bank(base, candidates), budget_bytes, row_tokens, most_slots, drops, shortest_row)
 
 
-def training_bank(base: BaseModel, candidates: Iterable[Candidate]) -> LoraBank:
+def training_bank(base: BaseModel, candidates: Iterable[Candidate]) -> Bank:
     """The bank that holds every user of the cohort."""
-    return lora_bank(base, [candidate.recipe.method for candidate in candidates])
+    return make_bank(base, [candidate.recipe.method for candidate in candidates])
 
 
 def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: int, row_tokens: int) -> None:
     """Score base, live version and candidate on each user's held-out examples, packed together, and pass the gate."""
-    bank = _judging_bank(base, candidates)
-    named = [
-        (candidate, name, trial)
-        for candidate, row_P in zip(candidates, _rows(base, bank, candidates), strict=True)
-        for name, trial in _rivals(candidate, row_P, bank).items()
-    ]
-    scored = evaluate(base, bank, [trial for *_, trial in named], slots, row_tokens)
+    trained_in = training_bank(base, candidates)
+    named = [(one, name, asked) for one in candidates for name, asked in _rivals(one, trained_in).items()]
+    scored = evaluate_all(base, [asked for *_, asked in named], slots, row_tokens)
     for (candidate, name, _), scores in zip(named, scored, strict=True):
         candidate.scores[name] = scores
     for candidate in candidates:
         candidate.verdict = _verdict(candidate)
-    _score_answers(base, bank, [(c, name, trial) for c, name, trial in named if name != "previous"], slots)
-
-
-def _judging_bank(base: BaseModel, candidates: Sequence[Candidate]) -> LoraBank:
-    """A bank wide enough for the live versions too, whatever their recipes were."""
-    ranks = [candidate.recipe.method.rank for candidate in candidates]
-    return LoraBank(base.sites, max(ranks + [candidate.live.rank for candidate in candidates if candidate.live]))
-
-
-def _rows(base: BaseModel, bank: LoraBank, candidates: Sequence[Candidate]) -> list[Tensor]:
-    """Each candidate's trained row, in another bank's layout."""
-    trained_in = training_bank(base, candidates)
-    found = []
-    for candidate in candidates:
-        assert candidate.trained  # judged only after it was trained
-        found.append(bank.from_tensors(trained_in.to_tensors(candidate.trained.row_P, candidate.recipe.method)))
-    return found
+    answering = [(one, name, asked.trial(trained_in)) for one, name, asked in named if name != "previous"]
+    _score_answers(base, trained_in, answering, slots)
 
 
 def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[Rendered, ...]:
@@ -146,12 +128,13 @@ def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> t
     return tuple(rendered for rendered in found if rendered)
 
 
-def _rivals(candidate: Candidate, row_P: Tensor, bank: LoraBank) -> Mapping[str, Trial]:
-    held_out, live = candidate.learner.held_out, candidate.live
-    rivals = {"base": Trial(None, 0.0, held_out)}
-    if live:
-        rivals["previous"] = Trial(bank.from_tensors(live.tensors), live.scale, held_out)
-    return {**rivals, "candidate": Trial(row_P, candidate.recipe.method.scale, held_out)}
+def _rivals(candidate: Candidate, bank: Bank) -> Mapping[str, Asked]:
+    """The base, the live version where there is one, and the candidate, on what was held out."""
+    assert candidate.trained  # judged only after it was trained
+    spec, live, held_out = candidate.recipe.method, candidate.live, candidate.learner.held_out
+    tensors = bank.to_tensors(candidate.trained.row_P, spec)
+    previous = {"previous": Asked(live.spec, live.tensors, held_out)} if live else {}
+    return {"base": Asked(spec, None, held_out), **previous, "candidate": Asked(spec, tensors, held_out)}
 
 
 def _verdict(candidate: Candidate) -> Verdict:
@@ -161,7 +144,7 @@ def _verdict(candidate: Candidate) -> Verdict:
     return judge(candidate.scores["candidate"], rival, name, candidate.recipe.gate)
 
 
-def _score_answers(base: BaseModel, bank: LoraBank, named: Sequence[tuple[Candidate, str, Trial]], slots: int) -> None:
+def _score_answers(base: BaseModel, bank: Bank, named: Sequence[tuple[Candidate, str, Trial]], slots: int) -> None:
     """Answer some held-out prompts as the base and as the candidate, and compare with what the user wrote."""
     asked = [
         (candidate, name, trial, prompt) for candidate, name, trial in named for prompt in _prompts(candidate, base)

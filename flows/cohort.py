@@ -28,7 +28,7 @@ from flows.finished import computed_on, finished
 from lora_core.base_model import BaseModel, check_device, load_base
 from lora_core.data.snapshot import load_snapshot
 from lora_core.errors import ArtifactRefused, BaseModelError, LoraError
-from lora_core.intake import LoraFiles, read_artifact
+from lora_core.intake import AdapterFiles, read_artifact
 from lora_core.memory import tighten
 from lora_core.planner import Plan, free_bytes, with_fewer
 from lora_core.recipe import make_recipe
@@ -199,11 +199,11 @@ def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob) -> Candidate:
     return candidate
 
 
-def _live(factory: Factory, base: BaseModel, job: ClaimedJob) -> tuple[LoraFiles | None, int | None]:
+def _live(factory: Factory, base: BaseModel, job: ClaimedJob) -> tuple[AdapterFiles | None, int | None]:
     """The version that `latest` points to, as a rival; None where there is none for this base."""
     try:
         found = factory.client.resolve(job.reference)
-        files = read_artifact(factory.client.fetch(found), {site.name: site for site in base.sites})
+        files = read_artifact(factory.client.fetch(found), base)
         return files, found.number
     except (NotFound, ArtifactRefused):
         return None, None

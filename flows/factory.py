@@ -123,8 +123,7 @@ def request_training(session: Session, reference: Reference, base: Pinned, recip
 
 def group(base: Pinned, recipe: Recipe) -> str:
     """Jobs of one group can share a cohort: with equal base, row length and bank, neighbours change nobody's bytes."""
-    method = recipe.method
-    shape = (base.digest, recipe.row_tokens, method.name, method.rank, method.targets, method.layers)
+    shape = (base.digest, recipe.row_tokens, *recipe.method.shape)
     return hashlib.sha256(repr(shape).encode()).hexdigest()
 
 

@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from flows.candidates import Candidate
-from lora_core.artifact import AdapterConfig, write_artifact
-from lora_core.banks.lora import LoraBank
+from lora_core.artifact import public_name, write_artifact
+from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from registry.jobs import ClaimedJob
 from registry.names import RunId
@@ -17,7 +17,7 @@ from registry.publishing import Finished
 LIBRARIES = ("lora-factory", "torch", "transformers", "safetensors", "numpy")
 
 
-def finished(base: BaseModel, run_id: RunId, bank: LoraBank, job: ClaimedJob, candidate: Candidate) -> Finished:
+def finished(base: BaseModel, run_id: RunId, bank: Bank, job: ClaimedJob, candidate: Candidate) -> Finished:
     """A candidate as files and facts; the same candidate gives the same bytes."""
     trained, plan, verdict = candidate.trained, candidate.plan, candidate.verdict
     assert trained  # it came through training
@@ -30,7 +30,7 @@ def finished(base: BaseModel, run_id: RunId, bank: LoraBank, job: ClaimedJob, ca
         for name, figures in candidate.scores.items()
     }
     facts = {
-        "base": {"name": AdapterConfig.of(base, spec, tensors).base_name, "digest": job.base_digest,
+        "base": {"name": public_name(base.name, base.digest), "digest": job.base_digest,
                  "quantised": job.base_quantised},
         "dataset": {"digest": job.dataset_digest, "cut": candidate.cut, "dropped": candidate.dropped},
         "recipe": candidate.recipe.model_dump(mode="json"),
@@ -38,12 +38,12 @@ def finished(base: BaseModel, run_id: RunId, bank: LoraBank, job: ClaimedJob, ca
         "training": {"steps": trained.steps, "best_step": trained.best_step, "tokens": trained.tokens,
                      "outcome": trained.outcome, "losses": trained.losses, "held_out": trained.held_out},
         "gate": {"accepted": verdict.accepted, "reason": verdict.reason},
-        "cohort": {"slots": plan.slots, "row_tokens": plan.row_tokens, "rank": bank.rank,
+        "cohort": {"slots": plan.slots, "row_tokens": plan.row_tokens, "rank": bank.size,
                    "compiled": plan.compiled},
         "device": computed_on(base),
         "versions": code_versions(),
     }  # fmt: skip
-    files = write_artifact(tensors, AdapterConfig.of(base, spec, tensors), facts)
+    files = write_artifact(base, spec, tensors, facts)
     return Finished(
         files, verdict.accepted, verdict.reason, bank.parameters(spec), scores, run_id,
         code_versions()["lora-factory"],

@@ -7,12 +7,11 @@ from statistics import fmean
 from flows.candidates import make_candidate
 from flows.errors import Unready
 from flows.factory import Factory
-from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data.rendering import Rendered
 from lora_core.data.snapshot import load_snapshot
-from lora_core.evaluate import Trial, evaluate
-from lora_core.intake import LoraFiles, read_artifact
+from lora_core.evaluate import Asked, evaluate_all
+from lora_core.intake import AdapterFiles, read_artifact
 from lora_core.recipe import make_recipe
 from registry import queries
 from registry.names import Reference
@@ -24,7 +23,7 @@ class Pulled:
     """One user's adapter from the store, and the examples that were held out when it was trained."""
 
     label: str
-    files: LoraFiles
+    files: AdapterFiles
     held_out: tuple[Rendered, ...]
     row_tokens: int
 
@@ -63,15 +62,13 @@ def cross(factory: Factory, references: Sequence[str]) -> Matrix:
     if len(set(references)) < 2:
         raise Unready("a matrix needs at least two users", "name more of them")
     base, users = pull_all(factory, references)
-    bank = LoraBank(base.sites, max(user.files.rank for user in users))
-    rows = [bank.from_tensors(user.files.tensors) for user in users]
-    trials = [
-        Trial(row, scale, user.held_out)
+    asked = [
+        Asked(files.spec, tensors, user.held_out)
         for user in users
-        for row, scale in [(None, 0.0), *((row, other.files.scale) for row, other in zip(rows, users, strict=True))]
+        for files, tensors in [(user.files, None), *((other.files, other.files.tensors) for other in users)]
     ]
     row_tokens = max(user.row_tokens for user in users)
-    losses = [scores.loss for scores in evaluate(base, bank, trials, factory.settings.slots, row_tokens)]
+    losses = [scores.loss for scores in evaluate_all(base, asked, factory.settings.slots, row_tokens)]
     width = len(users) + 1
     table = [losses[start : start + width] for start in range(0, len(losses), width)]
     labels = tuple(user.label for user in users)
@@ -92,7 +89,7 @@ def pull_all(factory: Factory, references: Sequence[str]) -> tuple[BaseModel, li
         base = base or load_base(made_on.name, made_on.revision, device, quantise=made_on.quantised)
         if base.digest != made_on.digest:
             raise Unready(f"{text} was trained on another base than the rest", "compare users of one base")
-        files = read_artifact(factory.client.pull(reference), {site.name: site for site in base.sites})
+        files = read_artifact(factory.client.pull(reference), base)
         recipe = make_recipe(version.recipe)
         snapshot = load_snapshot(factory.store.get(dataset.key), dataset.digest)
         held_out = make_candidate(reference.label, recipe, snapshot, base).learner.held_out

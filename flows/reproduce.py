@@ -10,7 +10,7 @@ from flows.errors import Unready
 from flows.factory import Factory
 from flows.finished import code_versions, computed_on
 from lora_core.artifact import MANIFEST, WEIGHTS, safetensors_bytes
-from lora_core.banks.lora import LoraBank, lora_bank
+from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data.snapshot import load_snapshot
 from lora_core.planner import Plan, train_planned
@@ -55,7 +55,7 @@ def reproduce(factory: Factory, text: str) -> Reproduction:
     snapshot = load_snapshot(factory.store.get(dataset.key), dataset.digest)
     learner = make_candidate(reference.label, recipe, snapshot, base).learner
     shape = manifest["cohort"]
-    bank = LoraBank(lora_bank(base, [recipe.method]).sites, shape["rank"])
+    bank = make_bank(base, [recipe.method], shape["rank"])
     planned = Plan(shape["slots"], shape["row_tokens"], compiled=shape.get("compiled", False))
     ((trained, _),) = train_planned(base, [learner], planned, bank)
 

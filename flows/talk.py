@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from flows.errors import Unready
 from flows.factory import Factory
-from lora_core.banks.lora import LoraBank
+from lora_core.banks.bank import Bank
+from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data.rendering import text_to_prompt
-from lora_core.evaluate import Trial
+from lora_core.evaluate import Asked, Trial
 from lora_core.generate import generate
 from lora_core.intake import read_artifact
 from registry import queries
@@ -20,7 +21,7 @@ class Voice:
     """One user's adapter and the bare base, side by side."""
 
     base: BaseModel
-    bank: LoraBank
+    bank: Bank
     adapter: Trial
 
     @classmethod
@@ -36,9 +37,9 @@ class Voice:
         base = load_base(name, made_on.revision, device, quantise=made_on.quantised)
         if base.digest != made_on.digest:
             raise Unready(f"{base.name} is not the base that {reference} was trained on", "pass that one with --base")
-        files = read_artifact(folder, {site.name: site for site in base.sites})
-        bank = LoraBank(base.sites, files.rank)
-        return cls(base, bank, Trial(bank.from_tensors(files.tensors), files.scale, ()))
+        files = read_artifact(folder, base)
+        bank = make_bank(base, [files.spec])
+        return cls(base, bank, Asked(files.spec, files.tensors).trial(bank))
 
     def answers(self, text: str, tokens: int) -> tuple[str, str]:
         """What the adapter and what the bare base say, generated in one batch."""

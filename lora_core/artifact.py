@@ -8,74 +8,43 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
 
 import torch
 from torch import Tensor
 
+from lora_core.banks.bank import Facts
+from lora_core.banks.table import METHODS
 from lora_core.base_model import BaseModel
-from lora_core.recipe import LoraSpec
+from lora_core.methods import AnyMethod
 
 CONFIG, WEIGHTS, CARD, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "README.md", "manifest.json"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HEADER_ALIGNMENT = 8  # the format's own: data begins at a multiple of it
 
-Facts = Mapping[str, object]  # JSON that another module owns
+
+def adapter_config(base: BaseModel, spec: AnyMethod, tensors: Mapping[str, Tensor]) -> Facts:
+    """`adapter_config.json` of tensors trained on a base: what every PEFT method has, and the method's own keys."""
+    method = METHODS[spec.name]
+    return {
+        "peft_type": method.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": public_name(base.name, base.digest),
+        "inference_mode": True,
+        **method.config(base, spec, tensors),
+    }
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What PEFT needs to know to apply the tensors."""
-
-    spec: LoraSpec
-    base_name: str
-    modules: tuple[str, ...]  # full paths of the adapted linears
-    all_modules: tuple[str, ...]  # full paths of every linear that could be adapted
-    transposed: bool
-
-    @classmethod
-    def of(cls, base: BaseModel, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> "AdapterConfig":
-        """The configuration of tensors trained on a base."""
-        modules = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in tensors})
-        every = tuple(site.name for site in base.sites)
-        return cls(spec, public_name(base.name, base.digest), tuple(modules), every, base.transposed)
-
-    @property
-    def targets(self) -> list[str]:
-        """The last parts of the modules' paths where they name exactly these modules, else the whole paths."""
-        ends = {module.rpartition(".")[2] for module in self.modules}
-        named = {module for module in self.all_modules if module.rpartition(".")[2] in ends}
-        return sorted(ends if named == set(self.modules) else self.modules)
-
-    def to_json(self) -> Facts:
-        """PEFT's LoraConfig as it saves it."""
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base_name,
-            "r": self.spec.rank,
-            "lora_alpha": int(self.spec.alpha) if self.spec.alpha.is_integer() else self.spec.alpha,
-            "lora_dropout": self.spec.dropout,
-            "use_rslora": self.spec.use_rslora,
-            "target_modules": self.targets,
-            "fan_in_fan_out": self.transposed,
-            "bias": "none",
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "modules_to_save": None,
-        }
-
-
-def write_artifact(tensors: Mapping[str, Tensor], config: AdapterConfig, facts: Facts) -> dict[str, bytes]:
+def write_artifact(base: BaseModel, spec: AnyMethod, tensors: Mapping[str, Tensor], facts: Facts) -> dict[str, bytes]:
     """The files of a version by name, the manifest last.
 
     `facts` go into the manifest: base, dataset, recipe, scores, cohort, versions; nothing that names a person.
     """
+    sentence = METHODS[spec.name].sentence(spec, tensors)
     files = {
-        CONFIG: canonical_json(config.to_json()),
+        CONFIG: canonical_json(adapter_config(base, spec, tensors)),
         WEIGHTS: safetensors_bytes(tensors),
-        CARD: model_card(config, facts).encode(),
+        CARD: model_card(public_name(base.name, base.digest), spec.name, sentence, facts).encode(),
     }
     named = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
     return {**files, MANIFEST: canonical_json({"format": 1, "files": named, **facts})}
@@ -104,19 +73,19 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return b"".join([struct.pack("<Q", len(text)), text, *blobs])
 
 
-def model_card(config: AdapterConfig, facts: Facts) -> str:
+def model_card(base_name: str, method: str, sentence: str, facts: Facts) -> str:
     """README.md with the front matter that model hubs read, what it scored, and how to load it."""
     front = {
-        "base_model": config.base_name,
+        "base_model": base_name,
         "base_model_relation": "adapter",
         "library_name": "peft",
         "pipeline_tag": "text-generation",
     }
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "tags:", "- lora", "---", ""]
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "tags:", f"- {method}", "---", ""]
     lines += [
         "# Personal adapter",
         "",
-        f"A LoRA of rank {config.spec.rank} on {len(config.modules)} linear layers.",
+        sentence,
         "",
     ]
     lines += _score_table(facts)
@@ -125,7 +94,7 @@ def model_card(config: AdapterConfig, facts: Facts) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(config.base_name)})",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})",
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
         "```",
         "",

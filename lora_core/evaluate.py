@@ -4,18 +4,20 @@ A row of zeros is the base, so its score needs no path of its own.  K slots, T t
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_core.banks.lora import LoraBank
+from lora_core.banks.bank import Bank
+from lora_core.banks.table import banks_for
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.data.packing import IGNORED, Row, empty_row, pack
 from lora_core.data.rendering import Rendered
 from lora_core.forward import Batch, stack, token_losses
+from lora_core.methods import AnyMethod
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,21 @@ class Trial:
     row_P: Tensor | None
     scale: float
     examples: tuple[Rendered, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The same of an adapter as its files have it: its settings, its tensors (None: the base), and the examples."""
+
+    spec: AnyMethod
+    tensors: Mapping[str, Tensor] | None
+    examples: tuple[Rendered, ...] = ()
+
+    def trial(self, bank: Bank) -> Trial:
+        """As a row of a bank."""
+        if self.tensors is None:
+            return Trial(None, 0.0, self.examples)
+        return Trial(bank.from_tensors(self.tensors, self.spec), self.spec.scale, self.examples)
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ class Scores:
         }
 
 
-def evaluate(base: BaseModel, bank: LoraBank, trials: Sequence[Trial], slots: int, row_tokens: int) -> list[Scores]:
+def evaluate(base: BaseModel, bank: Bank, trials: Sequence[Trial], slots: int, row_tokens: int) -> list[Scores]:
     """Score every trial, `slots` rows at a time, in the order given.  Example order is kept."""
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
     found: list[dict[int, ExampleScore]] = [{} for _ in trials]
@@ -92,6 +109,15 @@ def evaluate(base: BaseModel, bank: LoraBank, trials: Sequence[Trial], slots: in
             for (number, row), scores in zip(group, _by_document(batch, loss_KT, right_KT), strict=False):
                 found[number].update(zip(row.examples, scores, strict=False))
     return [Scores(tuple(score for _, score in sorted(scores.items()))) for scores in found]
+
+
+def evaluate_all(base: BaseModel, asked: Sequence[Asked], slots: int, row_tokens: int) -> list[Scores]:
+    """Score adapters of any methods, method by method, in the order given."""
+    found: dict[int, Scores] = {}
+    for bank, numbers in banks_for(base, [one.spec for one in asked]):
+        trials = [asked[number].trial(bank) for number in numbers]
+        found |= zip(numbers, evaluate(base, bank, trials, slots, row_tokens), strict=True)
+    return [found[number] for number in range(len(asked))]
 
 
 def _rows(trial: Trial, row_tokens: int) -> Iterator[Row]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from sacrebleu.metrics import CHRF
 
-from lora_core.banks.lora import LoraBank
+from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.evaluate import Trial
@@ -22,7 +22,7 @@ class TaskScore:
 
 def generate(
     base: BaseModel,
-    bank: LoraBank,
+    bank: Bank,
     requests: Sequence[tuple[Trial, Sequence[int]]],
     slots: int,
     max_new_tokens: int = 64,
@@ -47,7 +47,7 @@ def task_score(answers: Sequence[str], references: Sequence[str]) -> TaskScore:
 
 
 def _generate_batch(
-    base: BaseModel, bank: LoraBank, requests: Sequence[tuple[Trial, Sequence[int]]], max_new_tokens: int
+    base: BaseModel, bank: Bank, requests: Sequence[tuple[Trial, Sequence[int]]], max_new_tokens: int
 ) -> list[str]:
     cohort = Cohort(len(requests), bank.width, base.model.device, base.model.dtype)
     for slot, (trial, _) in enumerate(requests):

@@ -1,14 +1,15 @@
 """Adapter files coming in, ours or PEFT's: checked before any library sees them, refused with a reason.
 
-The header is read by us, against the sites of the base: names, shapes, dtypes, offsets and sizes; then the numbers
-themselves.  Nothing is unpickled, no pattern of the file is run, and memory is bounded by what the base implies.
+The header is read by us, against what the method may have on the base: names, shapes, dtypes, offsets and sizes; then
+the numbers themselves.  Nothing is unpickled, no pattern of the file is run, and memory is bounded by what the base
+implies.
 """
 
 import json
 import math
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,48 +18,46 @@ import torch
 from torch import Tensor
 
 from lora_core.artifact import CONFIG, WEIGHTS
-from lora_core.base_model import Site
+from lora_core.banks.bank import Facts, Method, Shapes
+from lora_core.banks.table import METHODS
+from lora_core.base_model import BaseModel
 from lora_core.errors import ArtifactRefused
+from lora_core.methods import AnyMethod
 
-MOST_RANK = 512
 _MOST_CONFIG = 1 << 16  # bytes
 _MOST_HEADER = 1 << 22
 _MOST_SITES = 100_000
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
-class LoraFiles:
-    """An adapter as its files describe it: fp32 tensors by PEFT's names, their rank, and what multiplies them."""
+class AdapterFiles:
+    """An adapter as its files describe it: fp32 tensors by name, and the settings to read them by."""
 
-    rank: int
-    scale: float
+    spec: AnyMethod
     tensors: Mapping[str, Tensor]
 
 
-def read_artifact(folder: Path, sites: Mapping[str, Site]) -> LoraFiles:
-    """The adapter in a folder, for a base with these sites (by path).  Raises ArtifactRefused."""
+def read_artifact(folder: Path, base: BaseModel) -> AdapterFiles:
+    """The adapter in a folder, for a base.  Raises ArtifactRefused."""
     if folder.is_symlink() or not folder.is_dir():
         raise ArtifactRefused(folder.name, "it is not a folder", "give the folder that holds adapter_config.json")
     for file in folder.iterdir():
         if file.suffix in _PICKLES:
             raise ArtifactRefused(file.name, "it is a pickle, which can run code", "save the adapter as safetensors")
     config = _config(folder / CONFIG)
-    rank, scale = _rank_and_scale(config)
-    most = _MOST_HEADER + 8 + sum(4 * rank * (site.inputs + site.outputs) for site in sites.values())
-    return LoraFiles(rank, scale, parse_tensors(_bytes(folder / WEIGHTS, most), sites, rank))
+    method = _method(config)
+    spec = method.read_config(config)
+    groups = method.layout(base, spec)
+    most = _MOST_HEADER + 8 + 4 * sum(math.prod(shape) for group in groups for shape in group.values())
+    return AdapterFiles(spec, parse_tensors(_bytes(folder / WEIGHTS, most), groups))
 
 
-def parse_tensors(data: bytes, sites: Mapping[str, Site], rank: int) -> dict[str, Tensor]:
-    """The tensors of safetensors bytes, checked against the base.  Raises ArtifactRefused."""
+def parse_tensors(data: bytes, groups: Sequence[Shapes]) -> dict[str, Tensor]:
+    """The tensors of safetensors bytes, checked against what there may be.  Raises ArtifactRefused."""
     header, body = _header(data)
-    shapes = {
-        f"{_PREFIX}{name}.lora_{half}.weight": shape
-        for name, site in sites.items()
-        for half, shape in (("A", [rank, site.inputs]), ("B", [site.outputs, rank]))
-    }
+    shapes = {name: shape for group in groups for name, shape in group.items()}
     tensors: dict[str, Tensor] = {}
     end = 0
     for name, entry in sorted(header.items(), key=_offset):
@@ -73,8 +72,18 @@ def parse_tensors(data: bytes, sites: Mapping[str, Site], rank: int) -> dict[str
             raise _bad(f"{name} holds a number that is not finite", "train it again")
     if end != len(body):
         raise _bad(f"{len(body) - end} bytes belong to no tensor", "fetch it again")
-    _check_pairs(tensors)
+    for group in groups:
+        _check_whole(group, tensors)
     return tensors
+
+
+def _method(config: Facts) -> Method:
+    name = config.get("peft_type")
+    method = next((method for method in METHODS.values() if method.peft_type == name), None)
+    if method is None:
+        known = ", ".join(sorted(method.peft_type for method in METHODS.values()))
+        raise ArtifactRefused(CONFIG, f"peft_type is {ascii(name)[:40]}", f"give an adapter of {known}")
+    return method
 
 
 def _config(path: Path) -> dict[str, object]:
@@ -84,29 +93,7 @@ def _config(path: Path) -> dict[str, object]:
         raise ArtifactRefused(path.name, f"it is not JSON ({str(error)[:80]})", "fetch it again") from None
     if not isinstance(config, dict):
         raise ArtifactRefused(path.name, "it is not a JSON object", "fetch it again")
-    _refuse_other_methods(config)
     return config
-
-
-def _refuse_other_methods(config: Mapping[str, object]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ArtifactRefused(CONFIG, f"peft_type is {ascii(config.get('peft_type'))[:40]}", "give a LoRA adapter")
-    allowed_values: dict[str, tuple[object, ...]] = {
-        "bias": ("none",), "use_dora": (False, None), "modules_to_save": (None, []), "rank_pattern": (None, {}),
-        "alpha_pattern": (None, {}), "lora_bias": (False, None), "trainable_token_indices": (None,),
-    }  # fmt: skip
-    for key, allowed in allowed_values.items():
-        if key in config and config[key] not in allowed:
-            raise ArtifactRefused(CONFIG, f"{key} is {ascii(config[key])[:40]}", "train plain LoRA without it")
-
-
-def _rank_and_scale(config: Mapping[str, object]) -> tuple[int, float]:
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank <= MOST_RANK:
-        raise ArtifactRefused(CONFIG, f"r is {ascii(rank)[:40]}, not 1 to {MOST_RANK}", "use a lower rank")
-    if type(alpha) not in (int, float) or not math.isfinite(float(str(alpha))) or not 0 < float(str(alpha)) <= 1e6:
-        raise ArtifactRefused(CONFIG, f"lora_alpha is {ascii(alpha)[:40]}", "give a number above 0")
-    return rank, float(str(alpha)) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
 
 
 def _bytes(path: Path, most: int) -> bytes:
@@ -160,11 +147,10 @@ def _checked_entry(name: str, entry: Mapping[str, object], shape: list[int], beg
     return begin, begin + size
 
 
-def _check_pairs(tensors: Mapping[str, Tensor]) -> None:
-    for name in tensors:
-        half, other = ("lora_A", "lora_B") if ".lora_A." in name else ("lora_B", "lora_A")
-        if name.replace(half, other) not in tensors:
-            raise _bad(f"{name} has no {other} beside it", "save the adapter again")
+def _check_whole(group: Shapes, tensors: Mapping[str, Tensor]) -> None:
+    there, missing = ([name for name in group if (name in tensors) == found] for found in (True, False))
+    if there and missing:
+        raise _bad(f"{there[0]} has no {missing[0]} beside it", "save the adapter again")
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lora_core.banks.lora import LoraBank
+from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Lesson
@@ -36,7 +36,7 @@ class LowerLayers:
     Make it before the bank is attached: it tries the base on a few tokens.
     """
 
-    def __init__(self, base: BaseModel, bank: LoraBank, store: RowStore) -> None:
+    def __init__(self, base: BaseModel, bank: Bank, store: RowStore) -> None:
         self.base, self.store = base, store
         self._owner = base.digest or uuid.uuid4().hex  # without a digest, no other's rows are this base's
         self.layers, self.first = _layers_under(base, bank)
@@ -141,7 +141,7 @@ class LowerLayers:
         return hashlib.sha256(repr(tuple(map(str, facts))).encode()).hexdigest()
 
 
-def _layers_under(base: BaseModel, bank: LoraBank) -> tuple[list[nn.Module], int]:
+def _layers_under(base: BaseModel, bank: Bank) -> tuple[list[nn.Module], int]:
     """The base's layers in their order, and the number of the lowest with a site; 0 where a site lies outside them."""
     places = [_place(site.name) for site in bank.sites]
     paths = {path for path, _ in places}

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_core.banks.lora import LoraBank
+from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Lesson
@@ -29,7 +29,7 @@ BLOCKS = {"cuda": 512, "cpu": 64}  # bytes an allocation is rounded up to: c10's
 
 
 def predict(
-    base: BaseModel, bank: LoraBank, slots: int, row_tokens: int, drops: bool = True, layers_forget: bool = False
+    base: BaseModel, bank: Bank, slots: int, row_tokens: int, drops: bool = True, layers_forget: bool = False
 ) -> int:
     """Peak bytes on the base's device while K slots of T tokens train: base, cohort, micro-step, libraries' workspaces.
 
@@ -46,7 +46,7 @@ def predict(
     return live.peak + workspace_bytes(device, base.model.dtype)
 
 
-def _train_once(base: BaseModel, bank: LoraBank, slots: int, row_tokens: int, drops: bool) -> None:
+def _train_once(base: BaseModel, bank: Bank, slots: int, row_tokens: int, drops: bool) -> None:
     """A cohort from its making to its first optimiser step, everybody's row full."""
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
     lesson = Lesson(empty_row(row_tokens), weight=1.0, dropout=0.5 if drops else 0.0, key=0)

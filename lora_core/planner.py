@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from lora_core.banks.lora import LoraBank
+from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner, Trained
 from lora_core.errors import MemoryTooSmall
@@ -43,7 +43,7 @@ class Plan:
 
 def plan(
     base: BaseModel,
-    bank: LoraBank,
+    bank: Bank,
     budget_bytes: int,
     row_tokens: int,
     most_slots: int,
@@ -104,7 +104,7 @@ def train_planned(
     base: BaseModel,
     learners: Sequence[Learner],
     planned: Plan,
-    bank: LoraBank,
+    bank: Bank,
     watch: Callable[[Pace], None] | None = None,
     compute: Compute | None = None,
     saves: Saves | None = None,

@@ -11,35 +11,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeGuard, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from lora_core.errors import RecipeError
-
-
-class Frozen(BaseModel):
-    """Settings that cannot change after they were read, and know no unknown key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class LoraSpec(Frozen):
-    """Low-rank adaptation (Hu et al., 2021): a delta B A of rank r on each target."""
-
-    name: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1, le=512)] = 16
-    alpha: Annotated[float, Field(gt=0, le=4096)] = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # None adapts every layer
-    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski, 2023)
-
-    @property
-    def scale(self) -> float:
-        """What multiplies B A."""
-        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+from lora_core.methods import AnyMethod, Frozen, LoraSpec
 
 
 class HoldoutSpec(Frozen):
@@ -60,7 +38,7 @@ class GateSpec(Frozen):
 class Recipe(Frozen):
     """Everything that decides the result besides data and base."""
 
-    method: LoraSpec = LoraSpec()
+    method: AnyMethod = LoraSpec()
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of all steps
@@ -129,7 +107,7 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
 
 def make_recipe(settings: Mapping[str, object], where: str = "recipe") -> Recipe:
     """A recipe from settings in any accepted spelling, dotted or nested.  Raises RecipeError."""
-    tree: dict[str, object] = {}
+    tree: dict[str, object] = {"method": {"name": "lora"}}
     for dotted, value in _spelled(settings, where).items():
         head, _, tail = dotted.rpartition(".")
         branch = tree.setdefault(head, {}) if head else tree
@@ -218,12 +196,13 @@ def _problem(detail: Mapping[str, object]) -> str:
 def _model_leaves(model: type[BaseModel], head: str = "") -> list[str]:
     names: list[str] = []
     for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            names += _model_leaves(inner, f"{name}.")
-        else:
-            names.append(head + name)
+        inner = [one for one in (field.annotation, *get_args(field.annotation)) if _is_model(one)]
+        names += [leaf for one in inner for leaf in _model_leaves(one, f"{name}.")] or [head + name]
     return names
+
+
+def _is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 LEAVES = frozenset(_model_leaves(Recipe))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from lora_core import seating
-from lora_core.banks.lora import LoraBank
+from lora_core.banks.bank import Bank
 from lora_core.cohort import Aside, Cohort
 from lora_core.curriculum import Assignment, Heard, Learner, Lesson, Student, Trained
 from lora_core.optim import RowStep, gradient_norms, step_rows
@@ -74,7 +74,7 @@ class Seat:
 class Room:
     """K slots, who sits in them, and who waits."""
 
-    def __init__(self, cohort: Cohort, bank: LoraBank, row_tokens: int, saves: Saves | None = None) -> None:
+    def __init__(self, cohort: Cohort, bank: Bank, row_tokens: int, saves: Saves | None = None) -> None:
         self.cohort, self.bank, self.row_tokens, self.saves = cohort, bank, row_tokens, saves
         self.clock = 0  # micro-steps so far
         self._waiting: list[Seat] = []

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_core.banks.lora import LoraBank, lora_bank
+from lora_core.banks.bank import Bank
+from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Learner, Lesson, Trained
@@ -39,7 +40,7 @@ def train(
     learners: Iterable[Learner],
     slots: int,
     row_tokens: int,
-    bank: LoraBank | None = None,
+    bank: Bank | None = None,
     watch: Callable[[Pace], None] | None = None,
     arrivals: Callable[[], Sequence[Learner]] = tuple,
     compute: Compute | None = None,
@@ -53,7 +54,7 @@ def train(
     numbers stop being finite is retired alone, with its last good row.  Raises ValueError for two of one name.
     """
     learners, compute = list(learners), compute or read_rows
-    bank = bank or lora_bank(base, [learner.recipe.method for learner in learners])
+    bank = bank or make_bank(base, [learner.recipe.method for learner in learners])
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
     room = Room(cohort, bank, row_tokens, saves and saves.shaped(slots, row_tokens, bank))
     room.enter(learners)

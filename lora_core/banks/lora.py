@@ -17,7 +17,7 @@ from lora_core.banks.lora_sites import LoraGroup, LoraSite
 from lora_core.base_model import BaseModel, Site
 from lora_core.cohort import Cohort
 from lora_core.errors import TrainingError
-from lora_core.recipe import LoraSpec
+from lora_core.methods import LoraSpec
 
 PREFIX = "base_model.model."  # PEFT's: LoraModel around the model
 
@@ -37,6 +37,11 @@ class LoraBank:
     def width(self) -> int:
         """P: how many numbers a user has."""
         return sum(self.rank * (site.inputs + site.outputs) for site in self.sites)
+
+    @property
+    def size(self) -> int:
+        """The widest rank."""
+        return self.rank
 
     @cached_property
     def groups(self) -> list[list[Site]]:
@@ -84,7 +89,7 @@ class LoraBank:
                 tensors[f"{PREFIX}{site.name}.lora_B.weight"] = up_KRO[0, : spec.rank].mT.contiguous()
         return tensors
 
-    def from_tensors(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def from_tensors(self, tensors: Mapping[str, Tensor], spec: LoraSpec) -> Tensor:
         """The row of P numbers that PEFT's tensors describe; a site that is not named stays zero."""
         row_P = torch.zeros(self.width)
         for site, (down_KRI, up_KRO) in zip(self.sites, self.factors(row_P[None]), strict=True):

@@ -16,11 +16,10 @@ from flows.factory import Factory, Pinned, add_data, now, pin_base, request_trai
 from flows.settings import FactorySettings
 from flows.work import run_cohort
 from lora_core import train
-from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort as Slots
 from lora_core.errors import MemoryTooSmall
-from lora_core.evaluate import Scores, evaluate
+from lora_core.evaluate import Scores, evaluate_all
 from lora_core.recipe import load_recipe
 from registry import jobs, queries
 from registry.errors import LeaseLost, StoreUnavailable
@@ -223,13 +222,13 @@ def test_nobody_is_lost_when_memory_runs_out_in_training_and_in_judging(
             raise torch.OutOfMemoryError("full")
         return works(base, cohort, *rest)
 
-    def full_when_judging(base: BaseModel, bank: LoraBank, trials: Any, slots: int, *rest: Any) -> list[Scores]:  # too
+    def full_when_judging(base: BaseModel, asked: Any, slots: int, *rest: Any) -> list[Scores]:  # too
         if slots > 1:
             raise torch.OutOfMemoryError("full")
-        return evaluate(base, bank, trials, slots, *rest)
+        return evaluate_all(base, asked, slots, *rest)
 
     monkeypatch.setattr(train, "read_rows", full)
-    monkeypatch.setattr(candidates, "evaluate", full_when_judging)
+    monkeypatch.setattr(candidates, "evaluate_all", full_when_judging)
     cohort = run_cohort(factory)
 
     assert cohort

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from lora_core.artifact import AdapterConfig, public_name, safetensors_bytes, write_artifact
+from lora_core.artifact import public_name, safetensors_bytes, write_artifact
 from lora_core.banks.lora import lora_bank
 from lora_core.base_model import BaseModel
 from lora_core.errors import ArtifactRefused
@@ -32,7 +32,7 @@ def artifact(base: BaseModel, backwards: bool = False) -> dict[str, bytes]:
     tensors = bank.to_tensors(random_row(bank, spec), spec)
     if backwards:
         tensors = dict(reversed(tensors.items()))
-    return write_artifact(tensors, AdapterConfig.of(base, spec, tensors), FACTS)
+    return write_artifact(base, spec, tensors, FACTS)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def folder(llama_base: BaseModel, tmp_path: Path) -> Path:
 
 def read(folder: Path, base: BaseModel) -> object:
     """As an inference host or the judge would."""
-    return read_artifact(folder, {site.name: site for site in base.sites})
+    return read_artifact(folder, base)
 
 
 def test_the_same_adapter_is_the_same_bytes(llama_base: BaseModel) -> None:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_core.artifact import AdapterConfig, write_artifact
+from lora_core.artifact import write_artifact
 from lora_core.banks.lora import PREFIX, LoraBank, lora_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
@@ -19,8 +19,9 @@ from lora_core.curriculum import Learner
 from lora_core.data.packing import epoch_batches
 from lora_core.data.rendering import Rendered
 from lora_core.intake import read_artifact
+from lora_core.methods import LoraSpec
 from lora_core.optim import rate_at
-from lora_core.recipe import LoraSpec, Recipe
+from lora_core.recipe import Recipe
 from lora_core.train import train
 from tests.lora_core.conftest import ARCHITECTURES, T, examples, recipe
 
@@ -133,7 +134,7 @@ def test_our_files_load_in_peft_with_equal_logits(
     bank = lora_bank(base, [spec])
     row_P = random_row(bank, spec)
     tensors = bank.to_tensors(row_P, spec)
-    for name, data in write_artifact(tensors, AdapterConfig.of(base, spec, tensors), {}).items():
+    for name, data in write_artifact(base, spec, tensors, {}).items():
         (tmp_path / name).write_bytes(data)
     tokens = torch.tensor([examples(5)[0].tokens])
 
@@ -156,10 +157,10 @@ def test_pefts_files_load_here_with_equal_logits(base: BaseModel, tmp_path: Path
     theirs.save_pretrained(tmp_path)
     tokens = torch.tensor([examples(5)[0].tokens])
 
-    files = read_artifact(tmp_path, {site.name: site for site in base.sites})
+    files = read_artifact(tmp_path, base)
 
-    bank = LoraBank(base.sites, files.rank + 3)  # a wider bank than the file
-    ours = our_logits(base, bank, bank.from_tensors(files.tensors), files.scale, tokens)
+    bank = LoraBank(base.sites, files.spec.rank + 3)  # a wider bank than the file
+    ours = our_logits(base, bank, bank.from_tensors(files.tensors, files.spec), files.spec.scale, tokens)
     with torch.inference_mode():
         torch.testing.assert_close(theirs(tokens).logits, ours, atol=1e-5, rtol=1e-5)
     assert all(name.startswith(PREFIX) for name in files.tensors)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_core.artifact import AdapterConfig, write_artifact
+from lora_core.artifact import write_artifact
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner, Trained, newest
@@ -28,7 +28,7 @@ def run(
 def file_digest(base: BaseModel, trained: Trained, of: Learner, bank: LoraBank) -> str:
     """SHA-256 of the adapter_model.safetensors that would be published."""
     tensors = bank.to_tensors(trained.row_P, of.recipe.method)
-    files = write_artifact(tensors, AdapterConfig.of(base, of.recipe.method, tensors), {})
+    files = write_artifact(base, of.recipe.method, tensors, {})
     return hashlib.sha256(files["adapter_model.safetensors"]).hexdigest()
 
 

@@ -1,0 +1,74 @@
+"""What a method is to the engine: a bank of users' rows, and how they become files and come back.
+
+K slots, P numbers a user.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lora_core.base_model import BaseModel, Site
+from lora_core.cohort import Cohort
+
+Facts = Mapping[str, object]  # JSON that another module owns
+Shapes = Mapping[str, list[int]]  # of tensors, by name
+
+
+class Bank(Protocol):
+    """The rows of users of one method on one base.  A row of zeros, in a slot of scale 0, is the base itself.
+
+    `spec` is the user's own settings, of the method that the bank is for; the bank may be wider than they ask for.
+    """
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The linears that are adapted; none where the method leaves linears alone."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """P: how many numbers a user has."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How much of its unit (rank, width, virtual tokens) the method gives to the user who asked for most."""
+        ...
+
+    def start_row(self, spec: Any, seed: int) -> Tensor:
+        """How a user starts, shape P: a function of the base, the settings and the seed alone."""
+        ...
+
+    def to_tensors(self, row_P: Tensor, spec: Any) -> dict[str, Tensor]:
+        """A user's row as named tensors: what the file of weights holds."""
+        ...
+
+    def from_tensors(self, tensors: Mapping[str, Tensor], spec: Any) -> Tensor:
+        """The row, shape P, that such tensors describe."""
+        ...
+
+    def parameters(self, spec: Any) -> int:
+        """How many numbers of a user's row are trained."""
+        ...
+
+    def attached(self, base: BaseModel, cohort: Cohort) -> AbstractContextManager[None]:
+        """While inside, the base's forward pass reads row k of every batch under slot k's row.
+
+        Gradients are added to the cohort's gradient matrix.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's row in the table: its bank, and its files."""
+
+    peft_type: str  # as adapter_config.json says it
+    make: Callable[[BaseModel, Sequence[Any], int], Bank]  # for users of these settings, at least of this size
+    config: Callable[[BaseModel, Any, Mapping[str, Tensor]], Facts]  # adapter_config.json, but what all have in common
+    read_config: Callable[[Facts], Any]  # the settings that a file gives; raises ArtifactRefused
+    layout: Callable[[BaseModel, Any], Sequence[Shapes]]  # tensors that a file may hold, in groups: all of one or none
+    sentence: Callable[[Any, Mapping[str, Tensor]], str]  # what an adapter is, for its card
