@@ -41,6 +41,7 @@ bench: .venv/.dev-ready
 
 bench-gpu: .venv/.dev-ready
 	$(BIN)/python benchmarks/gpu_efficiency.py
+	$(BIN)/python benchmarks/gpu_efficiency.py --compiled
 	$(BIN)/python benchmarks/gpu_users.py
 	$(BIN)/python benchmarks/gpu_exactness.py
 

@@ -2,9 +2,9 @@
 
 E is packed tokens a second over those of the same frozen base's forward and input-gradient backward on the same batch,
 without adapters; 1 would mean that K users' adapters, clipping and AdamW are free.  Both in bf16, every linear adapted,
-one example of T tokens a user and step, blocks of steps in turn in one process while the users train.  The frozen base
-finds its batches on the device, packed training makes its own.  T is the longest of the tried that fits.  Seating users
-and copying them out is not in E (see `gpu_users.py`).
+one example of T tokens a user and step, blocks of steps in turn in one process while the users train; with `--compiled`
+both run compiled layers.  The frozen base finds its batches on the device, packed training makes its own.  T is the
+longest of the tried that fits.  Seating users and copying them out is not in E (see `gpu_users.py`).
 """
 
 import argparse
@@ -32,6 +32,7 @@ from benchmarks.sides import (
     twin,
 )
 from lora_core.base_model import BaseModel
+from lora_core.layers import compiled
 
 GOALS = {"8B": 0.93, "4B": 0.90, "1B": 0.87, "0.5B": 0.78}
 SAME = 0.03  # how far E at more users may be from E at the fewest
@@ -54,10 +55,11 @@ class Measured(TypedDict):
 
 
 def measure(
-    base: BaseModel, shape: Shape, slots: int, row_tokens: int, block: int, rounds: int, budget: Budget
+    base: BaseModel, shape: Shape, slots: int, row_tokens: int, options: argparse.Namespace, budget: Budget
 ) -> Measured:
     """Blocks of packed steps and of the frozen base's, in turn."""
     device, load, peak = base.model.device, Load(1, row_tokens, row_tokens), 0
+    block, rounds = options.block, options.rounds
     steps = block * (rounds + 1) + 1  # one more than is timed: nobody is copied out on the clock
     users = [load.examples(steps, shape.vocabulary, seed) for seed in range(slots)]
     frozen, batches = twin(base), list(packed_batches(base, users, load, row_tokens, block))
@@ -66,7 +68,8 @@ def measure(
     cohort = learners(recipe, users, start_row(base, recipe))
 
     turns = Turns({"packed": lambda: None}, others, block, rounds, device, budget)
-    run_packed(base, cohort, row_tokens, turns)
+    with compiled(base, options.compiled), compiled(frozen, options.compiled):
+        run_packed(base, cohort, row_tokens, turns)
 
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -116,7 +119,7 @@ def compare(name: str, options: argparse.Namespace, device: torch.device, budget
     lines = []
 
     def measured(slots: int, row_tokens: int) -> Measured:
-        return measure(base, shape, slots, row_tokens, options.block, options.rounds, budget)
+        return measure(base, shape, slots, row_tokens, options, budget)
 
     def keep(result: Measured) -> None:
         kept.append(result)
@@ -146,11 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--users", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--row-tokens", type=int, nargs="+", default=ROW_TOKENS, help="tried in this order")
     parser.add_argument("--block", type=int, default=5, help="steps in a turn")
+    parser.add_argument("--compiled", action="store_true", help="both sides with compiled layers")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.users, options.row_tokens, options.block, options.rounds = [4, 8], [16], 1, 2
     (device, folder), budget = measuring.place(options), Budget(options.minutes)
     machine = measuring.machine_facts(device)
+    file = "gpu_efficiency_compiled.json" if options.compiled else "gpu_efficiency.json"
     results: list[Measured] = []
     table = []
     for name in options.shapes:
@@ -158,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results += kept
         table.append(lines)
         measuring.release()
-        measuring.save(folder / "gpu_efficiency.json", machine, results)
+        measuring.save(folder / file, machine, results)
     say(machine)
     say(HEADER)
     say(*table, sep="\n")
