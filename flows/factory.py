@@ -18,11 +18,12 @@ from lora_core.data.sources import in_s3
 from lora_core.recipe import Recipe
 from registry import queries
 from registry.client import Client
+from registry.datasets import Content, add_dataset
 from registry.jobs import Enqueued, Order, enqueue
 from registry.models import SharedBase
 from registry.names import Reference
-from registry.session import open_database, transaction, upgrade
-from registry.store import ObjectStore, dataset_key, open_store, s3_client
+from registry.session import open_database, upgrade
+from registry.store import ObjectStore, open_store, s3_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -86,16 +87,8 @@ def add_data(
 ) -> tuple[str, IngestReport]:
     """Snapshot a user's files into the store and the registry; returns the digest.  Raises DatasetRefused."""
     snapshot, report = read_data(factory, sources, max_bad_share)
-    with transaction(factory.engine) as session:
-        opaque = queries.ensure_adapter(session, reference, now()).user.opaque
-    key = dataset_key(reference.tenant, opaque, snapshot.digest)
-    factory.store.put_new(key, snapshot.content)
-    with transaction(factory.engine) as session:
-        holder = queries.ensure_adapter(session, reference, now())
-        queries.ensure_dataset(
-            session, holder.tenant_id, holder, digest=snapshot.digest, key=key,
-            examples=len(snapshot.examples), size=len(snapshot.content), now=now(),
-        )  # fmt: skip
+    content = Content(snapshot.digest, snapshot.content, len(snapshot.examples))
+    add_dataset(factory.engine, factory.store, reference, content, now())
     return snapshot.digest, report
 
 

@@ -5,6 +5,8 @@ RegistryError
 ├── NotFound             a reference, alias, job or schedule that does not exist
 ├── LeaseLost            somebody else has the job now; this worker's result does not count
 ├── ContentDiffers       the same job published other content before
+├── UploadSwept          an upload took longer than its lease, and was swept
+├── AliasMoved           an alias does not point to where the caller says it does
 ├── PromotionRefused     the version cannot be what an alias points to
 ├── ScheduleRefused      a cron expression, interval or time zone is not valid
 ├── SettingRefused       a variable of the environment holds what it may not
@@ -62,6 +64,28 @@ class ContentDiffers(RegistryError):
 
     def __str__(self) -> str:
         return "job {} already published version {} with other content; enqueue a new job".format(*self.args)
+
+
+class UploadSwept(RegistryError):
+    """An upload took longer than its lease and counts as dead: its prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__(prefix)
+
+    def __str__(self) -> str:
+        return "the upload to {} took longer than its lease and was swept; do it again".format(*self.args)
+
+
+class AliasMoved(RegistryError):
+    """An alias points elsewhere than its mover expected: which, the version number expected, and the one found."""
+
+    def __init__(self, alias: str, expected: int, found: int) -> None:
+        super().__init__(alias, expected, found)
+
+    def __str__(self) -> str:
+        alias, expected, found = self.args
+        where = f"at version {found}" if found else "nowhere yet"
+        return f"{alias} not moved: it points {where}, not at version {expected}; look again, then decide"
 
 
 class PromotionRefused(RegistryError):

@@ -22,13 +22,17 @@ class FolderStore:
         self.root = root.expanduser().absolute()
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Written aside, synced, then linked to its name: whole or not there, and never over another."""
+        """Written aside, synced, then linked to its name: whole or not there, and never over another.
+
+        Raises StoreUnavailable where the root is missing: making it would hide a disk that is not mounted.
+        """
         path = self._path(key)
         with self._faults(key):
+            os.stat(self.root)
             for _ in range(_TRIES - 1):
                 with suppress(FileNotFoundError, FileExistsError):
-                    return _put_new(key, path, data)
-            return _put_new(key, path, data)
+                    return self._put_new(key, path, data)
+            return self._put_new(key, path, data)
 
     def get(self, key: str) -> bytes:
         """The whole object.  Raises ObjectMissing."""
@@ -87,6 +91,32 @@ class FolderStore:
         with self._faults("the folder"):
             self.root.mkdir(parents=True, exist_ok=True)
 
+    def _put_new(self, key: str, path: Path, data: bytes) -> bool:
+        """Raises FileNotFoundError, or FileExistsError from mkdir, when a sweeper takes the folder away meanwhile."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.parent / f".put-{secrets.token_hex(8)}"
+        try:
+            with open(aside, "xb", opener=lambda name, flags: os.open(name, flags, _MODE)) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(aside, path)
+            self._sync_folders(path)
+            return True
+        except FileExistsError:
+            check_same(key, data, path.read_bytes())
+            self._sync_folders(path)  # whoever wrote it may have been killed before that
+            return False
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _sync_folders(self, path: Path) -> None:
+        """Every folder above a file up to the root: a power cut must not take away a name that a row relies on."""
+        for folder in path.parents:
+            _sync_folder(folder)
+            if folder == self.root:
+                break
+
     def _path(self, key: str) -> Path:
         path = self.root / checked_key(key)
         if not path.resolve().is_relative_to(self.root.resolve()):
@@ -112,25 +142,6 @@ class FolderStore:
         except OSError as error:
             fix = "check space and permissions"
             raise StoreUnavailable(str(self.root), f"{error.strerror} for {key}", fix) from error
-
-
-def _put_new(key: str, path: Path, data: bytes) -> bool:
-    """Raises FileNotFoundError, or FileExistsError from mkdir, when a sweeper takes the folder away meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".put-{secrets.token_hex(8)}"
-    try:
-        with open(aside, "xb", opener=lambda name, flags: os.open(name, flags, _MODE)) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(aside, path)
-        _sync_folder(path.parent)
-        return True
-    except FileExistsError:
-        check_same(key, data, path.read_bytes())
-        return False
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

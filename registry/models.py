@@ -275,14 +275,14 @@ class Schedule(Base):
 
 
 class Upload(Base):
-    """An intent to publish: the sweeper leaves its keys alone while the lease lasts."""
+    """An intent to upload: the sweeper leaves its keys alone while the lease lasts."""
 
     __tablename__ = "uploads"
 
     prefix: Mapped[str] = mapped_column(String(1024), primary_key=True)
     tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"), index=True)
-    job_id: Mapped[JobId] = mapped_column(ForeignKey("jobs.id"))
-    sweeping: Mapped[bool] = mapped_column(default=False)  # once set, the publisher can no longer commit
+    job_id: Mapped[JobId | None] = mapped_column(ForeignKey("jobs.id"))  # none for a dataset
+    sweeping: Mapped[bool] = mapped_column(default=False)  # once set, its owner can no longer commit
     lease_until: Mapped[datetime] = mapped_column(index=True)
 
 

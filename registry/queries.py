@@ -207,6 +207,12 @@ def newest_dataset(session: Session, tenant: TenantId, holder: Holder) -> Datase
     return found
 
 
+def dataset_key(session: Session, tenant: TenantId, holder: Holder, digest: str) -> str | None:
+    """Where the user's dataset of that content lies; None where there is none."""
+    mine = (Dataset.tenant_id == tenant, Dataset.user_id == holder.user.id, Dataset.digest == digest)
+    return session.scalar(select(Dataset.key).where(*mine))
+
+
 def ensure_dataset(
     session: Session,
     tenant: TenantId,

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from registry.errors import DatabaseUnavailable
 
 _SQLITE_WAIT_SECONDS = 60  # how long a writer waits for its turn; one writes at a time
+_FROZEN_SECONDS = 300  # a worker that stands still inside a transaction loses it: its locks hold up others
 _FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
 
 
@@ -29,7 +30,9 @@ def open_database(url: str) -> Engine:
             event.listen(engine, "connect", _set_up_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
             return engine
-        return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
+        engine = create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
+        event.listen(engine, "connect", _set_up_postgres)
+        return engine
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise DatabaseUnavailable(_without_password(url), str(error).splitlines()[0], _FORMS) from None
     except ValueError:  # its words show what stands for the port, which may be the rest of a password
@@ -102,6 +105,12 @@ def _set_up_sqlite(connection: sqlite3.Connection, _: Any) -> None:  # SQLAlchem
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _set_up_postgres(connection: Any, _: Any) -> None:  # psycopg's connection, SQLAlchemy's record of it
+    connection.autocommit = True
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{_FROZEN_SECONDS}s'")
+    connection.autocommit = False
 
 
 def _begin_sqlite(connection: Connection) -> None:

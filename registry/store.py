@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from registry.errors import StoreUnavailable
 from registry.folder_store import FolderStore
-from registry.keys import checked_key, dataset_key, user_prefix, version_prefix
+from registry.keys import checked_key, dataset_prefix, user_prefix, version_prefix
 from registry.s3_store import S3Store, s3_client
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "ObjectStore",
     "S3Store",
     "checked_key",
-    "dataset_key",
+    "dataset_prefix",
     "open_store",
     "s3_client",
     "user_prefix",

@@ -18,6 +18,7 @@ from registry.session import transaction
 
 AliasOption = Annotated[str, typer.Option("--alias", help="Which alias to move.")]
 Reason = Annotated[str, typer.Option("--reason", help="Kept in the alias's history.")]
+Expected = Annotated[int | None, typer.Option("--expect", help="Only if it is at this version now; 0: if it is new.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +32,7 @@ def promote(
     alias: AliasOption = "production",
     reason: Reason = "by hand",
     force: Annotated[bool, typer.Option("--force", help="Also a version that the gate refused.")] = False,
+    expect: Expected = None,
 ) -> None:
     """Point an alias at a version.
 
@@ -41,11 +43,15 @@ def promote(
     wanted = Reference.parse(reference)
     with transaction(Client.from_environment().engine) as session:
         tenant = queries.tenant_id(session, wanted.tenant)
-        version = aliases.promote(session, tenant, wanted, alias, actor=_who(), reason=reason, now=now(), force=force)
+        version = aliases.promote(
+            session, tenant, wanted, alias, actor=_who(), reason=reason, now=now(), force=force, expected=expect
+        )
     say(f"{wanted.label}@{alias} is now version {version.number}")
 
 
-def rollback(reference: OwnReference, alias: AliasOption = LATEST, reason: Reason = "by hand") -> None:
+def rollback(
+    reference: OwnReference, alias: AliasOption = LATEST, reason: Reason = "by hand", expect: Expected = None
+) -> None:
     """Point an alias back at where it pointed before.
 
     lora rollback acme/alice
@@ -58,7 +64,9 @@ def rollback(reference: OwnReference, alias: AliasOption = LATEST, reason: Reaso
     wanted = Reference.parse_adapter(reference)
     with transaction(Client.from_environment().engine) as session:
         tenant = queries.tenant_id(session, wanted.tenant)
-        version = aliases.rollback(session, tenant, wanted, alias, actor=_who(), reason=reason, now=now())
+        version = aliases.rollback(
+            session, tenant, wanted, alias, actor=_who(), reason=reason, now=now(), expected=expect
+        )
     say(f"{wanted.label}@{alias} is now version {version.number}")
 
 

@@ -59,7 +59,7 @@ def lora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 @pytest.fixture
 def registry(tmp_path: Path) -> Engine:
     """A registry in LORA_HOME with its tables."""
-    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "store").mkdir(parents=True)
     opened = open_database(f"sqlite:///{tmp_path / 'home' / 'registry.db'}")
     upgrade(opened)
     return opened
