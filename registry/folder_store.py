@@ -1,5 +1,6 @@
 """Objects as files below a folder of one machine."""
 
+import hashlib
 import os
 import secrets
 import tempfile
@@ -94,21 +95,12 @@ class FolderStore:
     def _put_new(self, key: str, path: Path, data: bytes) -> bool:
         """Raises FileNotFoundError, or FileExistsError from mkdir, when a sweeper takes the folder away meanwhile."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.parent / f".put-{secrets.token_hex(8)}"
-        try:
-            with open(aside, "xb", opener=lambda name, flags: os.open(name, flags, _MODE)) as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(aside, path)
-            self._sync_folders(path)
-            return True
-        except FileExistsError:
+        wrote = not path.exists() and _link_new(path, data)
+        if not wrote:
             check_same(key, data, path.read_bytes())
-            self._sync_folders(path)  # whoever wrote it may have been killed before that
-            return False
-        finally:
-            aside.unlink(missing_ok=True)
+        _tidy(path)
+        self._sync_folders(path)  # also where somebody wrote it who was killed before that
+        return wrote
 
     def _sync_folders(self, path: Path) -> None:
         """Every folder above a file up to the root: a power cut must not take away a name that a row relies on."""
@@ -142,6 +134,33 @@ class FolderStore:
         except OSError as error:
             fix = "check space and permissions"
             raise StoreUnavailable(str(self.root), f"{error.strerror} for {key}", fix) from error
+
+
+def _link_new(path: Path, data: bytes) -> bool:
+    """Write aside, then link; False where somebody was sooner."""
+    aside = path.parent / f"{_aside(path)}{secrets.token_hex(8)}"
+    try:
+        with open(aside, "xb", opener=lambda name, flags: os.open(name, flags, _MODE)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(aside, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> str:
+    """How the names begin of files that are to become this one; of a fixed length, as a key's part may have 255."""
+    return f".put-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}-"
+
+
+def _tidy(path: Path) -> None:
+    """Remove what killed writers of a file left, now that it is there; a living one finds that it is and needs none."""
+    for left in path.parent.glob(f"{_aside(path)}*"):
+        left.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from registry.errors import KeyRefused, ObjectDiffers, ObjectMissing, StoreUnavailable
 from registry.store import FolderStore, ObjectStore, open_store, s3_client, version_prefix
-from tests.conftest import S3Server
+from tests.servers import S3Server
 
 KEY = "t/acme/u/0a1b/default/default-1/adapter_model.safetensors"
 
@@ -187,6 +187,21 @@ def test_clearing_takes_what_a_killed_writer_left(tmp_path: Path) -> None:
 
     assert store.clear("t/a") == 1
     assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_putting_again_takes_what_a_killed_writer_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefix of a version that is committed is never swept, so nothing may stay in it."""
+    store = FolderStore(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(Path, "unlink", lambda *_, **__: None)  # as if it were killed
+        with pytest.raises(KeyboardInterrupt):
+            store.put_new("t/x", b"1")
+    assert [path.name[:5] for path in (tmp_path / "t").iterdir()] == [".put-"]
+
+    store.put_new("t/x", b"1")
+
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["x"]
 
 
 def test_writers_and_sweepers_of_one_folder_do_not_trip_each_other(tmp_path: Path) -> None:
