@@ -92,6 +92,8 @@ def _known_faults(engine: Engine) -> Iterator[None]:
 def _what_to_do(engine: Engine, why: str) -> str:
     if "no such table" in why:
         return "run `lora setup`"
+    if "is full" in why:
+        return "make room on its disk"
     if "unable to open" not in why:
         return "check LORA_DATABASE_URL and that it is running"
     folder = Path(str(engine.url.database)).absolute().parent

