@@ -19,17 +19,23 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import TypedDict
 
 from registry.names import Reference
 from tests.faults.invariants import check_nothing_is_left, check_readers_see_whole_versions
-from tests.faults.trials import Site, count_points, every, fail_at, kill_at, stop_at
+from tests.faults.trials import PARTS, Site, count_points, every, fail_at, kill_at, stop_at
 from tests.servers import new_database, running_postgres, running_s3
 
 RESULTS = Path(__file__).parent / "results" / "crash_publish.json"
-DATABASES, STORES = ("sqlite", "postgresql"), ("folder", "s3")
-PLAN = (("kill", "first version"), ("kill", "next version"), ("error", "next version"), ("stop", "next version"))
+DATABASES = ("sqlite", "postgresql")
+PLAN = (  # how, of what, on which stores
+    ("kill", "next version", ("folder", "s3")),
+    ("kill", "first version", ("folder",)),
+    ("error", "next version", ("folder", "s3")),
+    ("stop", "next version", ("folder",)),
+)
 
 
 class Piece(TypedDict):
@@ -52,7 +58,7 @@ def trial_of(site: Site, how: str, of: str, chance: random.Random) -> Callable[[
         user = f"acme/u{uuid.UUID(int=chance.getrandbits(128)).hex}" if of == "first version" else "acme/alice"
         if how == "kill":
             return kill_at(site, user, number, resume=chance.random() < 0.5)
-        return fail_at(site, user, number) if how == "error" else stop_at(site, user, number)
+        return fail_at(site, user, number) if how == "error" else stop_at(site, user, number, chance.choice(PARTS))
 
     return trial
 
@@ -110,8 +116,8 @@ def main() -> None:
     options = parser.parse_args()
     pieces: list[Piece] = []
     with servers() as (postgres, folder):
-        for how, of in PLAN:
-            for database, store in ((database, store) for database in DATABASES for store in STORES):
+        for how, of, stores in PLAN:
+            for database, store in product(DATABASES, stores):
                 if how in options.how:
                     site = new_site(postgres, folder, database, store)
                     pieces.append(measure(site, database, store, how, of, options.seed))

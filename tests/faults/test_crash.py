@@ -1,12 +1,13 @@
 """A short, seeded part of the full run in `benchmarks/crash_publish.py`: every kind of fault, on every kind of site."""
 
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 
-from tests.faults.trials import Site, count_points, fail_at, kill_at, sample, stop_at
+from tests.faults.trials import PARTS, Site, count_points, fail_at, kill_at, sample, stop_at
 
-KILLS, ERRORS, STOPS = {"folder": 14, "s3": 7}, {"folder": 8, "s3": 4}, {"folder": 3, "s3": 2}
+KILLS, ERRORS, STOPS = {"folder": 12, "s3": 5}, {"folder": 6, "s3": 3}, {"folder": 3, "s3": 1}
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -31,5 +32,5 @@ def test_whatever_is_killed_failed_or_stopped_there_is_one_version_and_no_debris
         assert kill_at(site, user, number, resume=bool(number % 2))
     for number in sample(2, points, ERRORS[kind]):
         assert fail_at(site, user, number)
-    for number in sample(3, points, STOPS[kind]):
-        assert stop_at(site, user, number)
+    for number, meanwhile in zip(sample(3, points, STOPS[kind]), cycle(PARTS), strict=False):
+        assert stop_at(site, user, number, meanwhile)

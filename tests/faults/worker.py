@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Engine, event
 
@@ -28,6 +28,7 @@ from tests.faults.points import Fault, Points, watch_database, watch_store
 LEASE = timedelta(minutes=5)
 IMPATIENT = {"sqlite": "PRAGMA busy_timeout = 100", "postgresql": "SET lock_timeout = '100ms'"}
 BASE = Pinned("tiny", "main", "b" * 64, 7)
+Part = Literal["whole", "claim", "sweep"]
 Result = TypeVar("Result")
 
 
@@ -48,6 +49,7 @@ class Errand:
     content: str = "weights"  # what the training came to
     fault: Fault | None = None
     claimed: ClaimedJob | None = None  # a job still in hand from before
+    part: Part = "whole"  # up to its claim; or nothing but the sweep
     impatient: bool = False  # does not wait for locks that a stopped process holds
     environment: Mapping[str, str] = field(default_factory=_environment)
 
@@ -69,18 +71,27 @@ class Worker:
 
     def go(self) -> None:
         """Ingest, ask for training, claim, publish, promote, sweep; each step once more if it fails."""
+        if self.errand.part != "sweep":
+            self.bring()
+        if self.errand.part == "claim":
+            return
+        late = self.moment + 2 * UPLOAD_LEASE
+        self.tell("swept", self.step("sweep", lambda: sweep(self.factory.engine, self.factory.store, late)))
+        self.tell("points", self.points.passed)
+
+    def bring(self) -> None:
+        """From data to the promoted version."""
         self.step("ingest", lambda: add_data(self.factory, self.reference, [str(self.errand.data)]))
         asked = self.step("ask", self.ask)
         number = asked.number
         if job := self.errand.claimed or self.step("claim", lambda: self.claim(asked)):
             self.tell("claimed", job)
+            if self.errand.part == "claim":
+                return
             number = self.publish(job)
         assert number is not None, "the job is neither over nor free"
         self.tell("published", number)
         self.step("promote", lambda: self.promote(number))
-        late = self.moment + 2 * UPLOAD_LEASE
-        self.tell("swept", self.step("sweep", lambda: sweep(self.factory.engine, self.factory.store, late)))
-        self.tell("points", self.points.passed)
 
     def step(self, stage: str, act: Callable[[], Result]) -> Result:
         """One step, tried again after an error of the registry; anything else is a fault of the product."""
