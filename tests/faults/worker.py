@@ -17,7 +17,7 @@ from flows.factory import Factory, Pinned, add_data, request_training
 from flows.settings import FactorySettings
 from lora_core.recipe import Recipe
 from registry import aliases, jobs, queries
-from registry.errors import LeaseLost, RegistryError
+from registry.errors import LeaseLost, NotFound, RegistryError
 from registry.jobs import ClaimedJob, Enqueued
 from registry.names import Reference
 from registry.publishing import Finished, declare, publish, upload
@@ -89,7 +89,8 @@ class Worker:
             if self.errand.part == "claim":
                 return
             number = self.publish(job)
-        assert number is not None, "the job is neither over nor free"
+        if number is None:
+            raise NotFound("free job", str(asked.job_id), "somebody has it")
         self.tell("published", number)
         self.step("promote", lambda: self.promote(number))
 
