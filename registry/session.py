@@ -11,7 +11,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError, ProgrammingError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from registry.errors import DatabaseUnavailable
@@ -75,18 +75,16 @@ def _known_faults(engine: Engine) -> Iterator[None]:
     """The database's everyday faults in plain words; anything else is passed on."""
     try:
         yield
-    except OperationalError as error:
-        why = str(error.orig).strip().splitlines()[0]
-        raise DatabaseUnavailable(shown(engine), why, _what_to_do(engine, why)) from error
-    except ProgrammingError as error:
-        if "does not exist" not in str(error.orig):
-            raise
-        raise DatabaseUnavailable(shown(engine), "its tables are missing or older", "run `lora setup`") from error
-    except DatabaseError as error:
-        if "not a database" not in str(error.orig):
-            raise
-        fix = "name another file in LORA_DATABASE_URL"
-        raise DatabaseUnavailable(shown(engine), "the file is something else than a database", fix) from error
+    except DBAPIError as error:
+        why = (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]
+        if isinstance(error, OperationalError) or error.connection_invalidated:
+            raise DatabaseUnavailable(shown(engine), why, _what_to_do(engine, why)) from error
+        if isinstance(error, ProgrammingError) and "does not exist" in why:
+            raise DatabaseUnavailable(shown(engine), "its tables are missing or older", "run `lora setup`") from error
+        if "not a database" in why:
+            fix = "name another file in LORA_DATABASE_URL"
+            raise DatabaseUnavailable(shown(engine), "the file is something else than a database", fix) from error
+        raise
 
 
 def _what_to_do(engine: Engine, why: str) -> str:

@@ -26,20 +26,22 @@ _FILE_CALLS = {"open", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.scand
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the Nth point.
+    """What happens at the Nth point, or at the Nth whose stage and name are the ones named.
 
     `error` before a call: it is not made and fails.  `error` after it: it is done, and its answer is lost.
     """
 
     number: int
     how: Literal["kill", "stop", "error"]
+    where: str = ""
 
 
 class Points:
     """Counts the points that a process passes; at the fault's number it happens."""
 
     def __init__(self, fault: Fault | None, tell: Callable[[str], None]) -> None:
-        self.fault, self.tell, self.passed, self.stage = fault, tell, 0, ""
+        self.fault, self.tell, self.stage = fault, tell, ""
+        self.passed = self.met = 0  # all points; those that the fault means
 
     @contextmanager
     def around(self, call: str, error: Callable[[], Exception]) -> Iterator[None]:
@@ -51,9 +53,12 @@ class Points:
     def at(self, name: str, error: Callable[[], Exception]) -> None:
         """One point."""
         self.passed += 1
-        if self.fault is None or self.passed != self.fault.number:
+        where = f"{self.stage}: {name}"
+        self.met += self.fault is not None and self.fault.where in ("", where)
+        if self.fault is None or self.met != self.fault.number:
             return
-        self.tell(f"{self.stage}: {name}")
+        self.met += 1  # it happens once
+        self.tell(where)
         if self.fault.how == "error":
             raise error()
         os.kill(os.getpid(), signal.SIGKILL if self.fault.how == "kill" else signal.SIGSTOP)

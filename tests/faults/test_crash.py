@@ -7,7 +7,7 @@ import pytest
 
 from tests.faults.trials import PARTS, Site, count_points, fail_at, kill_at, sample, stop_at
 
-KILLS, ERRORS, STOPS = {"folder": 12, "s3": 5}, {"folder": 6, "s3": 3}, {"folder": 3, "s3": 1}
+KILLS, ERRORS, STOPS = {"folder": 9, "s3": 4}, {"folder": 5, "s3": 3}, {"folder": 3, "s3": 1}
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -108,7 +108,7 @@ def count_points(site: Site, reference: str) -> int:
     errand = site.errand(reference)
     code, told = site.go(errand)
     assert (code, "error" in told) == (0, False), told
-    _finish(site, errand, told)
+    finish(site, errand, told)
     return int(told["points"])
 
 
@@ -117,7 +117,7 @@ def kill_at(site: Site, reference: str, number: int, resume: bool) -> bool:
     errand = site.errand(reference)
     code, told = site.go(replace(errand, fault=Fault(number, "kill")))
     if code == 0:
-        _finish(site, errand, told)
+        finish(site, errand, told)
         return False
     assert code == -signal.SIGKILL, (code, told)
     check_readers_see_whole_versions(site.engine, site.store, Reference.parse(reference))
@@ -128,7 +128,7 @@ def kill_at(site: Site, reference: str, number: int, resume: bool) -> bool:
         second, after = site.go(replace(errand, moment=later + _HOUR))
     assert (second, after.get("error")) == (0, None), (told, after)
     assert told.get("published", after["published"]) == after["published"], "a retry gave another version"
-    _finish(site, errand, told)
+    finish(site, errand, told)
     site.happened["killed, resumed" if claimed else "killed, claimed again"] += 1
     return True
 
@@ -141,7 +141,7 @@ def fail_at(site: Site, reference: str, number: int) -> bool:
     if "error" in told:
         code, after = site.go(replace(errand, moment=errand.moment + _HOUR))
         assert (code, after.get("error")) == (0, None), (told, after)
-    _finish(site, errand, told)
+    finish(site, errand, told)
     site.happened["failed"] += "fault" in told
     return "fault" in told
 
@@ -155,7 +155,7 @@ def stop_at(site: Site, reference: str, number: int, meanwhile: Part) -> bool:
     child = site.start(replace(errand, fault=Fault(number, "stop")))
     child.listen(until="fault")
     if "fault" in child.told:
-        _wait_until_stopped(child.process.pid)
+        wait_until_stopped(child.process.pid)
     late = replace(errand, moment=errand.moment + 2 * UPLOAD_LEASE, impatient=True, part=meanwhile)
     try:
         code, other = site.go(replace(late, content=f"rival's {errand.content}"))
@@ -167,7 +167,7 @@ def stop_at(site: Site, reference: str, number: int, meanwhile: Part) -> bool:
     _check_one_of_two(site, child.told, other)
     code, after = site.go(replace(errand, moment=errand.moment + 2 * _HOUR))
     assert (code, after.get("error")) == (0, None), (child.told, other, after)
-    _finish(site, errand, child.told)
+    finish(site, errand, child.told)
     return "fault" in child.told
 
 
@@ -197,7 +197,7 @@ def _check_one_of_two(site: Site, stopped: dict[str, Any], other: dict[str, Any]
     site.happened[f"stopped, met {met}, then {'told' if 'error' in stopped else 'done'}"] += 1
 
 
-def _finish(site: Site, errand: Errand, told: dict[str, Any]) -> None:  # facts of any kind
+def finish(site: Site, errand: Errand, told: dict[str, Any]) -> None:  # facts of any kind
     """One sweep leaves no orphan, a second one no intent; and readers see whole versions without gaps."""
     reference = Reference.parse(errand.reference)
     sweep(site.engine, site.store, errand.moment + 4 * _HOUR)
@@ -209,7 +209,8 @@ def _finish(site: Site, errand: Errand, told: dict[str, Any]) -> None:  # facts 
         site.points[told["fault"]] += 1
 
 
-def _wait_until_stopped(pid: int | None) -> None:
+def wait_until_stopped(pid: int | None) -> None:
+    """Wait until a process stands still."""
     until = time.monotonic() + _PATIENCE
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         assert time.monotonic() < until

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,24 @@ def test_tables_that_are_missing_are_told(tmp_path: Path) -> None:
         reading(open_database(f"sqlite:///{tmp_path}/x")) as session,
     ):
         session.scalars(select(Tenant)).all()
+
+
+def test_a_worker_that_stands_still_inside_a_transaction_loses_it(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its locks would hold up everybody else; on waking it is told, and nothing of it is committed."""
+    monkeypatch.setattr("registry.session._FROZEN_SECONDS", 1)
+    engine = open_database(postgres_url)
+    upgrade(engine)
+
+    with pytest.raises(DatabaseUnavailable), transaction(engine) as session:
+        session.add(Tenant(name="acme", created_at=NOW))
+        session.flush()
+        time.sleep(1.5)
+
+    with reading(engine) as session:
+        assert session.scalars(select(Tenant)).all() == []
+    engine.dispose()
 
 
 def test_only_one_module_commits() -> None:
