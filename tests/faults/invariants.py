@@ -3,38 +3,38 @@
 import hashlib
 from collections import Counter
 from pathlib import Path
+from typing import TypeVar
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, Select, select
 
 from registry import queries
 from registry.jobs import OVER
 from registry.keys import user_prefix
-from registry.models import Adapter, AdapterVersion, Alias, AliasMove, Dataset, Job, Upload
-from registry.names import LATEST, Reference
+from registry.models import Adapter, AdapterVersion, Alias, AliasMove, Dataset, Job, Tenant, Upload, User
+from registry.names import LATEST, AdapterId, Reference
 from registry.session import reading
 from registry.store import FolderStore, ObjectStore
+
+Row = TypeVar("Row", AdapterVersion, Alias, AliasMove, Job)
 
 
 def check_readers_see_whole_versions(engine: Engine, store: ObjectStore, reference: Reference, newest: int = 2) -> None:
     """Every version that a reader can find has all its bytes; numbers have no gap; a job is over with its version."""
     with reading(engine) as session:
-        adapter = _adapter(engine, reference)
+        adapter = session.scalar(_adapter(reference))
         if adapter is None:
             return
-        mine = AdapterVersion.adapter_id == adapter.id
-        versions = list(session.scalars(select(AdapterVersion).where(mine).order_by(AdapterVersion.number.desc())))
-        over = session.scalars(select(Job.id).where(Job.adapter_id == adapter.id, Job.state.in_(OVER))).all()
-        at = session.execute(select(Alias.name, Alias.version_id).where(Alias.adapter_id == adapter.id)).tuples()
-        moves = session.scalars(
-            select(AliasMove).where(AliasMove.adapter_id == adapter.id).order_by(AliasMove.id)
-        ).all()
+        own = adapter.id
+        versions = session.scalars(_of(AdapterVersion, own).order_by(AdapterVersion.number.desc())).all()
+        over = [job.id for job in session.scalars(_of(Job, own).where(Job.state.in_(OVER)))]
+        aliases = {alias.name: alias.version_id for alias in session.scalars(_of(Alias, own))}
+        moves = {move.name: move.to_id for move in session.scalars(_of(AliasMove, own).order_by(AliasMove.id))}
     assert [version.number for version in versions] == list(range(adapter.head, 0, -1)), "a gap, or a number twice"
     assert Counter(version.job_id for version in versions) == Counter(over), "a version lost, or one twice"
     for version in versions[:newest]:
         _check_whole(store, version)
-    aliases = dict(at.all()) if not isinstance(at, dict) else at
     assert aliases.get(LATEST) == (versions[0].id if versions else None), "latest is not the newest accepted"
-    assert aliases == {move.name: move.to_id for move in moves}, "an alias that its history does not explain"
+    assert aliases == moves, "an alias that its history does not explain"
 
 
 def check_nothing_is_left(engine: Engine, store: ObjectStore, reference: Reference | None = None) -> None:
@@ -59,16 +59,15 @@ def check_no_intent_is_left(engine: Engine) -> None:
         assert session.scalars(select(Upload.prefix)).all() == []
 
 
-def _adapter(engine: Engine, reference: Reference) -> Adapter | None:
-    with reading(engine) as session:
-        wanted = select(Adapter).where(Adapter.name == reference.adapter)
-        from registry.models import Tenant, User
+def _adapter(reference: Reference) -> Select[tuple[Adapter]]:
+    owned = select(Adapter).join(User, User.id == Adapter.user_id).join(Tenant, Tenant.id == User.tenant_id)
+    return owned.where(
+        Tenant.name == reference.tenant, User.name == reference.user, Adapter.name == reference.adapter
+    )  # fmt: skip
 
-        return session.scalar(
-            wanted.join(User, User.id == Adapter.user_id)
-            .join(Tenant, Tenant.id == User.tenant_id)
-            .where(User.name == reference.user, Tenant.name == reference.tenant)
-        )
+
+def _of(table: type[Row], adapter: AdapterId) -> Select[tuple[Row]]:
+    return select(table).where(table.adapter_id == adapter)
 
 
 def _check_whole(store: ObjectStore, version: AdapterVersion) -> None:
