@@ -29,6 +29,7 @@ check: .venv/.dev-ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python infra/tenant_lint.py
 
 format: .venv/.dev-ready
 	$(BIN)/ruff format .

@@ -73,7 +73,12 @@ class Factory:
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Unready(f"the home {home} cannot be made ({error.strerror})", "set LORA_HOME to a folder") from None
-        upgrade(self.engine)
+        if self.settings.database_owner_url:
+            owner = open_database(self.settings.database_owner_url)
+            upgrade(owner, application=self.engine.url.username)
+            owner.dispose()
+        else:
+            upgrade(self.engine)
         self.store.set_up()
 
 

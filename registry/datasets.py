@@ -13,6 +13,7 @@ from registry.names import Reference
 from registry.queries import dataset_key, ensure_adapter, ensure_dataset
 from registry.session import transaction
 from registry.store import ObjectStore
+from registry.tenancy import enter
 
 EXAMPLES = "examples.jsonl"
 
@@ -42,6 +43,7 @@ def add_dataset(engine: Engine, store: ObjectStore, reference: Reference, conten
             uploads.declare(session, holder.tenant_id, prefix, now)
     store.put_new(key, content.data)
     with transaction(engine) as session:
+        enter(session, holder.tenant_id)
         row = ensure_dataset(
             session, holder.tenant_id, holder, digest=content.digest, key=key, examples=content.examples,
             size=len(content.data), now=now,

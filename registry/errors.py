@@ -8,6 +8,7 @@ RegistryError
 ├── UploadSwept          an upload took longer than its lease, and was swept
 ├── AliasMoved           an alias does not point to where the caller says it does
 ├── PromotionRefused     the version cannot be what an alias points to
+├── AliasProtected       the alias moves only when its mover says that they mean it
 ├── ScheduleRefused      a cron expression, interval or time zone is not valid
 ├── SettingRefused       a variable of the environment holds what it may not
 ├── DatabaseUnavailable  the database cannot be reached or is not set up
@@ -96,6 +97,16 @@ class PromotionRefused(RegistryError):
 
     def __str__(self) -> str:
         return "{} not promoted: {}; {}".format(*self.args)
+
+
+class AliasProtected(RegistryError):
+    """An alias is protected: which, by whom, and why."""
+
+    def __init__(self, alias: str, actor: str, reason: str) -> None:
+        super().__init__(alias, actor, reason)
+
+    def __str__(self) -> str:
+        return "alias {} is protected by {} ({}); pass --override if you mean to move it".format(*self.args)
 
 
 class ScheduleRefused(RegistryError):

@@ -17,6 +17,7 @@ from sqlalchemy import (
     UniqueConstraint,
     Uuid,
     event,
+    text,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
@@ -26,6 +27,7 @@ from registry.names import AdapterId, DatasetId, JobId, RunId, TenantId, UserId,
 Facts = dict[str, Any]  # JSON whose shape another module owns: a recipe, scores, the body of an event
 
 _COUNTER = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts by itself only in its INTEGER
+_OF_FLEETS = text("fleet_id IS NOT NULL")
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -159,6 +161,18 @@ class AdapterVersion(Base):
     created_at: Mapped[datetime]
 
 
+class ProtectedAlias(Base):
+    """An alias that moves only when whoever moves it says so: for every adapter of a tenant."""
+
+    __tablename__ = "protected_aliases"
+
+    tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    actor: Mapped[str] = mapped_column(String(128))
+    reason: Mapped[str]
+    at: Mapped[datetime]
+
+
 class Alias(Base):
     """A movable pointer to a version."""
 
@@ -174,7 +188,10 @@ class AliasMove(Base):
     """One move of an alias: from where, to where, who and why."""
 
     __tablename__ = "alias_moves"
-    __table_args__ = (Index(None, "adapter_id", "name", "id"),)
+    __table_args__ = (
+        Index(None, "adapter_id", "name", "id"),
+        Index(None, "tenant_id", "name", "fleet_id", postgresql_where=_OF_FLEETS, sqlite_where=_OF_FLEETS),
+    )
 
     id: Mapped[int] = mapped_column(_COUNTER, primary_key=True, autoincrement=True)
     tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))
@@ -186,6 +203,7 @@ class AliasMove(Base):
     actor: Mapped[str] = mapped_column(String(128))
     reason: Mapped[str]
     at: Mapped[datetime]
+    fleet_id: Mapped[int | None] = mapped_column(BigInteger)  # the event of the fleet's move that it was part of
 
 
 class Job(Base):

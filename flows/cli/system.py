@@ -50,7 +50,7 @@ def doctor(as_json: AsJson = False) -> None:
     lora doctor
     """
     factory = Factory.from_environment()
-    settings = factory.settings.model_dump(mode="json", exclude={"database_url", "store_url"})
+    settings = factory.settings.model_dump(mode="json", exclude={"database_url", "database_owner_url", "store_url"})
     rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
     checks = [_tried(factory, "registry", _registry), _tried(factory, "store", _store)]
     rows += [*checks, {"what": "python", "state": platform.python_version()}]

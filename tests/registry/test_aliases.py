@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy.engine import Engine
@@ -29,7 +30,7 @@ def three(engine: Engine, claim: Claim, tmp_path: Path) -> None:
 def move(engine: Engine) -> Move:
     """Promote or roll back, and say which version it gave."""
 
-    def moved(reference: str, alias: str = "production", back: bool = False, reason: str = "test", **more: int) -> int:
+    def moved(reference: str, alias: str = "production", back: bool = False, reason: str = "test", **more: Any) -> int:
         wanted = Reference.parse(reference)
         with transaction(engine) as session:
             tenant = queries.tenant_id(session, wanted.tenant)

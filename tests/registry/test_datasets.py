@@ -13,9 +13,9 @@ from registry.datasets import Content, add_dataset
 from registry.errors import UploadSwept
 from registry.models import Dataset, Upload
 from registry.names import Reference
-from registry.session import reading
 from registry.store import FolderStore
 from registry.uploads import UPLOAD_LEASE, sweep
+from tests.conftest import looking
 from tests.registry.conftest import NOW
 
 ALICE = Reference.parse("acme/alice")
@@ -25,7 +25,7 @@ HELLO = Content(hashlib.sha256(DATA).hexdigest(), DATA, 1)
 
 def rows(engine: Engine) -> list[Dataset]:
     """Every dataset there is."""
-    with reading(engine) as session:
+    with looking(engine) as session:
         return list(session.scalars(select(Dataset)))
 
 
@@ -41,7 +41,7 @@ def test_data_is_stored_once_however_often_it_is_added(engine: Engine, store: Fo
     assert (row.key, row.added_at - first.added_at) == (first.key, timedelta(days=1))
     assert list(store.keys("")) == [row.key]
     assert store.get(row.key) == DATA
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.query(Upload).count() == 0
 
 

@@ -16,9 +16,10 @@ from registry.errors import ContentDiffers, LeaseLost
 from registry.models import Upload
 from registry.names import Reference
 from registry.publishing import publish
-from registry.session import open_database, reading, transaction, upgrade
+from registry.session import reading, transaction
 from registry.store import FolderStore
 from registry.uploads import UPLOAD_LEASE, sweep
+from tests.conftest import looking
 from tests.registry.conftest import LEASE, NOW, Claim, enqueue, finished, versions
 
 ALICE = Reference.parse("acme/alice")
@@ -172,7 +173,7 @@ def test_a_death_between_uploads_leaves_nothing_visible_and_the_sweep_clears_it(
     assert len(swept) == writes
     assert done.number == 1
     assert sorted(store.keys("")) == [f"{done.prefix}/manifest.json", f"{done.prefix}/weights.bin"]
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.query(Upload).count() == 0
 
 
@@ -224,18 +225,13 @@ if where == "after":
 
 
 @pytest.mark.parametrize("where", ["manifest", "uploaded", "commit", "after"])
-def test_a_kill_during_publish_gives_one_version_when_run_again(
-    database_url: str, store: FolderStore, where: str
-) -> None:
+def test_a_kill_during_publish_gives_one_version_when_run_again(engine: Engine, store: FolderStore, where: str) -> None:
     """SIGKILL in another process: nothing is caught, nothing is cleaned up, and still exactly one version."""
-    engine = open_database(database_url)
-    upgrade(engine)
     with transaction(engine) as session:
         enqueue(session, "acme/alice", 1)
 
-    dead = subprocess.run(
-        [sys.executable, "-c", KILLED, database_url, store.root, where], cwd=Path(__file__).parents[2]
-    )
+    url = engine.url.render_as_string(hide_password=False)
+    dead = subprocess.run([sys.executable, "-c", KILLED, url, store.root, where], cwd=Path(__file__).parents[2])
     assert dead.returncode == -signal.SIGKILL
     later = NOW + UPLOAD_LEASE + LEASE
     with transaction(engine) as session:
@@ -247,7 +243,6 @@ def test_a_kill_during_publish_gives_one_version_when_run_again(
     assert bool(again) == (where != "after")
     (version,) = versions(engine)
     assert sorted(store.keys("")) == sorted(f"{version.prefix}/{name}" for name in version.files)
-    engine.dispose()
 
 
 def test_files_name_their_digests_in_the_registry(engine: Engine, store: FolderStore, claim: Claim) -> None:

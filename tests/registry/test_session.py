@@ -16,6 +16,8 @@ from registry import queries
 from registry.errors import DatabaseUnavailable
 from registry.models import Base, Tenant
 from registry.session import open_database, reading, transaction, upgrade
+from registry.tenancy import enter_named
+from tests.conftest import looking
 from tests.registry.conftest import NOW
 
 PACKAGE = Path(str(registry.__file__)).parent
@@ -24,11 +26,12 @@ PACKAGE = Path(str(registry.__file__)).parent
 def test_what_raises_is_rolled_back(engine: Engine) -> None:
     """A unit of work is whole or nothing."""
     with pytest.raises(KeyError), transaction(engine) as session:
+        enter_named(session, "acme")
         session.add(Tenant(name="acme", created_at=NOW))
         session.flush()
         raise KeyError
 
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.scalars(select(Tenant)).all() == []
 
 
@@ -44,9 +47,10 @@ def test_migrations_make_the_tables_that_the_code_means(engine: Engine) -> None:
 def test_moments_keep_their_zone(engine: Engine) -> None:
     """SQLite forgets zones; we do not."""
     with transaction(engine) as session:
+        enter_named(session, "acme")
         session.add(Tenant(name="acme", created_at=NOW))
 
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.scalars(select(Tenant)).one().created_at == NOW
 
 

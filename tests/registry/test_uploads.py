@@ -9,9 +9,10 @@ from registry import jobs, publishing
 from registry.errors import LeaseLost, StoreUnavailable
 from registry.models import Job, Upload
 from registry.publishing import publish
-from registry.session import reading, transaction
+from registry.session import transaction
 from registry.store import FolderStore
 from registry.uploads import UPLOAD_LEASE, sweep
+from tests.conftest import looking
 from tests.registry.conftest import LEASE, NOW, Claim, finished, versions
 
 
@@ -39,7 +40,7 @@ def test_what_arrives_after_the_sweep_is_cleared_by_the_next(engine: Engine, sto
     sweep(engine, store, later + 4 * UPLOAD_LEASE)
 
     assert list(store.keys("")) == []
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.query(Upload).count() == 0
 
 
@@ -89,7 +90,7 @@ def test_a_publisher_slower_than_the_sweeper_cannot_commit(engine: Engine, store
         publish(engine, SweptStore(store.root), job, content, NOW)
 
     assert versions(engine) == []
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.get_one(Job, job.id).state == "running"
 
 
@@ -104,7 +105,7 @@ def test_a_versions_bytes_outlive_an_intent_that_was_declared_again(
     assert sweep(engine, store, NOW + 2 * UPLOAD_LEASE) == []
 
     assert len(list(store.keys(done.prefix))) == 2
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.query(Upload).count() == 0
 
 
