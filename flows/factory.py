@@ -1,5 +1,6 @@
 """A process's connections, and the few moves that need both sides: add data, ask for training, find what is live."""
 
+import getpass
 import hashlib
 import os
 from collections.abc import Sequence
@@ -85,6 +86,14 @@ class Factory:
 def now() -> datetime:
     """The moment, in UTC: the flows' one clock."""
     return datetime.now(UTC)
+
+
+def who() -> str:
+    """Who runs this process, for the history of aliases."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run as a number without a name
+        return f"uid {os.getuid()}"
 
 
 def add_data(

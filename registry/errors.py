@@ -9,6 +9,8 @@ RegistryError
 ├── AliasMoved           an alias does not point to where the caller says it does
 ├── PromotionRefused     the version cannot be what an alias points to
 ├── AliasProtected       the alias moves only when its mover says that they mean it
+├── GrantRefused         a token gives no leave to what was asked for
+├── TicketRefused        a ticket is not what a broker gives out
 ├── ScheduleRefused      a cron expression, interval or time zone is not valid
 ├── SettingRefused       a variable of the environment holds what it may not
 ├── DatabaseUnavailable  the database cannot be reached or is not set up
@@ -107,6 +109,26 @@ class AliasProtected(RegistryError):
 
     def __str__(self) -> str:
         return "alias {} is protected by {} ({}); pass --override if you mean to move it".format(*self.args)
+
+
+class GrantRefused(RegistryError):
+    """A grant gives no leave to what was asked for: why, and what to do."""
+
+    def __init__(self, why: str, fix: str) -> None:
+        super().__init__(why, fix)
+
+    def __str__(self) -> str:
+        return "grant refused: {}; {}".format(*self.args)
+
+
+class TicketRefused(RegistryError):
+    """A ticket is not what a broker gives out: why, and what to do."""
+
+    def __init__(self, why: str, fix: str) -> None:
+        super().__init__(why, fix)
+
+    def __str__(self) -> str:
+        return "ticket refused: {}; {}".format(*self.args)
 
 
 class ScheduleRefused(RegistryError):

@@ -82,6 +82,12 @@ class FolderStore:
                 if not name.startswith("."):
                     yield Path(folder, name).relative_to(self.root).as_posix()
 
+    def signed_url(self, key: str, seconds: int) -> str:
+        """A folder cannot: whoever may read it needs no URL, and nobody else can be kept to one file."""
+        raise StoreUnavailable(
+            str(self.root), "a folder signs no URLs", "use a store on S3, or `lora pull` on this machine"
+        )
+
     def check(self) -> str:
         """Where it is, once it has proved to be writable.  Raises StoreUnavailable."""
         with self._faults("a test file"), tempfile.TemporaryFile(dir=self.root):

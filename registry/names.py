@@ -19,6 +19,7 @@ RunId = NewType("RunId", uuid.UUID)
 _PLAIN = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _PLAIN_ALLOWED = "at most {} of a-z, 0-9 and single hyphens, starting with a letter"
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _USER_ALLOWED = "at most 128 of A-Z, a-z, 0-9 and . _ = -, starting with a letter or digit"
 _LONGEST = {"tenant": 63, "adapter": 40, "alias": 63, "actor": 128, "reason": 1000}
 
@@ -38,6 +39,20 @@ def check_user(name: str) -> str:
     """A user's name inside its tenant, if it is allowed.  Raises NameRefused."""
     if len(name) > 128 or not _USER.fullmatch(name) or ".." in name:
         raise NameRefused("user", name, _USER_ALLOWED)
+    return name
+
+
+def check_file(name: str) -> str:
+    """The name of one of a version's files, if it is allowed.  Raises NameRefused."""
+    if len(name) > 128 or not _FILE.fullmatch(name):
+        raise NameRefused("file", name, "at most 128 of A-Z, a-z, 0-9 and . _ -, starting with a letter or digit")
+    return name
+
+
+def check_served(name: str) -> str:
+    """The name under which an engine serves a version, if it is allowed.  Raises NameRefused."""
+    if len(name) > 63 or not _PLAIN.fullmatch(name):
+        raise NameRefused("served name", name, _PLAIN_ALLOWED.format(63))
     return name
 
 

@@ -19,7 +19,7 @@ from registry import aliases, uploads
 from registry.errors import ContentDiffers, LeaseLost
 from registry.jobs import ClaimedJob, close
 from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Facts, Job
-from registry.names import LATEST, RunId, VersionId
+from registry.names import LATEST, RunId, VersionId, check_file
 from registry.protection import is_protected
 from registry.queries import note
 from registry.session import reading, transaction
@@ -85,7 +85,7 @@ def declare(engine: Engine, job: ClaimedJob, digest: str, now: datetime) -> str:
 def upload(store: ObjectStore, prefix: str, files: Mapping[str, bytes]) -> None:
     """Every file under its immutable key, the manifest last: a prefix with a manifest is whole."""
     for name in sorted(files, key=lambda name: (name == MANIFEST, name)):
-        store.put_new(f"{prefix}/{name}", files[name])
+        store.put_new(f"{prefix}/{check_file(name)}", files[name])
 
 
 def served_name(job: ClaimedJob, digest: str) -> str:

@@ -90,6 +90,11 @@ class S3Store:
             for found in page.get("Contents", []):
                 yield found["Key"].removeprefix(self.root)
 
+    def signed_url(self, key: str, seconds: int) -> str:
+        """A presigned GET: the server refuses it for another key or method, and once its time is over."""
+        place = {"Bucket": self.bucket, "Key": self._key(key)}
+        return self._call(key, lambda: self.client.generate_presigned_url("get_object", place, ExpiresIn=seconds))
+
     def check(self) -> str:
         """Where it is, once it has answered.  Raises StoreUnavailable."""
         try:
@@ -160,6 +165,7 @@ def s3_client() -> "S3Client":
     from botocore.exceptions import BotoCoreError
 
     config = Config(
+        signature_version="s3v4",  # else boto3 presigns by the older one, which fewer servers take
         retries={"mode": "standard", "max_attempts": 5},
         connect_timeout=5,
         read_timeout=60,

@@ -18,6 +18,7 @@ class RegistrySettings(BaseSettings):
     database_url: str = Field(default="", repr=False)  # may hold a password
     database_owner_url: str = Field(default="", repr=False)  # PostgreSQL: whose tables they are; for `lora setup` only
     store_url: str = ""
+    grant_secret: str = Field(default="", repr=False)  # with which a broker signs its grants
 
     @classmethod
     def read(cls) -> Self:

@@ -55,6 +55,12 @@ class ObjectStore(Protocol):
     def keys(self, prefix: str) -> Iterator[str]:
         """The keys below a prefix, for sweeping."""
 
+    def signed_url(self, key: str, seconds: int) -> str:
+        """A URL that gives this object, and nothing else, to whoever has it, for so long.
+
+        Raises StoreUnavailable where nobody would check it.
+        """
+
     def check(self) -> str:
         """Where it is, in words, once it has proved to answer.  Raises StoreUnavailable."""
 

@@ -14,6 +14,7 @@ from flows.factory import Factory
 from registry.errors import RegistryError
 from registry.session import reading, shown
 
+SECRET = {"database_url", "database_owner_url", "store_url", "grant_secret"}  # shown without passwords, or not at all
 LIBRARIES = (
     "lora-factory",
     "torch",
@@ -50,7 +51,7 @@ def doctor(as_json: AsJson = False) -> None:
     lora doctor
     """
     factory = Factory.from_environment()
-    settings = factory.settings.model_dump(mode="json", exclude={"database_url", "database_owner_url", "store_url"})
+    settings = factory.settings.model_dump(mode="json", exclude=SECRET)
     rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
     checks = [_tried(factory, "registry", _registry), _tried(factory, "store", _store)]
     rows += [*checks, {"what": "python", "state": platform.python_version()}]
