@@ -128,8 +128,8 @@ def roll_back_all(
 
     An alias that it made stays where it is: there is nothing before it.  Raises AliasProtected, PromotionRefused.
     """
-    undone = fleet_id or _last(session, tenant, alias)
     number = _begin(session, tenant, alias, actor, reason, now, override)
+    undone = fleet_id or _last(session, tenant, alias)
     later, done = aliased(AliasMove), aliased(AliasMove)
     words = _words(alias, ROLLED_BACK, done.to_id, done.from_id, actor, reason, now, number)
     moved_since = exists().where(later.adapter_id == done.adapter_id, later.name == alias, later.id > done.id)

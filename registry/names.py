@@ -74,6 +74,15 @@ class Reference:
     number: int | None = None
     alias: str = LATEST
 
+    def __post_init__(self) -> None:
+        """Whoever makes one, by whatever door: what it holds can stand in a path, a key and a query."""
+        check_plain("tenant", self.tenant)
+        check_user(self.user)
+        check_plain("adapter", self.adapter)
+        check_plain("alias", self.alias)
+        if self.number is not None and not 0 < self.number < 10**9:
+            raise NameRefused("version number", str(self.number), "1, 2, 3 ...")
+
     @classmethod
     def parse(cls, text: str) -> "Reference":
         """Read a reference as a person writes it.  Raises NameRefused."""
@@ -88,13 +97,8 @@ class Reference:
         adapter = parts[2] if len(parts) == 3 else DEFAULT_ADAPTER
         if mark == ":" and not (version.isascii() and version.isdigit() and 0 < len(version) < 10 and int(version)):
             raise NameRefused("version number", version, "1, 2, 3 ...")
-        return cls(
-            check_plain("tenant", parts[0]),
-            check_user(parts[1]),
-            check_plain("adapter", adapter),
-            int(version) if mark == ":" else None,
-            check_plain("alias", version) if mark == "@" else LATEST,
-        )
+        number, alias = (int(version), LATEST) if mark == ":" else (None, version if mark else LATEST)
+        return cls(parts[0], parts[1], adapter, number, alias)
 
     @classmethod
     def parse_adapter(cls, text: str) -> "Reference":
