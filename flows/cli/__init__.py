@@ -67,7 +67,9 @@ def _in_words(error: Exception) -> str:
         return _missing(error)
     if isinstance(error, OSError):
         what = error.strerror or str(error)
-        return f"{str(error.filename)[:200]}: {what}; check the path, its rights and the space" if error.filename else what
+        return (
+            f"{str(error.filename)[:200]}: {what}; check the path, its rights and the space" if error.filename else what
+        )
     return str(error)
 
 

@@ -220,3 +220,14 @@ def test_the_gate_moves_no_protected_latest(engine: Engine, store: FolderStore, 
     with reading(engine) as session:
         tenant = queries.tenant_id(session, "acme")
         assert queries.version(session, tenant, Reference.parse("acme/alice")).number == 1
+
+
+def test_a_reader_sees_everybody_old_or_everybody_new(postgres_url: str) -> None:
+    """The benchmark's own measurement, small: another connection counts while a fleet goes there and back."""
+    from benchmarks.fleet_move import measure, seed
+
+    engine = seed(postgres_url, 400)
+    result = measure(engine, 400, 3)
+    engine.dispose()
+
+    assert result["looks"]
