@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from registry.session import open_database, transaction, upgrade
+from registry.session import open_database, reading, transaction, upgrade
 from tests.servers import APPLICATION, S3Server, new_database, running_postgres, running_s3
 
 
@@ -66,10 +66,22 @@ def set_up(url: str) -> Engine:
 @contextmanager
 def looking(engine: Engine) -> Iterator[Session]:
     """What is really there, of every tenant: on PostgreSQL as the superuser, whom no policy binds."""
-    owner = engine.url.set(username="postgres") if engine.dialect.name == "postgresql" else engine.url
-    opened = open_database(owner.render_as_string(hide_password=False))
-    with transaction(opened) as session:
+    with _unbound(engine) as owner, reading(owner) as session:
         yield session
+
+
+@contextmanager
+def tampering(engine: Engine) -> Iterator[Session]:
+    """As `looking`, and what is done there is committed."""
+    with _unbound(engine) as owner, transaction(owner) as session:
+        yield session
+
+
+@contextmanager
+def _unbound(engine: Engine) -> Iterator[Engine]:
+    url = engine.url.set(username="postgres") if engine.dialect.name == "postgresql" else engine.url
+    opened = open_database(url.render_as_string(hide_password=False))
+    yield opened
     opened.dispose()
 
 

@@ -12,15 +12,15 @@ from registry.jobs import OVER
 from registry.keys import user_prefix
 from registry.models import Adapter, AdapterVersion, Alias, AliasMove, Dataset, Job, Tenant, Upload, User
 from registry.names import LATEST, AdapterId, Reference
-from registry.session import reading
 from registry.store import FolderStore, ObjectStore
+from tests.conftest import looking
 
 Row = TypeVar("Row", AdapterVersion, Alias, AliasMove, Job)
 
 
 def check_readers_see_whole_versions(engine: Engine, store: ObjectStore, reference: Reference, newest: int = 2) -> None:
     """Every version that a reader can find has all its bytes; numbers have no gap; a job is over with its version."""
-    with reading(engine) as session:
+    with looking(engine) as session:
         adapter = session.scalar(_adapter(reference))
         if adapter is None:
             return
@@ -39,7 +39,7 @@ def check_readers_see_whole_versions(engine: Engine, store: ObjectStore, referen
 
 def check_nothing_is_left(engine: Engine, store: ObjectStore, reference: Reference | None = None) -> None:
     """Every byte below a user (or anywhere) is named by a row, and every row's bytes are there."""
-    with reading(engine) as session:
+    with looking(engine) as session:
         below = ""
         if reference:
             tenant = queries.tenant_id(session, reference.tenant)
@@ -55,7 +55,7 @@ def check_nothing_is_left(engine: Engine, store: ObjectStore, reference: Referen
 
 def check_no_intent_is_left(engine: Engine) -> None:
     """Two sweeps, a lease apart, end every intent."""
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.scalars(select(Upload.prefix)).all() == []
 
 

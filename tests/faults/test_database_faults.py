@@ -18,6 +18,7 @@ from registry.publishing import publish
 from registry.session import open_database, transaction, upgrade
 from registry.store import FolderStore
 from registry.uploads import UPLOAD_LEASE, sweep
+from tests.conftest import set_up
 from tests.faults.invariants import (
     check_no_intent_is_left,
     check_nothing_is_left,
@@ -41,8 +42,7 @@ def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str
 @pytest.fixture
 def engine(own_postgres: tuple[str, Restart]) -> Iterator[Engine]:
     """A registry on it."""
-    opened = open_database(new_database(own_postgres[0]))
-    upgrade(opened)
+    opened = set_up(new_database(own_postgres[0]))
     yield opened
     opened.dispose()
 

@@ -20,9 +20,9 @@ from typing import Any
 from registry.errors import LeaseLost
 from registry.jobs import ClaimedJob
 from registry.names import Reference
-from registry.session import open_database, upgrade
 from registry.store import open_store
 from registry.uploads import UPLOAD_LEASE, sweep
+from tests.conftest import set_up
 from tests.faults.invariants import (
     check_no_intent_is_left,
     check_nothing_is_left,
@@ -78,8 +78,8 @@ class Site:
     points: Counter[str] = field(default_factory=Counter)  # where faults happened, by what a child told
 
     def __post_init__(self) -> None:
-        self.engine, self.store = open_database(self.database), open_store(self.store_url)
-        upgrade(self.engine)
+        self.engine, self.store = set_up(self.database), open_store(self.store_url)
+        self.database = self.engine.url.render_as_string(hide_password=False)  # as the application does
         self.store.set_up()
 
     def errand(self, reference: str) -> Errand:

@@ -2,8 +2,8 @@
 
 from sqlalchemy import create_engine, make_url, text
 
-from tests.conftest import APPLICATION
 from tests.flows.conftest import LoraHere
+from tests.servers import APPLICATION
 
 
 def urls(owner: str, application: str = APPLICATION) -> dict[str, str]:

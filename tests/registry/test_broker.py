@@ -18,8 +18,8 @@ from registry.errors import GrantRefused, NotFound, ObjectDiffers, SettingRefuse
 from registry.publishing import Published, publish
 from registry.store import FolderStore, ObjectStore, open_store
 from registry.tickets import Ticket, redeem
-from tests.conftest import S3Server
 from tests.registry.conftest import NOW, Claim, finished
+from tests.servers import S3Server
 
 SECRET = "0123456789abcdef" * 2
 HOUR, MINUTES = timedelta(hours=1), timedelta(minutes=5)

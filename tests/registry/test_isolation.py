@@ -14,9 +14,10 @@ from registry.models import Alias, Base, Tenant, User
 from registry.session import reading, transaction
 from registry.store import FolderStore
 from registry.tenancy import Across, across, unbound
-from tests.conftest import APPLICATION, looking
+from tests.conftest import looking
 from tests.registry.conftest import NOW
 from tests.registry.twins import OURS, TABLES, THEIRS, busy, furnished, tenant_of
+from tests.servers import APPLICATION
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from registry.errors import LeaseLost
 from registry.jobs import MAX_ATTEMPTS
 from registry.models import Job
 from registry.session import reading, transaction
-from tests.conftest import looking
+from tests.conftest import looking, tampering
 from tests.registry.conftest import LEASE, NOW, Claim, enqueue
 
 
@@ -94,7 +94,7 @@ def test_jobs_given_up_do_not_hide_those_behind_them(engine: Engine) -> None:
     with transaction(engine) as session:
         (poison,) = enqueue(session, "acme/alice", 1, group="one")
         (sound,) = enqueue(session, "acme/bob", 1, group="two", now=NOW + timedelta(seconds=1))
-    with looking(engine) as session:
+    with tampering(engine) as session:
         session.get_one(Job, poison.job_id).attempts = MAX_ATTEMPTS
 
     with transaction(engine) as session:

@@ -25,10 +25,11 @@ from registry.queries import Holder
 from registry.schedules import Timing
 from registry.session import open_database, transaction
 from registry.store import FolderStore
-from tests.conftest import APPLICATION, looking
+from tests.conftest import looking
 from tests.registry.conftest import LEASE, NOW, finished
 from tests.registry.mutants import alive, mutants
 from tests.registry.twins import OURS, TABLES, THEIRS, busy, furnished, tenant_of
+from tests.servers import APPLICATION
 
 UNDO = "done, and to be undone"
 LEAKING = 15  # mutants at least that must leak without row-level security, or the test has no teeth
