@@ -3,7 +3,7 @@
 PostgreSQL as an application uses it: row-level security forced, a role that owns nothing.  Every user has two accepted
 versions, `production` at the first and `latest` at the second.  `lora promote --all` moves `production` of everybody,
 `lora rollback --all` takes it back, round after round; meanwhile another connection counts, again and again in one
-statement, how many users' `production` is at which version: it must see all of them at one, or all at the other.
+statement, how many users' `production` is at which version: it must see all of them at one, or all at the other.  The load says what else the machine was doing.
 
     python benchmarks/fleet_move.py --users 100000 --rounds 3
 
@@ -76,6 +76,7 @@ class Onlooker:
                 )
                 self.seen.add(tuple(sorted(session.execute(counted).tuples().all())))
                 self.looks += 1
+            self._over.wait(0.1)  # seconds: a look counts every row, and must not take a core for itself
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -144,7 +145,8 @@ def measure(engine: Engine, users: int, rounds: int) -> dict[str, object]:
     for name, values in seconds.items():
         say(f"{users:,} users {name:<5} {spread(values, ' s')}")
     say(f"{onlooker.looks} looks meanwhile, each of them all old or all new")
-    return {"users": users, "seconds": seconds, "looks": onlooker.looks, "states seen": len(onlooker.seen)}
+    load = round(os.getloadavg()[0], 1)
+    return {"users": users, "load": load, "seconds": seconds, "looks": onlooker.looks, "states seen": len(onlooker.seen)}
 
 
 @contextmanager
