@@ -3,13 +3,14 @@
 # make check  format, lint, types, import contracts
 # make bench  the benchmarks behind the README's figures, on the CPU
 # make bench-gpu  those that need a GPU, each at most ten minutes
+# make bench-crash  kills, fails and stops a publishing worker at every point, on every database and store; an hour
 # make stack  the compose file's services as plain processes, without Docker
 PYTHON ?= python3
 BIN := .venv/bin
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: demo setup test quick check format bench bench-gpu stack clean
+.PHONY: demo setup test quick check format bench bench-gpu bench-crash stack clean
 
 demo: .venv/.demo-ready
 	$(BIN)/lora demo
@@ -28,6 +29,7 @@ check: .venv/.dev-ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python infra/tenant_lint.py
 
 format: .venv/.dev-ready
 	$(BIN)/ruff format .
@@ -44,6 +46,10 @@ bench-gpu: .venv/.dev-ready
 	$(BIN)/python benchmarks/gpu_efficiency.py --compiled
 	$(BIN)/python benchmarks/gpu_users.py
 	$(BIN)/python benchmarks/gpu_exactness.py
+
+bench-crash: .venv/.dev-ready
+	infra/install-test-servers
+	PYTHONPATH=. $(BIN)/python benchmarks/crash_publish.py
 
 stack: .venv/.dev-ready
 	infra/install-test-servers

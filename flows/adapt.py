@@ -33,11 +33,11 @@ from flows.factory import Factory, pin_base, request_training
 from flows.work import enqueue_due, run_cohort, sweep
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
-from registry import publishing
+from registry import uploads
 from registry.names import JobId, Reference
 from registry.session import transaction
 
-UPLOADS = publishing.UPLOAD_LEASE / timedelta(seconds=1)
+UPLOADS = uploads.UPLOAD_LEASE / timedelta(seconds=1)
 
 # What each step may do when it fails.  Training is not retried in place: its jobs' leases run out and the next cohort
 # takes them.  A time-out cannot stop a computation in C; it ends the waiting, and fencing makes the late result void.

@@ -1,5 +1,6 @@
 """A process's connections, and the few moves that need both sides: add data, ask for training, find what is live."""
 
+import getpass
 import hashlib
 import os
 from collections.abc import Sequence
@@ -18,11 +19,12 @@ from lora_core.data.sources import in_s3
 from lora_core.recipe import Recipe
 from registry import queries
 from registry.client import Client
+from registry.datasets import Content, add_dataset
 from registry.jobs import Enqueued, Order, enqueue
 from registry.models import SharedBase
 from registry.names import Reference
-from registry.session import open_database, transaction, upgrade
-from registry.store import ObjectStore, dataset_key, open_store, s3_client
+from registry.session import open_database, upgrade
+from registry.store import ObjectStore, open_store, s3_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -72,7 +74,12 @@ class Factory:
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Unready(f"the home {home} cannot be made ({error.strerror})", "set LORA_HOME to a folder") from None
-        upgrade(self.engine)
+        if self.settings.database_owner_url:
+            owner = open_database(self.settings.database_owner_url)
+            upgrade(owner, application=self.engine.url.username)
+            owner.dispose()
+        else:
+            upgrade(self.engine)
         self.store.set_up()
 
 
@@ -81,21 +88,21 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def who() -> str:
+    """Who runs this process, for the history of aliases."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run as a number without a name
+        return f"uid {os.getuid()}"
+
+
 def add_data(
     factory: Factory, reference: Reference, sources: Sequence[str], max_bad_share: float | None = None
 ) -> tuple[str, IngestReport]:
     """Snapshot a user's files into the store and the registry; returns the digest.  Raises DatasetRefused."""
     snapshot, report = read_data(factory, sources, max_bad_share)
-    with transaction(factory.engine) as session:
-        opaque = queries.ensure_adapter(session, reference, now()).user.opaque
-    key = dataset_key(reference.tenant, opaque, snapshot.digest)
-    factory.store.put_new(key, snapshot.content)
-    with transaction(factory.engine) as session:
-        holder = queries.ensure_adapter(session, reference, now())
-        queries.ensure_dataset(
-            session, holder.tenant_id, holder, digest=snapshot.digest, key=key,
-            examples=len(snapshot.examples), size=len(snapshot.content), now=now(),
-        )  # fmt: skip
+    content = Content(snapshot.digest, snapshot.content, len(snapshot.examples))
+    add_dataset(factory.engine, factory.store, reference, content, now())
     return snapshot.digest, report
 
 

@@ -4,13 +4,19 @@ import os
 import socket
 from typing import Annotated, Literal
 
-from pydantic import ByteSize, Field
+from pydantic import AfterValidator, ByteSize, Field
 
 from registry.settings import RegistrySettings
 
 
 def _worker_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _tellable(name: str) -> str:
+    if not name.isprintable() or not 0 < len(name) <= 128:
+        raise ValueError("it must be 1 to 128 characters on one line, without control characters")
+    return name
 
 
 class FactorySettings(RegistrySettings):
@@ -27,5 +33,5 @@ class FactorySettings(RegistrySettings):
     device: str = ""  # cpu, cuda, cuda:1, auto for all GPUs; empty takes a GPU where there is one
     lease_seconds: Annotated[int, Field(ge=1)] = 300  # how long a silent worker keeps its jobs
     save_seconds: Annotated[float, Field(ge=0)] = 60  # between saves of a training's progress
-    worker: str = Field(default_factory=_worker_name)
+    worker: Annotated[str, AfterValidator(_tellable)] = Field(default_factory=_worker_name)
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of a dataset's rows, before it is refused

@@ -13,7 +13,7 @@ from flows.factory import Factory, Pinned, now, pin_base, request_training
 from lora_core.errors import LoraError
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
-from registry import publishing, schedules
+from registry import schedules, uploads
 from registry.errors import RegistryError
 from registry.names import JobId
 from registry.session import reading, transaction
@@ -76,4 +76,4 @@ def _pinned(factory: Factory, name: str) -> Pinned | str:
 
 def sweep(factory: Factory) -> list[str]:
     """Clear what uploads left that never became versions."""
-    return publishing.sweep(factory.engine, factory.store, now())
+    return uploads.sweep(factory.engine, factory.store, now())

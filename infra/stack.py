@@ -30,7 +30,7 @@ SHOWN = (
     "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION",
 )  # fmt: skip
 _VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
-_REGISTRY = re.compile(r"postgresql\+psycopg://[^@]+@postgres:5432/lora")
+_REGISTRY = re.compile(r"postgresql\+psycopg://(lora|lora_app):[^@]+@postgres:5432/lora")
 _PREFECTS = re.compile(r"postgresql\+asyncpg://[^@]+@postgres:5432/prefect")
 
 
@@ -61,6 +61,7 @@ def running(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[St
         subprocess.run([S3_SERVER, "start", folder / "s3", str(s3_port)], check=True)
         with contextlib.suppress(Exception):  # there already: the folder was used before
             database.psql("CREATE DATABASE lora;")
+            database.psql("CREATE ROLE lora_app LOGIN;")
         place = _Place(str(folder / "postgres"), s3_port, prefect_port, folder)
         services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
         stack.environment = place.environment(services["worker"]) | dict(extra or {})
@@ -85,7 +86,10 @@ class _Place:
     def put_in(self, text: str) -> str:
         """A value of the compose file with defaults, hosts and ports filled in."""
         text = _VARIABLE.sub(lambda found: os.environ.get(found[1], found[2]), text)
-        text = _REGISTRY.sub(f"postgresql+psycopg://postgres@/lora?host={self.postgres}", text)
+        role = {"lora": "postgres"}  # the tables' owner; the application's role is the same
+        text = _REGISTRY.sub(
+            lambda found: f"postgresql+psycopg://{role.get(found[1], found[1])}@/lora?host={self.postgres}", text
+        )
         text = _PREFECTS.sub(f"sqlite+aiosqlite:///{self.home / 'prefect.db'}", text)
         for theirs, ours in (
             ("http://minio:9000", f"http://127.0.0.1:{self.s3_port}"),

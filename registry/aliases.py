@@ -1,13 +1,18 @@
-"""Moving what an alias points to, and remembering every move."""
+"""Moving what an alias points to, and remembering every move.
+
+A move is a compare-and-set: `expected` is the version number that the alias must still point to, 0 where there must be
+no alias yet, None to move it whatever it points to.
+"""
 
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from registry.errors import PromotionRefused
+from registry.errors import AliasMoved, PromotionRefused
 from registry.models import AdapterVersion, Alias, AliasMove
-from registry.names import AdapterId, Reference, TenantId, VersionId, check_plain
+from registry.names import AdapterId, Reference, TenantId, VersionId, check_plain, check_words
+from registry.protection import check_movable
 from registry.queries import find_or_add, holder, note, version
 
 MOVED, ROLLED_BACK = "moved", "rolled back"  # the kinds of a move: what going back once more depends on
@@ -23,28 +28,50 @@ def promote(
     reason: str,
     now: datetime,
     force: bool = False,
+    expected: int | None = None,
+    override: bool = False,
 ) -> AdapterVersion:
-    """Point an alias at the version that a reference means.  Raises PromotionRefused for one the gate refused."""
-    check_plain("alias", alias)
+    """Point an alias at the version that a reference means.
+
+    Raises PromotionRefused for one the gate refused, AliasProtected, and AliasMoved when it does not point to what is
+    expected.
+    """
+    _check(session, tenant, alias, actor, reason, override)
     chosen = version(session, tenant, reference)
     if chosen.state == "refused" and not force:
         raise PromotionRefused(str(reference), f"the gate refused it ({chosen.reason})", "retrain or pass --force")
-    move(session, tenant, chosen, alias, actor=actor, reason=reason, now=now)
+    move(session, tenant, chosen, alias, actor=actor, reason=reason, now=now, expected=expected)
     return chosen
 
 
 def rollback(
-    session: Session, tenant: TenantId, reference: Reference, alias: str, *, actor: str, reason: str, now: datetime
+    session: Session,
+    tenant: TenantId,
+    reference: Reference,
+    alias: str,
+    *,
+    actor: str,
+    reason: str,
+    now: datetime,
+    expected: int | None = None,
+    override: bool = False,
 ) -> AdapterVersion:
-    """Point an alias back at the version it pointed to before its last move.  Raises PromotionRefused at the first."""
-    check_plain("alias", alias)
+    """Point an alias back at the version it pointed to before its last move.
+
+    Raises PromotionRefused at the first, AliasProtected, AliasMoved when it does not point to what is expected.
+    """
+    _check(session, tenant, alias, actor, reason, override)
     adapter_id = holder(session, tenant, reference.user, reference.adapter).adapter.id
+    session.scalar(_locked(tenant, adapter_id, alias))  # before the history is read: nobody adds to it meanwhile
     target = _before(session, tenant, adapter_id, alias)
     if target is None:
         where = f"{reference.label}@{alias}"
         raise PromotionRefused(where, "it has no earlier version to go back to", "see `lora history`")
-    chosen = session.get_one(AdapterVersion, target)
-    move(session, tenant, chosen, alias, actor=actor, reason=reason, now=now, kind=ROLLED_BACK)
+    mine = (AdapterVersion.tenant_id == tenant, AdapterVersion.id == target)
+    chosen = session.scalars(select(AdapterVersion).where(*mine)).one()
+    move(
+        session, tenant, chosen, alias, actor=actor, reason=reason, now=now, kind=ROLLED_BACK, expected=expected
+    )  # fmt: skip
     return chosen
 
 
@@ -58,17 +85,18 @@ def move(
     reason: str,
     now: datetime,
     kind: str = MOVED,
+    expected: int | None = None,
 ) -> None:
-    """Point an alias at a version, whatever it pointed to, and write the move down."""
-    mine = (Alias.tenant_id == tenant, Alias.adapter_id == chosen.adapter_id, Alias.name == alias)
+    """Point an alias at a version and write the move down.  Raises AliasMoved."""
     made: list[Alias] = []
 
     def make() -> Alias:
         made.append(Alias(tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, version_id=chosen.id))
         return made[0]
 
-    found = find_or_add(session, select(Alias).where(*mine).with_for_update(), make)
+    found = find_or_add(session, _locked(tenant, chosen.adapter_id, alias), make)
     earlier = None if made and found is made[0] else found.version_id
+    _check_expected(session, tenant, alias, earlier, expected)
     if earlier == chosen.id:
         return
     found.version_id = chosen.id
@@ -81,6 +109,28 @@ def move(
     body = {"alias": alias, "number": chosen.number, "actor": actor}
     note(session, tenant, "alias moved", chosen.id, body, now)
     session.flush()
+
+
+def _check(session: Session, tenant: TenantId, alias: str, actor: str, reason: str, override: bool) -> None:
+    check_plain("alias", alias)
+    check_words("actor", actor)
+    check_words("reason", reason)
+    check_movable(session, tenant, alias, override)
+
+
+def _locked(tenant: TenantId, adapter: AdapterId, alias: str) -> Select[tuple[Alias]]:
+    """The alias's row as it is now, locked: whoever else moves it waits."""
+    mine = (Alias.tenant_id == tenant, Alias.adapter_id == adapter, Alias.name == alias)
+    return select(Alias).where(*mine).with_for_update().execution_options(populate_existing=True)
+
+
+def _check_expected(session: Session, tenant: TenantId, alias: str, at: VersionId | None, expected: int | None) -> None:
+    if expected is None:
+        return
+    mine = (AdapterVersion.tenant_id == tenant, AdapterVersion.id == at)
+    found = session.scalar(select(AdapterVersion.number).where(*mine)) if at else 0
+    if found != expected:
+        raise AliasMoved(alias, expected, found or 0)
 
 
 def _before(session: Session, tenant: TenantId, adapter: AdapterId, alias: str) -> VersionId | None:

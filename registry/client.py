@@ -5,15 +5,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from sqlalchemy.engine import Engine
 
 from registry import queries
-from registry.errors import ObjectDiffers
-from registry.names import Reference
+from registry.errors import ObjectDiffers, ObjectMissing
+from registry.names import Reference, check_file
 from registry.publishing import MANIFEST
 from registry.session import open_database, reading
 from registry.settings import RegistrySettings
@@ -33,39 +34,21 @@ class Resolved:
     files: Mapping[str, Mapping[str, int | str]]  # file name to sha256 and size
 
 
-class Client:
-    """Resolves references and keeps verified copies of adapters in a cache folder.  Safe to share by threads."""
+class Source(Protocol):
+    """Where a version's objects come from."""
 
-    def __init__(self, engine: Engine, store: ObjectStore, cache: Path) -> None:
-        self.engine, self.store, self.cache = engine, store, cache
+    def stream(self, key: str) -> Iterator[bytes]:
+        """The object in pieces.  Raises ObjectMissing."""
 
-    @classmethod
-    def from_environment(cls) -> "Client":
-        """A client from LORA_DATABASE_URL, LORA_STORE_URL and LORA_HOME.
 
-        Raises SettingRefused, DatabaseUnavailable, StoreUnavailable.
-        """
-        settings = RegistrySettings.read()
-        return cls(open_database(settings.database), open_store(settings.store), settings.cache)
+class Puller:
+    """Keeps verified copies of versions in a cache folder, from whatever source."""
 
-    def resolve(self, reference: str | Reference) -> Resolved:
-        """What a reference such as `acme/alice` or `acme/alice:3` means now.  Raises NameRefused, NotFound."""
-        wanted = Reference.parse(reference) if isinstance(reference, str) else reference
-        with reading(self.engine) as session:
-            version = queries.version(session, queries.tenant_id(session, wanted.tenant), wanted)
-        return Resolved(
-            wanted, version.number, version.state, version.served_name, version.prefix, version.sha256, version.files
-        )
-
-    def pull(self, reference: str | Reference, verify: bool = False) -> Path:
-        """The local folder of a version's files, named as an engine serves it.  Raises ObjectDiffers, ObjectMissing.
-
-        A version in the cache touches no store; `verify` hashes its files again and fetches it anew if they changed.
-        """
-        return self.fetch(self.resolve(reference), verify)
+    def __init__(self, store: Source, cache: Path) -> None:
+        self.store, self.cache = store, cache
 
     def fetch(self, found: Resolved, verify: bool = False) -> Path:
-        """As `pull`, for a version resolved before."""
+        """The local folder of a version that is known already.  Raises ObjectDiffers, ObjectMissing."""
         folder = self.cache / found.sha256 / found.served_name
         if verify and folder.is_dir() and not _intact(folder, found):
             shutil.rmtree(folder)
@@ -95,9 +78,11 @@ class Client:
 
     def _fetch(self, found: Resolved, name: str, sha256: str, folder: Path) -> None:
         """Stream one file to disk, hashing on the way.  Raises ObjectDiffers."""
-        key, hashed = f"{found.prefix}/{name}", hashlib.sha256()
+        key, hashed = f"{found.prefix}/{check_file(name)}", hashlib.sha256()
+        if name not in found.files:
+            raise ObjectMissing(key, "the registry")
         limit = int(found.files[name]["size"])
-        with (folder / Path(name).name).open("wb") as file:
+        with (folder / name).open("wb") as file:
             for piece in self.store.stream(key):
                 hashed.update(piece)
                 limit -= len(piece)
@@ -108,6 +93,39 @@ class Client:
             os.fsync(file.fileno())
         if limit != 0 or hashed.hexdigest() != sha256:
             raise ObjectDiffers(key, sha256, hashed.hexdigest())
+
+
+class Client(Puller):
+    """Resolves references and keeps verified copies of adapters in a cache folder.  Safe to share by threads."""
+
+    def __init__(self, engine: Engine, store: ObjectStore, cache: Path) -> None:
+        super().__init__(store, cache)
+        self.engine = engine
+
+    @classmethod
+    def from_environment(cls) -> "Client":
+        """A client from LORA_DATABASE_URL, LORA_STORE_URL and LORA_HOME.
+
+        Raises SettingRefused, DatabaseUnavailable, StoreUnavailable.
+        """
+        settings = RegistrySettings.read()
+        return cls(open_database(settings.database), open_store(settings.store), settings.cache)
+
+    def resolve(self, reference: str | Reference) -> Resolved:
+        """What a reference such as `acme/alice` or `acme/alice:3` means now.  Raises NameRefused, NotFound."""
+        wanted = Reference.parse(reference) if isinstance(reference, str) else reference
+        with reading(self.engine) as session:
+            version = queries.version(session, queries.tenant_id(session, wanted.tenant), wanted)
+        return Resolved(
+            wanted, version.number, version.state, version.served_name, version.prefix, version.sha256, version.files
+        )
+
+    def pull(self, reference: str | Reference, verify: bool = False) -> Path:
+        """The local folder of a version's files, named as an engine serves it.  Raises ObjectDiffers, ObjectMissing.
+
+        A version in the cache touches no store; `verify` hashes its files again and fetches it anew if they changed.
+        """
+        return self.fetch(self.resolve(reference), verify)
 
 
 def _intact(folder: Path, found: Resolved) -> bool:

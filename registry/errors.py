@@ -5,7 +5,12 @@ RegistryError
 ├── NotFound             a reference, alias, job or schedule that does not exist
 ├── LeaseLost            somebody else has the job now; this worker's result does not count
 ├── ContentDiffers       the same job published other content before
+├── UploadSwept          an upload took longer than its lease, and was swept
+├── AliasMoved           an alias does not point to where the caller says it does
 ├── PromotionRefused     the version cannot be what an alias points to
+├── AliasProtected       the alias moves only when its mover says that they mean it
+├── GrantRefused         a token gives no leave to what was asked for
+├── TicketRefused        a ticket is not what a broker gives out
 ├── ScheduleRefused      a cron expression, interval or time zone is not valid
 ├── SettingRefused       a variable of the environment holds what it may not
 ├── DatabaseUnavailable  the database cannot be reached or is not set up
@@ -64,6 +69,28 @@ class ContentDiffers(RegistryError):
         return "job {} already published version {} with other content; enqueue a new job".format(*self.args)
 
 
+class UploadSwept(RegistryError):
+    """An upload took longer than its lease and counts as dead: its prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__(prefix)
+
+    def __str__(self) -> str:
+        return "the upload to {} took longer than its lease and was swept; do it again".format(*self.args)
+
+
+class AliasMoved(RegistryError):
+    """An alias points elsewhere than its mover expected: which, the version number expected, and the one found."""
+
+    def __init__(self, alias: str, expected: int, found: int) -> None:
+        super().__init__(alias, expected, found)
+
+    def __str__(self) -> str:
+        alias, expected, found = self.args
+        where = f"at version {found}" if found else "nowhere yet"
+        return f"{alias} not moved: it points {where}, not at version {expected}; look again, then decide"
+
+
 class PromotionRefused(RegistryError):
     """A version cannot become what an alias points to: which, why, and what to do."""
 
@@ -72,6 +99,36 @@ class PromotionRefused(RegistryError):
 
     def __str__(self) -> str:
         return "{} not promoted: {}; {}".format(*self.args)
+
+
+class AliasProtected(RegistryError):
+    """An alias is protected: which, by whom, and why."""
+
+    def __init__(self, alias: str, actor: str, reason: str) -> None:
+        super().__init__(alias, actor, reason)
+
+    def __str__(self) -> str:
+        return "alias {} is protected by {} ({}); pass --override if you mean to move it".format(*self.args)
+
+
+class GrantRefused(RegistryError):
+    """A grant gives no leave to what was asked for: why, and what to do."""
+
+    def __init__(self, why: str, fix: str) -> None:
+        super().__init__(why, fix)
+
+    def __str__(self) -> str:
+        return "grant refused: {}; {}".format(*self.args)
+
+
+class TicketRefused(RegistryError):
+    """A ticket is not what a broker gives out: why, and what to do."""
+
+    def __init__(self, why: str, fix: str) -> None:
+        super().__init__(why, fix)
+
+    def __str__(self) -> str:
+        return "ticket refused: {}; {}".format(*self.args)
 
 
 class ScheduleRefused(RegistryError):

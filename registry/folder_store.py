@@ -1,5 +1,6 @@
 """Objects as files below a folder of one machine."""
 
+import hashlib
 import os
 import secrets
 import tempfile
@@ -22,13 +23,17 @@ class FolderStore:
         self.root = root.expanduser().absolute()
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Written aside, synced, then linked to its name: whole or not there, and never over another."""
+        """Written aside, synced, then linked to its name: whole or not there, and never over another.
+
+        Raises StoreUnavailable where the root is missing: making it would hide a disk that is not mounted.
+        """
         path = self._path(key)
         with self._faults(key):
+            os.stat(self.root)
             for _ in range(_TRIES - 1):
                 with suppress(FileNotFoundError, FileExistsError):
-                    return _put_new(key, path, data)
-            return _put_new(key, path, data)
+                    return self._put_new(key, path, data)
+            return self._put_new(key, path, data)
 
     def get(self, key: str) -> bytes:
         """The whole object.  Raises ObjectMissing."""
@@ -77,6 +82,12 @@ class FolderStore:
                 if not name.startswith("."):
                     yield Path(folder, name).relative_to(self.root).as_posix()
 
+    def signed_url(self, key: str, seconds: int) -> str:
+        """A folder cannot: whoever may read it needs no URL, and nobody else can be kept to one file."""
+        raise StoreUnavailable(
+            str(self.root), "a folder signs no URLs", "use a store on S3, or `lora pull` on this machine"
+        )
+
     def check(self) -> str:
         """Where it is, once it has proved to be writable.  Raises StoreUnavailable."""
         with self._faults("a test file"), tempfile.TemporaryFile(dir=self.root):
@@ -86,6 +97,23 @@ class FolderStore:
         """Make the folder if it is missing.  Raises StoreUnavailable."""
         with self._faults("the folder"):
             self.root.mkdir(parents=True, exist_ok=True)
+
+    def _put_new(self, key: str, path: Path, data: bytes) -> bool:
+        """Raises FileNotFoundError, or FileExistsError from mkdir, when a sweeper takes the folder away meanwhile."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wrote = not path.exists() and _link_new(path, data)
+        if not wrote:
+            check_same(key, data, path.read_bytes())
+        _tidy(path)
+        self._sync_folders(path)  # also where somebody wrote it who was killed before that
+        return wrote
+
+    def _sync_folders(self, path: Path) -> None:
+        """Every folder above a file up to the root: a power cut must not take away a name that a row relies on."""
+        for folder in path.parents:
+            _sync_folder(folder)
+            if folder == self.root:
+                break
 
     def _path(self, key: str) -> Path:
         path = self.root / checked_key(key)
@@ -114,23 +142,31 @@ class FolderStore:
             raise StoreUnavailable(str(self.root), f"{error.strerror} for {key}", fix) from error
 
 
-def _put_new(key: str, path: Path, data: bytes) -> bool:
-    """Raises FileNotFoundError, or FileExistsError from mkdir, when a sweeper takes the folder away meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".put-{secrets.token_hex(8)}"
+def _link_new(path: Path, data: bytes) -> bool:
+    """Write aside, then link; False where somebody was sooner."""
+    aside = path.parent / f"{_aside(path)}{secrets.token_hex(8)}"
     try:
         with open(aside, "xb", opener=lambda name, flags: os.open(name, flags, _MODE)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.link(aside, path)
-        _sync_folder(path.parent)
         return True
     except FileExistsError:
-        check_same(key, data, path.read_bytes())
         return False
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> str:
+    """How the names begin of files that are to become this one; of a fixed length, as a key's part may have 255."""
+    return f".put-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}-"
+
+
+def _tidy(path: Path) -> None:
+    """Remove what killed writers of a file left, now that it is there; a living one finds that it is and needs none."""
+    for left in path.parent.glob(f"{_aside(path)}*"):
+        left.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

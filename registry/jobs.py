@@ -14,6 +14,7 @@ from registry.errors import LeaseLost
 from registry.models import Adapter, AdapterVersion, Dataset, Facts, Job, SharedBase, Tenant, User
 from registry.names import AdapterId, DatasetId, JobId, Reference, TenantId
 from registry.queries import Holder, find_or_add, note
+from registry.tenancy import Across, across, enter
 
 MAX_ATTEMPTS = 3  # a job that broke its worker this often has failed
 BUSY, OVER = ("queued", "running"), ("published", "refused")
@@ -81,7 +82,8 @@ def enqueue(session: Session, tenant: TenantId, holder: Holder, order: Order, no
     elif job.created_at == now:
         note(session, tenant, "job queued", job.id, {"fingerprint": order.fingerprint}, now)
     session.flush()
-    number = session.scalar(select(AdapterVersion.number).where(AdapterVersion.job_id == job.id))
+    made = (AdapterVersion.tenant_id == tenant, AdapterVersion.job_id == job.id)
+    number = session.scalar(select(AdapterVersion.number).where(*made))
     return Enqueued(job.id, job.state, job.state in OVER, number)
 
 
@@ -107,22 +109,25 @@ def claim(
     Concurrent claims share nothing out twice (SKIP LOCKED on PostgreSQL, one writer at a time on SQLite).
     """
     wanted = and_(_waiting(now), ~_in_work(now)) if only is None else and_(_waiting(now), Job.id.in_(only))
-    oldest = select(Job).where(wanted).order_by(Job.created_at, Job.id).with_for_update(skip_locked=True)
-    while (first := session.scalar(oldest.limit(1))) is not None:
-        group = session.scalars(oldest.where(Job.cohort_group == first.cohort_group).limit(limit)).all()
-        taken = list({job.adapter_id: job for job in reversed(group)}.values())
-        for job in taken:
-            _take(session, job, worker, now + lease, now)
-        session.flush()
-        if running := [job.id for job in taken if job.state == "running"]:
-            return _claimed(session, running)
+    with across(session, Across.CLAIM):
+        oldest = select(Job).where(wanted).order_by(Job.created_at, Job.id).with_for_update(skip_locked=True)
+        while (first := session.scalar(oldest.limit(1))) is not None:
+            group = session.scalars(oldest.where(Job.cohort_group == first.cohort_group).limit(limit)).all()
+            taken = list({job.adapter_id: job for job in reversed(group)}.values())
+            for job in taken:
+                _take(session, job, worker, now + lease, now)
+            session.flush()
+            if running := [job.id for job in taken if job.state == "running"]:
+                return _claimed(session, running)
     return []
 
 
 def waiting(session: Session, now: datetime) -> dict[str, int]:
     """How many jobs a claim could take now, those of dead workers among them, by cohort group."""
-    counted = select(Job.cohort_group, func.count()).where(_waiting(now), ~_in_work(now)).group_by(Job.cohort_group)
-    return dict(session.execute(counted).tuples().all())
+    free = (_waiting(now), ~_in_work(now))
+    with across(session, Across.CLAIM):
+        counted = select(Job.cohort_group, func.count()).where(*free).group_by(Job.cohort_group)
+        return dict(session.execute(counted).tuples().all())
 
 
 def _waiting(now: datetime) -> ColumnElement[bool]:
@@ -140,6 +145,7 @@ def renew(session: Session, jobs: Sequence[ClaimedJob], lease: timedelta, now: d
     """Extend the leases that are still held; returns their jobs.  What is missing belongs to somebody else."""
     held: list[JobId] = []
     for job in jobs:
+        enter(session, job.tenant_id)
         kept = update(Job).where(*_held(job)).values(lease_until=now + lease).returning(Job.id)
         held += session.scalars(kept).all()
     return held
@@ -169,6 +175,7 @@ def close(session: Session, job: ClaimedJob, state: str, now: datetime, error: s
 
 
 def _change(session: Session, job: ClaimedJob, values: Mapping[str, object]) -> None:
+    enter(session, job.tenant_id)
     if session.scalar(update(Job).where(*_held(job)).values(**values).returning(Job.id)) is None:
         raise LeaseLost(str(job.id), job.fence)
 

@@ -1,6 +1,6 @@
 """Keys of objects: where things lie, which keys are allowed, and that none is ever given other bytes.
 
-`<root>/t/<tenant>/u/<opaque user>/<adapter>/<served name>/<file>`, and `datasets/<digest>.jsonl` below the user.
+`<root>/t/<tenant>/u/<opaque user>/<adapter>/<served name>/<file>`; datasets in `datasets/<digest>-<attempt>/` beside.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ def version_prefix(tenant: str, opaque: str, adapter: str, served_name: str) -> 
     return f"{user_prefix(tenant, opaque)}/{adapter}/{served_name}"
 
 
-def dataset_key(tenant: str, opaque: str, digest: str) -> str:
-    """Where one dataset snapshot lies."""
-    return f"{user_prefix(tenant, opaque)}/datasets/{digest}.jsonl"
+def dataset_prefix(tenant: str, opaque: str, digest: str, attempt: str) -> str:
+    """Where one attempt to store a dataset snapshot puts it."""
+    return f"{user_prefix(tenant, opaque)}/datasets/{digest}-{attempt}"
 
 
 def checked_key(key: str) -> str:

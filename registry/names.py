@@ -19,8 +19,9 @@ RunId = NewType("RunId", uuid.UUID)
 _PLAIN = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _PLAIN_ALLOWED = "at most {} of a-z, 0-9 and single hyphens, starting with a letter"
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _USER_ALLOWED = "at most 128 of A-Z, a-z, 0-9 and . _ = -, starting with a letter or digit"
-_LONGEST = {"tenant": 63, "adapter": 40, "alias": 63}
+_LONGEST = {"tenant": 63, "adapter": 40, "alias": 63, "actor": 128, "reason": 1000}
 
 DEFAULT_ADAPTER = "default"
 LATEST = "latest"  # the newest accepted version; moved by the gate
@@ -41,6 +42,28 @@ def check_user(name: str) -> str:
     return name
 
 
+def check_file(name: str) -> str:
+    """The name of one of a version's files, if it is allowed.  Raises NameRefused."""
+    if len(name) > 128 or not _FILE.fullmatch(name):
+        raise NameRefused("file", name, "at most 128 of A-Z, a-z, 0-9 and . _ -, starting with a letter or digit")
+    return name
+
+
+def check_served(name: str) -> str:
+    """The name under which an engine serves a version, if it is allowed.  Raises NameRefused."""
+    if len(name) > 63 or not _PLAIN.fullmatch(name):
+        raise NameRefused("served name", name, _PLAIN_ALLOWED.format(63))
+    return name
+
+
+def check_words(kind: str, text: str) -> str:
+    """What a person or program says in its own words, if it can be stored and shown.  Raises NameRefused."""
+    longest = _LONGEST[kind]
+    if len(text) > longest or not text.isprintable():
+        raise NameRefused(kind, text, f"at most {longest} characters on one line, without control characters")
+    return text
+
+
 @dataclass(frozen=True)
 class Reference:
     """Which version of whose adapter: `acme/alice`, `acme/alice/notes`, `acme/alice:3`, `acme/alice@production`."""
@@ -50,6 +73,15 @@ class Reference:
     adapter: str = DEFAULT_ADAPTER
     number: int | None = None
     alias: str = LATEST
+
+    def __post_init__(self) -> None:
+        """Whoever makes one, by whatever door: what it holds can stand in a path, a key and a query."""
+        check_plain("tenant", self.tenant)
+        check_user(self.user)
+        check_plain("adapter", self.adapter)
+        check_plain("alias", self.alias)
+        if self.number is not None and not 0 < self.number < 10**9:
+            raise NameRefused("version number", str(self.number), "1, 2, 3 ...")
 
     @classmethod
     def parse(cls, text: str) -> "Reference":
@@ -65,13 +97,8 @@ class Reference:
         adapter = parts[2] if len(parts) == 3 else DEFAULT_ADAPTER
         if mark == ":" and not (version.isascii() and version.isdigit() and 0 < len(version) < 10 and int(version)):
             raise NameRefused("version number", version, "1, 2, 3 ...")
-        return cls(
-            check_plain("tenant", parts[0]),
-            check_user(parts[1]),
-            check_plain("adapter", adapter),
-            int(version) if mark == ":" else None,
-            check_plain("alias", version) if mark == "@" else LATEST,
-        )
+        number, alias = (int(version), LATEST) if mark == ":" else (None, version if mark else LATEST)
+        return cls(parts[0], parts[1], adapter, number, alias)
 
     @classmethod
     def parse_adapter(cls, text: str) -> "Reference":

@@ -1,31 +1,32 @@
 """Publish: bytes first, row second.  A version exists when its row is committed, and only then.
 
 intent row with a lease -> files under an immutable, content-named prefix, the manifest last -> one transaction: fence,
-head, version, scores, alias, event, job.  A crash anywhere leaves at most an intent, which the
-sweeper clears.
+head, version, scores, alias, event, job.  A crash anywhere leaves at most an intent, which the sweep in `uploads.py`
+clears.
 """
 
 import hashlib
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import select, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, aliased
 
-from registry import aliases
+from registry import aliases, uploads
 from registry.errors import ContentDiffers, LeaseLost
 from registry.jobs import ClaimedJob, close
-from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Facts, Job, Upload
-from registry.names import LATEST, RunId, VersionId
-from registry.queries import find_or_add, note
+from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Facts, Job
+from registry.names import LATEST, RunId, VersionId, check_file
+from registry.protection import is_protected
+from registry.queries import note
 from registry.session import reading, transaction
 from registry.store import ObjectStore, version_prefix
+from registry.tenancy import enter
 
 MANIFEST = "manifest.json"
-UPLOAD_LEASE = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,16 @@ def declare(engine: Engine, job: ClaimedJob, digest: str, now: datetime) -> str:
     name = served_name(job, digest)
     prefix = version_prefix(job.reference.tenant, job.opaque, job.reference.adapter, name)
     with transaction(engine) as session:
-        intent = find_or_add(
-            session,
-            select(Upload).where(Upload.prefix == prefix).with_for_update(),
-            lambda: Upload(prefix=prefix, tenant_id=job.tenant_id, job_id=job.id, lease_until=now + UPLOAD_LEASE),
-        )
-        if intent.sweeping:
+        enter(session, job.tenant_id)
+        if not uploads.declare(session, job.tenant_id, prefix, now, job.id):
             raise LeaseLost(str(job.id), job.fence)
-        intent.lease_until = now + UPLOAD_LEASE
     return prefix
 
 
 def upload(store: ObjectStore, prefix: str, files: Mapping[str, bytes]) -> None:
     """Every file under its immutable key, the manifest last: a prefix with a manifest is whole."""
     for name in sorted(files, key=lambda name: (name == MANIFEST, name)):
-        store.put_new(f"{prefix}/{name}", files[name])
+        store.put_new(f"{prefix}/{check_file(name)}", files[name])
 
 
 def served_name(job: ClaimedJob, digest: str) -> str:
@@ -101,39 +97,12 @@ def served_name(job: ClaimedJob, digest: str) -> str:
     return f"{job.reference.adapter}-{nonce[:20]}"
 
 
-def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:
-    """Clear the uploads whose lease has run out and that never became a version; returns their prefixes.
-
-    An intent is marked first: from then on its publisher, however slow, can no longer commit.  The mark stays until a
-    later sweep, a lease on, finds nothing more: what a slow publisher still uploads is cleared too.
-    """
-    with transaction(engine) as session:
-        over = select(Upload).where(Upload.lease_until < now).with_for_update(skip_locked=True).order_by(Upload.prefix)
-        found = {intent.prefix: intent.sweeping for intent in session.scalars(over)}
-        session.execute(update(Upload).where(Upload.prefix.in_(found)).values(sweeping=True))
-    return [prefix for prefix, marked_before in found.items() if _clear(engine, store, prefix, marked_before, now)]
-
-
-def _clear(engine: Engine, store: ObjectStore, prefix: str, marked_before: bool, now: datetime) -> bool:
-    """Clear one marked prefix under its row's lock, so that no second sweeper is at it; whether there was anything."""
-    with transaction(engine) as session:
-        due = (Upload.prefix == prefix, Upload.sweeping, Upload.lease_until < now)
-        intent = session.scalar(select(Upload).where(*due).with_for_update(skip_locked=True))
-        if intent is None:
-            return False
-        cleared = store.clear(prefix)
-        if cleared or not marked_before:
-            intent.lease_until = now + UPLOAD_LEASE
-        else:
-            session.delete(intent)
-    return bool(cleared)
-
-
 def _already(session: Session, job: ClaimedJob, digest: str) -> Published | None:
     """The version this job published before, if it did.
 
     Raises ContentDiffers for other files, LeaseLost where another worker's were sooner.
     """
+    enter(session, job.tenant_id)
     mine = (AdapterVersion.tenant_id == job.tenant_id, AdapterVersion.job_id == job.id)
     version = session.scalar(select(AdapterVersion).where(*mine))
     if version and version.sha256 != digest:
@@ -148,8 +117,7 @@ def _commit(
 ) -> Published:
     """The one transaction that makes the version exist."""
     close(session, job, "published" if finished.accepted else "refused", now)
-    intent = delete(Upload).where(Upload.prefix == prefix, Upload.sweeping.is_(False)).returning(Upload.prefix)
-    if session.scalar(intent) is None:
+    if not uploads.settle(session, job.tenant_id, prefix):
         raise LeaseLost(str(job.id), job.fence)
     # The row lock that this takes makes publishers of one adapter wait in line: numbers have no gaps.
     head = update(Adapter).where(Adapter.tenant_id == job.tenant_id, Adapter.id == job.adapter_id)
@@ -159,7 +127,7 @@ def _commit(
     session.flush()
     for subject, metrics in finished.scores.items():
         session.add(Evaluation(tenant_id=job.tenant_id, version_id=version.id, subject=subject, metrics=dict(metrics)))
-    if finished.accepted and not _overtaken(session, job):
+    if finished.accepted and not _overtaken(session, job) and not is_protected(session, job.tenant_id, LATEST):
         aliases.move(session, job.tenant_id, version, LATEST, actor="gate", reason=finished.reason, now=now)
     body = {"number": number, "accepted": finished.accepted, "reason": finished.reason}
     note(session, job.tenant_id, "version published", version.id, body, now)

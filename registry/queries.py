@@ -3,11 +3,12 @@
 import secrets
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from sqlalchemy import Select, Subquery, func, select
+from sqlalchemy import ColumnElement, Select, Subquery, func, select, true
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -27,7 +28,8 @@ from registry.models import (
     Tenant,
     User,
 )
-from registry.names import AdapterId, Reference, TenantId
+from registry.names import AdapterId, JobId, Reference, TenantId, check_plain
+from registry.tenancy import Across, across, enter, enter_named
 
 Row = TypeVar("Row", bound=Base)
 
@@ -54,24 +56,29 @@ class Listed:
 
 
 def tenant_id(session: Session, name: str) -> TenantId:
-    """The id of a tenant.  Raises NotFound."""
+    """The id of a tenant, whose rows are all that the transaction sees from here on.  Raises NameRefused, NotFound."""
+    enter_named(session, check_plain("tenant", name))
     found = session.scalar(select(Tenant.id).where(Tenant.name == name))
     if found is None:
         raise NotFound("tenant", name, "add data for it first: lora data add TENANT/USER FILE")
+    enter(session, found)
     return found
 
 
 def ensure_adapter(session: Session, reference: Reference, now: datetime) -> Holder:
     """The adapter that a reference names; tenant, user and adapter are made where they are new."""
+    enter_named(session, reference.tenant)
     tenants = select(Tenant).where(Tenant.name == reference.tenant)
     tenant = find_or_add(session, tenants, lambda: Tenant(name=reference.tenant, created_at=now))
+    enter(session, tenant.id)
     users = select(User).where(User.tenant_id == tenant.id, User.name == reference.user)
     user = find_or_add(
         session,
         users,
         lambda: User(tenant_id=tenant.id, name=reference.user, opaque=secrets.token_hex(16), created_at=now),
     )
-    adapters = select(Adapter).where(Adapter.user_id == user.id, Adapter.name == reference.adapter)
+    mine = (Adapter.tenant_id == tenant.id, Adapter.user_id == user.id)
+    adapters = select(Adapter).where(*mine, Adapter.name == reference.adapter)
     adapter = find_or_add(
         session,
         adapters,
@@ -167,14 +174,14 @@ def lineage(session: Session, tenant: TenantId, version: AdapterVersion) -> tupl
         select(Dataset, SharedBase, Job)
         .join(Job, Job.dataset_id == Dataset.id)
         .join(SharedBase, SharedBase.id == Job.base_id)
-        .where(Job.id == version.job_id, Job.tenant_id == tenant)
+        .where(Job.tenant_id == tenant, Job.id == version.job_id)
     ).one()
     return row.tuple()
 
 
 def listing(session: Session, tenant: TenantId, limit: int = 1000) -> list[Listed]:
     """The adapters of a tenant by user and name, with their latest versions and scores: one statement."""
-    candidate, base = _score("candidate"), _score("base")
+    candidate, base = _score(tenant, "candidate"), _score(tenant, "base")
     rows = session.execute(
         select(User.name, Adapter.name, Adapter.head, AdapterVersion, candidate.c.metrics, base.c.metrics)
         .join(Adapter, Adapter.user_id == User.id)
@@ -191,7 +198,8 @@ def listing(session: Session, tenant: TenantId, limit: int = 1000) -> list[Liste
 
 def tenants(session: Session) -> list[Tenant]:
     """Every tenant, by name: for the operator of the whole factory only."""
-    return list(session.scalars(select(Tenant).order_by(Tenant.name)))
+    with across(session, Across.OVERVIEW):
+        return list(session.scalars(select(Tenant).order_by(Tenant.name)))
 
 
 def newest_dataset(session: Session, tenant: TenantId, holder: Holder) -> Dataset:
@@ -205,6 +213,12 @@ def newest_dataset(session: Session, tenant: TenantId, holder: Holder) -> Datase
     if found is None:
         raise NotFound("dataset of", holder.user.name, "add one: lora data add TENANT/USER FILE")
     return found
+
+
+def dataset_key(session: Session, tenant: TenantId, holder: Holder, digest: str) -> str | None:
+    """Where the user's dataset of that content lies; None where there is none."""
+    mine = (Dataset.tenant_id == tenant, Dataset.user_id == holder.user.id, Dataset.digest == digest)
+    return session.scalar(select(Dataset.key).where(*mine))
 
 
 def ensure_dataset(
@@ -254,10 +268,16 @@ def note(session: Session, tenant: TenantId, kind: str, subject: uuid.UUID, body
     session.add(Event(tenant_id=tenant, kind=kind, subject=str(subject), body=body, at=now))
 
 
+def job(session: Session, tenant: TenantId, job_id: JobId) -> Job:
+    """A job as it is now."""
+    return session.scalars(select(Job).where(Job.tenant_id == tenant, Job.id == job_id)).one()
+
+
 def job_counts(session: Session, tenant: TenantId | None = None) -> dict[str, int]:
     """How many jobs are in each state, of one tenant or (for the operator) of all."""
-    counted = select(Job.state, func.count()).group_by(Job.state)
-    return dict(session.execute(_of(counted, tenant)).tuples().all())
+    counted = select(Job.state, func.count()).where(_of(tenant)).group_by(Job.state)
+    with _scope(session, tenant):
+        return dict(session.execute(counted).tuples().all())
 
 
 def recent_jobs(session: Session, tenant: TenantId | None = None, limit: int = 20) -> list[tuple[Job, str, str, str]]:
@@ -268,15 +288,22 @@ def recent_jobs(session: Session, tenant: TenantId | None = None, limit: int = 2
         .join(Adapter, Adapter.id == Job.adapter_id)
         .join(User, User.id == Adapter.user_id)
         .join(Tenant, Tenant.id == Job.tenant_id)
+        .where(_of(tenant))
         .order_by(busy.desc(), func.coalesce(Job.finished_at, Job.created_at).desc())
         .limit(limit)
     )
-    return [row.tuple() for row in session.execute(_of(asked, tenant))]
+    with _scope(session, tenant):
+        return [row.tuple() for row in session.execute(asked)]
 
 
-def _of(asked: Select[Any], tenant: TenantId | None) -> Select[Any]:  # any columns, the same ones out
-    return asked if tenant is None else asked.where(Job.tenant_id == tenant)
+def _of(tenant: TenantId | None) -> ColumnElement[bool]:
+    return Job.tenant_id == tenant if tenant is not None else true()
 
 
-def _score(subject: str) -> Subquery:
-    return select(Evaluation.version_id, Evaluation.metrics).where(Evaluation.subject == subject).subquery()
+def _scope(session: Session, tenant: TenantId | None) -> AbstractContextManager[None]:
+    return across(session, Across.OVERVIEW) if tenant is None else nullcontext()
+
+
+def _score(tenant: TenantId, subject: str) -> Subquery:
+    mine = (Evaluation.tenant_id == tenant, Evaluation.subject == subject)
+    return select(Evaluation.version_id, Evaluation.metrics).where(*mine).subquery()

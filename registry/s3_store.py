@@ -4,7 +4,9 @@ Only what all such servers agree on is used: PUT with If-None-Match, GET, HEAD, 
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry.errors import ObjectMissing, StoreUnavailable
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _CHUNK = 1 << 20
+_PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)  # seconds, while another write of the same key is under way
 Result = TypeVar("Result")
 
 
@@ -27,14 +30,23 @@ class S3Store:
 
     def put_new(self, key: str, data: bytes) -> bool:
         """PUT with If-None-Match; a PUT whose answer was lost counts as ours when the bytes are the same."""
-        status = self._status(
-            key,
-            lambda: self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*"),
-        )
-        # 412 there already, 409 somebody is writing it now, 404 as some servers say it for a lost race
-        if status != 200:
-            check_same(key, data, self.get(key))
-        return status == 200
+
+        def put() -> int:
+            return self._status(
+                key,
+                lambda: self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*"),
+            )
+
+        for pause in _PAUSES:
+            if (status := put()) == 200:
+                return True
+            # 412 there already, 409 somebody is writing it now, 404 as some servers say it for a lost race: it may
+            # not be readable yet, and it is not there if the other write fails.
+            with suppress(ObjectMissing):
+                check_same(key, data, self.get(key))
+                return False
+            time.sleep(pause)
+        raise StoreUnavailable(self.name, f"{key} is being written elsewhere ({status})", "try again")
 
     def get(self, key: str) -> bytes:
         """The whole object.  Raises ObjectMissing."""
@@ -77,6 +89,11 @@ class S3Store:
         for page in self._call(prefix, lambda: list(pages)):
             for found in page.get("Contents", []):
                 yield found["Key"].removeprefix(self.root)
+
+    def signed_url(self, key: str, seconds: int) -> str:
+        """A presigned GET: the server refuses it for another key or method, and once its time is over."""
+        place = {"Bucket": self.bucket, "Key": self._key(key)}
+        return self._call(key, lambda: self.client.generate_presigned_url("get_object", place, ExpiresIn=seconds))
 
     def check(self) -> str:
         """Where it is, once it has answered.  Raises StoreUnavailable."""
@@ -148,6 +165,7 @@ def s3_client() -> "S3Client":
     from botocore.exceptions import BotoCoreError
 
     config = Config(
+        signature_version="s3v4",  # else boto3 presigns by the older one, which fewer servers take
         retries={"mode": "standard", "max_attempts": 5},
         connect_timeout=5,
         read_timeout=60,

@@ -7,13 +7,14 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from croniter import CroniterError, croniter
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from registry.errors import NotFound, ScheduleRefused
 from registry.models import Adapter, Facts, Schedule, Tenant, User
 from registry.names import Reference, TenantId
 from registry.queries import Holder, note
+from registry.tenancy import Across, across
 
 SHORTEST, LONGEST = timedelta(seconds=60), timedelta(days=3650)  # one tick; far within what dates can hold
 _MOST_CRON = 120  # characters
@@ -91,7 +92,7 @@ def put(
     session: Session, tenant: TenantId, holder: Holder, timing: Timing, base: str, recipe: Facts, now: datetime
 ) -> Schedule:
     """Give an adapter its schedule, in place of the one it had."""
-    found = session.get(Schedule, holder.adapter.id)
+    found = session.scalar(_of(tenant, holder))
     if found is None:
         found = Schedule(adapter_id=holder.adapter.id, tenant_id=tenant)
         session.add(found)
@@ -104,11 +105,13 @@ def put(
 
 def schedules(session: Session, tenant: TenantId | None = None) -> list[tuple[Reference, Schedule]]:
     """Every schedule, of one tenant or (for the operator) of all, by tenant, user and adapter."""
-    asked = _with_owner()
+    asked = _with_owner().order_by(Tenant.name, User.name, Adapter.name)
     if tenant is not None:
-        asked = asked.where(Schedule.tenant_id == tenant)
-    rows = session.execute(asked.order_by(Tenant.name, User.name, Adapter.name))
-    return [(Reference(tenant_, user, adapter), schedule) for schedule, tenant_, user, adapter in rows.tuples()]
+        rows = session.execute(asked.where(Schedule.tenant_id == tenant)).all()
+    else:
+        with across(session, Across.OVERVIEW):
+            rows = session.execute(asked).all()
+    return [(Reference(tenant_, user, adapter), schedule) for schedule, tenant_, user, adapter in rows]
 
 
 def pause(session: Session, tenant: TenantId, holder: Holder, paused: bool, now: datetime) -> Schedule:
@@ -129,8 +132,9 @@ def remove(session: Session, tenant: TenantId, holder: Holder, now: datetime) ->
 
 def due_bases(session: Session, now: datetime) -> list[str]:
     """The bases that the schedules due now name."""
-    due = select(Schedule.base).where(Schedule.next_due_at <= now, Schedule.paused.is_(False)).distinct()
-    return sorted(session.scalars(due))
+    with across(session, Across.TICK):
+        due = select(Schedule.base).where(Schedule.next_due_at <= now, Schedule.paused.is_(False)).distinct()
+        return sorted(session.scalars(due))
 
 
 def fire(session: Session, now: datetime, limit: int = 1000) -> list[Due]:
@@ -138,20 +142,17 @@ def fire(session: Session, now: datetime, limit: int = 1000) -> list[Due]:
 
     One that was missed while everything was down fires once, not once for each moment missed.
     """
-    rows = session.execute(
-        _with_owner()
-        .where(Schedule.next_due_at <= now, Schedule.paused.is_(False))
-        .order_by(Schedule.next_due_at)
-        .limit(limit)
-        .with_for_update(of=Schedule, skip_locked=True)
-    )
+    due = (Schedule.next_due_at <= now, Schedule.paused.is_(False))
     fired = []
-    for schedule, tenant, user, adapter in rows.tuples():
-        schedule.last_fired_at = now
-        schedule.next_due_at = Timing(schedule.timing, schedule.time_zone).after(now)
-        note(session, schedule.tenant_id, "schedule fired", schedule.adapter_id, {}, now)
-        fired.append(Due(Reference(tenant, user, adapter), schedule.base, schedule.recipe))
-    session.flush()
+    with across(session, Across.TICK):
+        asked = _with_owner().where(*due).order_by(Schedule.next_due_at).limit(limit)
+        rows = session.execute(asked.with_for_update(of=Schedule, skip_locked=True))
+        for schedule, tenant, user, adapter in rows.tuples():
+            schedule.last_fired_at = now
+            schedule.next_due_at = Timing(schedule.timing, schedule.time_zone).after(now)
+            note(session, schedule.tenant_id, "schedule fired", schedule.adapter_id, {}, now)
+            fired.append(Due(Reference(tenant, user, adapter), schedule.base, schedule.recipe))
+        session.flush()
     return fired
 
 
@@ -164,9 +165,13 @@ def _with_owner() -> Any:  # a select of four entities: SQLAlchemy's type for it
     )
 
 
+def _of(tenant: TenantId, holder: Holder) -> Select[tuple[Schedule]]:
+    return select(Schedule).where(Schedule.tenant_id == tenant, Schedule.adapter_id == holder.adapter.id)
+
+
 def _one(session: Session, tenant: TenantId, holder: Holder) -> Schedule:
-    found = session.get(Schedule, holder.adapter.id)
-    if found is None or found.tenant_id != tenant:
+    found = session.scalar(_of(tenant, holder))
+    if found is None:
         raise NotFound("schedule of", f"{holder.user.name}/{holder.adapter.name}", "set one: lora schedule set")
     return found
 

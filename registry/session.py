@@ -11,12 +11,15 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError, ProgrammingError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from registry.errors import DatabaseUnavailable
+from registry.models import Base
 
 _SQLITE_WAIT_SECONDS = 60  # how long a writer waits for its turn; one writes at a time
+_FROZEN_SECONDS = 300  # a worker that stands still inside a transaction loses it: its locks hold up others
+_FOR_GOOD = ("adapter_versions", "alias_moves", "events")  # tables whose rows are added, and never rewritten
 _FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
 
 
@@ -29,7 +32,9 @@ def open_database(url: str) -> Engine:
             event.listen(engine, "connect", _set_up_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
             return engine
-        return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
+        engine = create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
+        event.listen(engine, "connect", _set_up_postgres)
+        return engine
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise DatabaseUnavailable(_without_password(url), str(error).splitlines()[0], _FORMS) from None
     except ValueError:  # its words show what stands for the port, which may be the rest of a password
@@ -56,15 +61,35 @@ def reading(engine: Engine) -> Iterator[Session]:
         yield session
 
 
-def upgrade(engine: Engine, revision: str = "head") -> None:
-    """Bring the tables up to date (Alembic); safe to run again, and by several at once on PostgreSQL."""
+def upgrade(engine: Engine, revision: str = "head", application: str | None = None) -> None:
+    """Bring the tables up to date (Alembic); safe to run again, and by several at once on PostgreSQL.
+
+    With the engine of the tables' owner, `application` is the role that works with them and owns nothing.
+    """
     config = Config()
     config.set_main_option("script_location", str(files("registry") / "migrations"))
     with _known_faults(engine), engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(5045017)")
+            # A migration that would rewrite only the rows that a policy shows fails instead.
+            connection.exec_driver_sql("SET LOCAL row_security = off")
         config.attributes["connection"] = connection
         command.upgrade(config, revision)
+        if application and engine.dialect.name == "postgresql":
+            _grant(connection, application)
+
+
+def _grant(connection: Connection, application: str) -> None:
+    """Let a role read and write rows, and nothing else; what is written for good it cannot rewrite."""
+    role = connection.dialect.identifier_preparer.quote(application)
+    for name, table in Base.metadata.tables.items():
+        rights = "SELECT, INSERT, DELETE" if name in _FOR_GOOD else "SELECT, INSERT, UPDATE, DELETE"
+        connection.exec_driver_sql(f"GRANT {rights} ON {name} TO {role}")
+        if table.autoincrement_column is not None:
+            connection.exec_driver_sql(
+                f"GRANT USAGE ON SEQUENCE {name}_{table.autoincrement_column.name}_seq TO {role}"
+            )
+    connection.exec_driver_sql(f"GRANT SELECT ON alembic_version TO {role}")
 
 
 @contextmanager
@@ -72,23 +97,32 @@ def _known_faults(engine: Engine) -> Iterator[None]:
     """The database's everyday faults in plain words; anything else is passed on."""
     try:
         yield
-    except OperationalError as error:
-        why = str(error.orig).strip().splitlines()[0]
-        raise DatabaseUnavailable(shown(engine), why, _what_to_do(engine, why)) from error
-    except ProgrammingError as error:
-        if "does not exist" not in str(error.orig):
-            raise
-        raise DatabaseUnavailable(shown(engine), "its tables are missing or older", "run `lora setup`") from error
-    except DatabaseError as error:
-        if "not a database" not in str(error.orig):
-            raise
-        fix = "name another file in LORA_DATABASE_URL"
-        raise DatabaseUnavailable(shown(engine), "the file is something else than a database", fix) from error
+    except DBAPIError as error:
+        why = (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]
+        if isinstance(error, OperationalError) or error.connection_invalidated:
+            raise DatabaseUnavailable(shown(engine), why, _what_to_do(engine, why)) from error
+        if isinstance(error, ProgrammingError) and (told := _rights(why)):
+            raise DatabaseUnavailable(shown(engine), *told) from error
+        if "not a database" in why:
+            fix = "name another file in LORA_DATABASE_URL"
+            raise DatabaseUnavailable(shown(engine), "the file is something else than a database", fix) from error
+        raise
+
+
+def _rights(why: str) -> tuple[str, str] | None:
+    """What is wrong with tables and roles, and what to do; None for a fault of the code."""
+    if why.startswith(("permission denied", "must be owner")):
+        return f"its role may not do this ({why})", "run `lora setup` with the owner's URL in LORA_DATABASE_OWNER_URL"
+    if why.startswith("role "):
+        return why, "make it: CREATE ROLE ... LOGIN PASSWORD '...'"
+    return ("its tables are missing or older", "run `lora setup`") if "does not exist" in why else None
 
 
 def _what_to_do(engine: Engine, why: str) -> str:
     if "no such table" in why:
         return "run `lora setup`"
+    if "is full" in why:
+        return "make room on its disk"
     if "unable to open" not in why:
         return "check LORA_DATABASE_URL and that it is running"
     folder = Path(str(engine.url.database)).absolute().parent
@@ -102,6 +136,12 @@ def _set_up_sqlite(connection: sqlite3.Connection, _: Any) -> None:  # SQLAlchem
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _set_up_postgres(connection: Any, _: Any) -> None:  # psycopg's connection, SQLAlchemy's record of it
+    connection.autocommit = True
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{_FROZEN_SECONDS}s'")
+    connection.autocommit = False
 
 
 def _begin_sqlite(connection: Connection) -> None:

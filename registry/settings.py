@@ -16,7 +16,9 @@ class RegistrySettings(BaseSettings):
 
     home: Path = Path("~/.lora")  # caches, and registry and store where no URL says otherwise
     database_url: str = Field(default="", repr=False)  # may hold a password
+    database_owner_url: str = Field(default="", repr=False)  # PostgreSQL: whose tables they are; for `lora setup` only
     store_url: str = ""
+    grant_secret: str = Field(default="", repr=False)  # with which a broker signs its grants
 
     @classmethod
     def read(cls) -> Self:

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from registry.errors import StoreUnavailable
 from registry.folder_store import FolderStore
-from registry.keys import checked_key, dataset_key, user_prefix, version_prefix
+from registry.keys import checked_key, dataset_prefix, user_prefix, version_prefix
 from registry.s3_store import S3Store, s3_client
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "ObjectStore",
     "S3Store",
     "checked_key",
-    "dataset_key",
+    "dataset_prefix",
     "open_store",
     "s3_client",
     "user_prefix",
@@ -54,6 +54,12 @@ class ObjectStore(Protocol):
 
     def keys(self, prefix: str) -> Iterator[str]:
         """The keys below a prefix, for sweeping."""
+
+    def signed_url(self, key: str, seconds: int) -> str:
+        """A URL that gives this object, and nothing else, to whoever has it, for so long.
+
+        Raises StoreUnavailable where nobody would check it.
+        """
 
     def check(self) -> str:
         """Where it is, in words, once it has proved to answer.  Raises StoreUnavailable."""

@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from flows.cli import chatting, dataset, reading, scheduling, system, training, versions
+from flows.cli import chatting, dataset, fleet, leave, reading, scheduling, system, training, versions
 from flows.cli.printing import fail
 from flows.errors import FlowError
 from lora_core.errors import LoraError
@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
-for group in (system, training, reading, versions, chatting):
+for group in (system, training, reading, versions, fleet, leave, chatting):
     group.register(app)
 
 
@@ -67,7 +67,9 @@ def _in_words(error: Exception) -> str:
         return _missing(error)
     if isinstance(error, OSError):
         what = error.strerror or str(error)
-        return f"{error.filename}: {what}; check the path, its rights and the space" if error.filename else what
+        return (
+            f"{str(error.filename)[:200]}: {what}; check the path, its rights and the space" if error.filename else what
+        )
     return str(error)
 
 

@@ -26,19 +26,25 @@ VersionReference = Annotated[
 
 
 def fail(error: object, code: int) -> int:
-    """Say what went wrong on stderr; gives the exit code back."""
-    Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    """Say what went wrong on stderr, in one line; gives the exit code back."""
+    text = plain(f"error: {error}", keep="")
+    Console(stderr=True, soft_wrap=True).print(text, style="red", markup=False, highlight=False)
     return code
+
+
+def plain(text: str, keep: str = "\n\t") -> str:
+    """Text that cannot steer a terminal, whoever wrote it: control and invisible characters become escapes."""
+    return "".join(one if one.isprintable() or one in keep else ascii(one)[1:-1] for one in text)
 
 
 def say(text: str) -> None:
     """One line to a person."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def remark(text: str) -> None:
     """One line on stderr, beside an answer that a program may be reading."""
-    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(plain(text), markup=False, highlight=False)
 
 
 def answer(rows: Sequence[Row], as_json: bool, empty: str, title: str | None = None) -> None:
@@ -82,7 +88,7 @@ def shown(value: object) -> str:
         return value.strftime("%Y-%m-%d %H:%M:%S %Z")
     if isinstance(value, dict | list):
         return json.dumps(value, default=str)
-    return str(value)
+    return plain(str(value))
 
 
 def size(count: int) -> str:

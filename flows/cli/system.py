@@ -13,7 +13,9 @@ from flows.cli.printing import AsJson, answer, say
 from flows.factory import Factory
 from registry.errors import RegistryError
 from registry.session import reading, shown
+from registry.tenancy import unbound
 
+SECRET = {"database_url", "database_owner_url", "store_url", "grant_secret"}  # shown without passwords, or not at all
 LIBRARIES = (
     "lora-factory",
     "torch",
@@ -36,7 +38,7 @@ def register(app: typer.Typer) -> None:
 def setup() -> None:
     """Make what is missing: the registry's tables (Alembic), the bucket or folder.  Safe to run again.
 
-    LORA_DATABASE_URL=postgresql+psycopg://... LORA_STORE_URL=s3://adapters lora setup
+    LORA_DATABASE_URL=postgresql+psycopg://lora_app@... LORA_DATABASE_OWNER_URL=postgresql+psycopg://lora@... lora setup
     """
     factory = Factory.from_environment()
     factory.set_up()
@@ -50,7 +52,7 @@ def doctor(as_json: AsJson = False) -> None:
     lora doctor
     """
     factory = Factory.from_environment()
-    settings = factory.settings.model_dump(mode="json", exclude={"database_url", "store_url"})
+    settings = factory.settings.model_dump(mode="json", exclude=SECRET)
     rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
     checks = [_tried(factory, "registry", _registry), _tried(factory, "store", _store)]
     rows += [*checks, {"what": "python", "state": platform.python_version()}]
@@ -80,7 +82,9 @@ def _registry(factory: Factory) -> str:
         from registry.queries import tenants
 
         count = len(tenants(session))
-    return f"{shown(factory.engine)}, {count} tenants"
+    why = unbound(factory.engine)
+    apart = f"by queries alone: {why}" if why else "by row-level security"
+    return f"{shown(factory.engine)}, {count} tenants, kept apart {apart}"
 
 
 def _store(factory: Factory) -> str:

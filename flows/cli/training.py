@@ -12,9 +12,9 @@ from flows.cli.printing import AsJson, answer, console, fail, say
 from flows.errors import FlowError
 from flows.factory import Factory, add_data, pin_base, request_training
 from lora_core.errors import LoraError
+from registry import queries
 from registry.errors import RegistryError
 from registry.jobs import Enqueued
-from registry.models import Job
 from registry.names import JobId, Reference
 from registry.session import reading, transaction
 
@@ -140,7 +140,8 @@ def _not_trained(factory: Factory, label: str, job: Enqueued) -> dict[str, str]:
     if job.unchanged:
         return {"user": label, "result": "unchanged", "version": str(job.number)}
     with reading(factory.engine) as session:
-        now_is = session.get_one(Job, job.job_id)
+        tenant = queries.tenant_id(session, Reference.parse(label).tenant)
+        now_is = queries.job(session, tenant, job.job_id)
     until = f" until {now_is.lease_until:%H:%M:%S} UTC" if now_is.lease_until else ""
     why = f"it is {now_is.state}, held by {now_is.worker or 'nobody'}{until}; see `lora status`"
     return {"user": label, "result": "not trained here", "why": why}

@@ -1,6 +1,5 @@
 """`lora promote`, `rollback` and `pull`: move aliases, and bring adapters to where they are served."""
 
-import getpass
 import os
 import shutil
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from flows.cli.fleet import All, Conditions, Number, Override, Source, promote_all, roll_back_all
 from flows.cli.printing import AsJson, OwnReference, VersionReference, answer_one, say
 from flows.errors import Unready
-from flows.factory import Factory, now
+from flows.factory import Factory, now, who
 from registry import aliases, queries
 from registry.client import Client
 from registry.names import LATEST, Reference
@@ -18,6 +18,7 @@ from registry.session import transaction
 
 AliasOption = Annotated[str, typer.Option("--alias", help="Which alias to move.")]
 Reason = Annotated[str, typer.Option("--reason", help="Kept in the alias's history.")]
+Expected = Annotated[int | None, typer.Option("--expect", help="Only if it is at this version now; 0: if it is new.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,34 +32,64 @@ def promote(
     alias: AliasOption = "production",
     reason: Reason = "by hand",
     force: Annotated[bool, typer.Option("--force", help="Also a version that the gate refused.")] = False,
+    expect: Expected = None,
+    override: Override = False,
+    all_: All = False,
+    where: Conditions = None,
+    source: Source = LATEST,
 ) -> None:
-    """Point an alias at a version.
+    """Point an alias at a version; with --all, of all adapters of a tenant at once.
 
     lora promote acme/alice:3
 
     lora promote acme/alice:2 --alias latest --reason "3 answers too curtly"
+
+    lora promote acme --all --where "user=a*" --where base=9c3f
     """
+    if all_:
+        promote_all(reference, alias, source, where or [], reason, force=force, override=override)
+        return
+    if where or source != LATEST:
+        raise typer.BadParameter("--where and --from go with --all")
     wanted = Reference.parse(reference)
     with transaction(Client.from_environment().engine) as session:
         tenant = queries.tenant_id(session, wanted.tenant)
-        version = aliases.promote(session, tenant, wanted, alias, actor=_who(), reason=reason, now=now(), force=force)
+        version = aliases.promote(
+            session, tenant, wanted, alias, actor=who(), reason=reason, now=now(), force=force, expected=expect,
+            override=override,
+        )  # fmt: skip
     say(f"{wanted.label}@{alias} is now version {version.number}")
 
 
-def rollback(reference: OwnReference, alias: AliasOption = LATEST, reason: Reason = "by hand") -> None:
-    """Point an alias back at where it pointed before.
+def rollback(
+    reference: OwnReference,
+    alias: AliasOption = LATEST,
+    reason: Reason = "by hand",
+    expect: Expected = None,
+    override: Override = False,
+    all_: All = False,
+    number: Number = None,
+) -> None:
+    """Point an alias back at where it pointed before; with --all, take a whole tenant's move back.
 
     lora rollback acme/alice
 
     lora rollback acme/alice --alias production
+
+    lora rollback acme --all --alias production
     """
+    if all_:
+        roll_back_all(reference, alias, number, reason, override=override)
+        return
     adapter, at, other = reference.partition("@")
     if at:
         raise typer.BadParameter(f"name the alias apart: lora rollback {adapter} --alias {other}")
     wanted = Reference.parse_adapter(reference)
     with transaction(Client.from_environment().engine) as session:
         tenant = queries.tenant_id(session, wanted.tenant)
-        version = aliases.rollback(session, tenant, wanted, alias, actor=_who(), reason=reason, now=now())
+        version = aliases.rollback(
+            session, tenant, wanted, alias, actor=who(), reason=reason, now=now(), expected=expect, override=override
+        )
     say(f"{wanted.label}@{alias} is now version {version.number}")
 
 
@@ -81,13 +112,6 @@ def pull(
         answer_one({"folder": folder}, as_json)
     else:
         say(str(folder))
-
-
-def _who() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container may run as a number without a name
-        return f"uid {os.getuid()}"
 
 
 def _copied(folder: Path, to: Path) -> Path:

@@ -6,12 +6,14 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flows import cli
 from tests.lora_core.conftest import CHATML, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +21,7 @@ LORA = (sys.executable, "-c", "from flows.cli import main; main()")
 QUICK = ["rank=4", "learning_rate=3e-2", "epochs=6", "batch_size=4", "row_tokens=64", "max_length=64", "patience=2"]
 
 Lora = Callable[..., subprocess.CompletedProcess[str]]
+LoraHere = Callable[..., "Said"]
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +73,32 @@ def lora(tmp_path: Path) -> Lora:
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
+
+    return run
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command answered."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def lora_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> LoraHere:
+    """The `lora` command in this process, with variables of its environment: one of its own would cost seconds."""
+    for name, value in {**cli.QUIET, "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*words: str, **environment: str) -> Said:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["lora", *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return Said(int(left.value.code or 0), *capsys.readouterr())
 
     return run
 

@@ -104,7 +104,7 @@ def test_the_compose_file_names_what_is_here() -> None:
     """Files and commands that it mentions exist; os.environ is not needed to read it."""
     text = (ROOT / "docker-compose.yml").read_text()
 
-    for path in ("infra/Dockerfile", "infra/prefect.yaml", "infra/postgres-init.sql"):
+    for path in ("infra/Dockerfile", "infra/prefect.yaml", "infra/postgres-init.sh"):
         assert path in text
         assert (ROOT / path).is_file()
     assert os.access(ROOT / "infra" / "s3-server", os.X_OK)

@@ -6,16 +6,12 @@ In this process, since each one of its own would cost seconds.
 import getpass
 import os
 import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from sqlalchemy.engine import Engine
 
-from flows import cli
 from flows.factory import Factory, pin_base
 from flows.settings import FactorySettings
 from registry import jobs, queries
@@ -23,43 +19,20 @@ from registry.names import Reference
 from registry.publishing import publish
 from registry.session import open_database, reading, transaction, upgrade
 from registry.store import FolderStore
-from tests.flows.conftest import LORA, ROOT, write_user
+from tests.flows.conftest import LORA, ROOT, LoraHere, Said, write_user
 from tests.registry.conftest import NOW, enqueue, finished
 
 
-@dataclass(frozen=True)
-class Said:
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
-
-
-Lora = Callable[..., Said]
-
-
 @pytest.fixture
-def lora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lora:
-    """The `lora` command in this process, with variables of its environment."""
-    for name, value in {**cli.QUIET, "COLUMNS": "200"}.items():
-        monkeypatch.setenv(name, value)
-
-    def run(*words: str, **environment: str) -> Said:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["lora", *words])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return Said(int(left.value.code or 0), *capsys.readouterr())
-
-    return run
+def lora(lora_here: LoraHere) -> LoraHere:
+    """The `lora` command in this process."""
+    return lora_here
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Engine:
     """A registry in LORA_HOME with its tables."""
-    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "store").mkdir(parents=True)
     opened = open_database(f"sqlite:///{tmp_path / 'home' / 'registry.db'}")
     upgrade(opened)
     return opened
@@ -100,7 +73,7 @@ SETTINGS: list[tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]] = [
 
 @pytest.mark.parametrize(("environment", "words", "expected"), SETTINGS)
 def test_a_wrong_setting_is_told_with_what_is_allowed(
-    lora: Lora, environment: dict[str, str], words: tuple[str, ...], expected: tuple[str, ...]
+    lora: LoraHere, environment: dict[str, str], words: tuple[str, ...], expected: tuple[str, ...]
 ) -> None:
     """By the variable's name, and never with a password."""
     said = lora(*words, **environment)
@@ -109,7 +82,7 @@ def test_a_wrong_setting_is_told_with_what_is_allowed(
     assert "heim" not in said.err
 
 
-def test_a_file_that_is_no_database_is_told_and_left_alone(lora: Lora, tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_told_and_left_alone(lora: LoraHere, tmp_path: Path) -> None:
     """Whoever mixes up two paths loses nothing."""
     path = tmp_path / "passwd"
     path.write_text("root:x:0:0:root:/root:/bin/bash\n" * 9)
@@ -119,7 +92,7 @@ def test_a_file_that_is_no_database_is_told_and_left_alone(lora: Lora, tmp_path:
 
 
 @pytest.mark.usefixtures("registry")
-def test_doctor_shows_the_settings_when_the_store_is_wrong(lora: Lora) -> None:
+def test_doctor_shows_the_settings_when_the_store_is_wrong(lora: LoraHere) -> None:
     """It is what it is for."""
     said = lora("doctor", LORA_STORE_URL="http://x", LORA_SLOTS="5")
 
@@ -128,7 +101,7 @@ def test_doctor_shows_the_settings_when_the_store_is_wrong(lora: Lora) -> None:
     assert "error: store http://x" in said.out
 
 
-def test_doctor_shows_no_password_that_a_url_holds_in_its_query(lora: Lora) -> None:
+def test_doctor_shows_no_password_that_a_url_holds_in_its_query(lora: LoraHere) -> None:
     """PostgreSQL takes it there as well."""
     said = lora("doctor", LORA_DATABASE_URL="postgresql+psycopg://127.0.0.1:1/x?password=geheim&connect_timeout=1")
 
@@ -162,14 +135,14 @@ WORDS: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
 @pytest.mark.usefixtures("published")
 @pytest.mark.parametrize(("words", "code", "expected"), WORDS)
 def test_a_wrong_word_is_told_with_what_is_allowed(
-    lora: Lora, base_folder: Path, words: tuple[str, ...], code: int, expected: tuple[str, ...]
+    lora: LoraHere, base_folder: Path, words: tuple[str, ...], code: int, expected: tuple[str, ...]
 ) -> None:
     """Long paths, other people's homes, versions where an adapter is meant, moments that never come."""
     refused(lora(*[str(base_folder) if word == "B" else word for word in words]), code, *expected)
 
 
 @pytest.mark.usefixtures("published")
-def test_rolling_back_an_alias_named_in_the_reference_is_refused_with_the_option(lora: Lora) -> None:
+def test_rolling_back_an_alias_named_in_the_reference_is_refused_with_the_option(lora: LoraHere) -> None:
     """Else `latest` would have moved instead."""
     said = lora("rollback", "acme/bob@production")
 
@@ -177,7 +150,7 @@ def test_rolling_back_an_alias_named_in_the_reference_is_refused_with_the_option
     assert "lora rollback acme/bob --alias production" in said.err
 
 
-def test_a_junk_base_is_told_by_its_file(lora: Lora, tmp_path: Path) -> None:
+def test_a_junk_base_is_told_by_its_file(lora: LoraHere, tmp_path: Path) -> None:
     """Before anything is enqueued."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.safetensors").write_bytes(b"junk")
@@ -185,7 +158,7 @@ def test_a_junk_base_is_told_by_its_file(lora: Lora, tmp_path: Path) -> None:
     refused(lora("train", "acme/alice", "--base", str(tmp_path / "base")), 1, "model.safetensors is no safetensors")
 
 
-def test_a_letter_that_no_terminal_knows_is_shown_escaped(lora: Lora, tmp_path: Path) -> None:
+def test_a_letter_that_no_terminal_knows_is_shown_escaped(lora: LoraHere, tmp_path: Path) -> None:
     """Half of a surrogate pair, as JSON may hold it."""
     path = write_user(tmp_path / "a.jsonl", "hello")
     path.write_text(path.read_text() + '{"tex\\ud800": 1}\n')
@@ -196,7 +169,7 @@ def test_a_letter_that_no_terminal_knows_is_shown_escaped(lora: Lora, tmp_path: 
     assert "a.jsonl:61 tex\\ud800: is not a known field" in said.out
 
 
-def test_a_file_that_may_not_be_read_is_told_by_name(lora: Lora, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_may_not_be_read_is_told_by_name(lora: LoraHere, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the operating system refuses, and wherever."""
 
     def closed(factory: Factory) -> None:
@@ -224,7 +197,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(registry: Engine) -> None:
 
 @pytest.mark.parametrize(("words", "code"), [((), 0), (("--max-bad", "0.1"), 1)])
 def test_the_setting_says_how_many_rows_may_be_bad_where_nobody_else_does(
-    lora: Lora, tmp_path: Path, words: tuple[str, ...], code: int
+    lora: LoraHere, tmp_path: Path, words: tuple[str, ...], code: int
 ) -> None:
     """For looking and for adding alike."""
     path = write_user(tmp_path / "a.jsonl", "hello", count=2)
@@ -246,7 +219,7 @@ def test_the_revision_of_the_default_base_says_nothing_about_another(
     assert pin_base(factory, {None: None, "default": default, "other": other}[named]).revision == revision
 
 
-def test_a_list_that_is_cut_says_so(lora: Lora, registry: Engine) -> None:
+def test_a_list_that_is_cut_says_so(lora: LoraHere, registry: Engine) -> None:
     """On stderr: what a program reads stays JSON."""
     with transaction(registry) as session:
         for user in ("alice", "bob", "eve"):
@@ -262,7 +235,7 @@ def test_a_list_that_is_cut_says_so(lora: Lora, registry: Engine) -> None:
 
 @pytest.mark.usefixtures("published")
 def test_whoever_has_no_name_moves_aliases_as_a_number(
-    lora: Lora, registry: Engine, monkeypatch: pytest.MonkeyPatch
+    lora: LoraHere, registry: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a container that runs under an arbitrary user id."""
 

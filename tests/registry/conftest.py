@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy.engine import Engine
@@ -11,9 +12,11 @@ from sqlalchemy.orm import Session
 
 from registry import jobs, queries
 from registry.jobs import ClaimedJob, Order
+from registry.models import AdapterVersion
 from registry.names import Reference
 from registry.publishing import Finished
-from registry.session import transaction
+from registry.session import reading, transaction
+from registry.store import FolderStore
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 LEASE = timedelta(minutes=5)
@@ -32,6 +35,14 @@ def claim(engine: Engine) -> Claim:
             return [jobs.claim(session, worker, LEASE, 1, NOW, [one.job_id])[0] for one in asked]
 
     return enqueue_and_claim
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FolderStore:
+    """An empty folder store."""
+    made = FolderStore(tmp_path / "store")
+    made.set_up()
+    return made
 
 
 def enqueue(session: Session, reference: str, count: int, group: str = "g", now: datetime = NOW) -> list[jobs.Enqueued]:
@@ -56,3 +67,10 @@ def finished(content: str = "weights", accepted: bool = True) -> Finished:
     files = {"weights.bin": data, "manifest.json": json.dumps({"files": facts}).encode()}
     scores = {"base": {"loss": 2.0}, "candidate": {"loss": 1.0}}
     return Finished(files, accepted, "because", 40, scores, None, "0.1")
+
+
+def versions(engine: Engine) -> list[AdapterVersion]:
+    """Alice's versions, the newest first."""
+    with reading(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+        return queries.versions(session, tenant, queries.holder(session, tenant, "alice", "default").adapter.id)

@@ -1,13 +1,15 @@
 """What an alias points to, and how it got there."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy.engine import Engine
 
 from registry import aliases, queries
-from registry.errors import NameRefused, NotFound, PromotionRefused
+from registry.errors import AliasMoved, NameRefused, NotFound, PromotionRefused
 from registry.names import Reference
 from registry.publishing import publish
 from registry.session import reading, transaction
@@ -28,7 +30,7 @@ def three(engine: Engine, claim: Claim, tmp_path: Path) -> None:
 def move(engine: Engine) -> Move:
     """Promote or roll back, and say which version it gave."""
 
-    def moved(reference: str, alias: str = "production", back: bool = False, reason: str = "test", **more: bool) -> int:
+    def moved(reference: str, alias: str = "production", back: bool = False, reason: str = "test", **more: Any) -> int:
         wanted = Reference.parse(reference)
         with transaction(engine) as session:
             tenant = queries.tenant_id(session, wanted.tenant)
@@ -110,3 +112,55 @@ def test_an_aliases_name_is_checked(move: Move, back: bool) -> None:
     """It stands in references, so it must be able to."""
     with pytest.raises(NameRefused):
         move("acme/alice:1", "a:b", back=back)
+
+
+@pytest.mark.usefixtures("three")
+def test_a_move_is_made_only_from_where_it_was_expected(engine: Engine, move: Move) -> None:
+    """Compare-and-set: who looked before somebody else moved it is told, and nothing happens."""
+    assert move("acme/alice:1", expected=0) == 1
+    assert move("acme/alice:3", expected=1) == 3
+
+    with pytest.raises(AliasMoved, match="points at version 3, not at version 1"):
+        move("acme/alice:1", expected=1)
+    with pytest.raises(AliasMoved, match="not at version 1"):
+        move("acme/alice", back=True, expected=1)
+    with pytest.raises(AliasMoved, match="nowhere yet"):
+        move("acme/alice:1", "canary", expected=1)
+
+    assert move("acme/alice", back=True, expected=3) == 1
+    with reading(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+        adapter = queries.holder(session, tenant, "alice", "default").adapter.id
+        assert queries.aliases(session, tenant, adapter) == {"latest": 3, "production": 1}
+
+
+@pytest.mark.usefixtures("three")
+def test_of_two_moves_at_once_the_second_sees_the_first(engine: Engine, move: Move) -> None:
+    """Going back reads the history only once nobody else can add to it: each of many takes one step."""
+    for _ in range(8):
+        move("acme/alice:1")
+        move("acme/alice:3")
+
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda _: move("acme/alice", back=True), range(8)))
+
+    assert sorted(seen) == [1, 1, 1, 1, 3, 3, 3, 3]
+    with pytest.raises(PromotionRefused):
+        for _ in range(8):
+            move("acme/alice", back=True)
+
+
+@pytest.mark.usefixtures("three")
+def test_of_many_that_expect_the_same_one_moves(engine: Engine, move: Move) -> None:
+    """The database decides who was first, also where the alias is new."""
+
+    def race(number: int) -> int | None:
+        try:
+            return move(f"acme/alice:{number}", expected=0)
+        except AliasMoved:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        moved = list(pool.map(race, [1, 3] * 4))
+
+    assert len([number for number in moved if number]) == 1

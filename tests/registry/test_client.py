@@ -79,6 +79,7 @@ def test_a_damaged_object_is_refused_and_named(
 ) -> None:
     """And nothing of it stays in the cache."""
     store = FolderStore(tmp_path / "store")
+    store.set_up()
     done = publish(engine, store, claim()[0], finished(), NOW)
     path = tmp_path / "store" / done.prefix / file
     data = path.read_bytes()
@@ -126,7 +127,9 @@ print(Client(open_database(sys.argv[1]), open_store(sys.argv[2]), Path(sys.argv[
 
 def test_registry_client_and_command_line_need_no_torch(engine: Engine, claim: Claim, tmp_path: Path) -> None:
     """An inference host installs the client alone."""
-    done = publish(engine, FolderStore(tmp_path / "store"), claim()[0], finished(), NOW)
+    store = FolderStore(tmp_path / "store")
+    store.set_up()
+    done = publish(engine, store, claim()[0], finished(), NOW)
     url = engine.url.render_as_string(hide_password=False)
 
     command = [sys.executable, "-c", WITHOUT, url, str(tmp_path / "store"), str(tmp_path / "cache")]

@@ -11,6 +11,7 @@ from registry.errors import LeaseLost
 from registry.jobs import MAX_ATTEMPTS
 from registry.models import Job
 from registry.session import reading, transaction
+from tests.conftest import looking, tampering
 from tests.registry.conftest import LEASE, NOW, Claim, enqueue
 
 
@@ -93,13 +94,14 @@ def test_jobs_given_up_do_not_hide_those_behind_them(engine: Engine) -> None:
     with transaction(engine) as session:
         (poison,) = enqueue(session, "acme/alice", 1, group="one")
         (sound,) = enqueue(session, "acme/bob", 1, group="two", now=NOW + timedelta(seconds=1))
+    with tampering(engine) as session:
         session.get_one(Job, poison.job_id).attempts = MAX_ATTEMPTS
 
     with transaction(engine) as session:
         (claimed,) = jobs.claim(session, "w", LEASE, 10, NOW)
 
     assert claimed.id == sound.job_id
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.get_one(Job, poison.job_id).state == "failed"
 
 
@@ -172,7 +174,7 @@ def test_a_job_that_kills_its_workers_fails_for_good(engine: Engine, claim: Clai
             last = jobs.claim(session, "w", LEASE, 1, moment)
 
     assert last == []
-    with reading(engine) as session:
+    with looking(engine) as session:
         row = session.get_one(Job, job.id)
         assert (row.state, row.error and "its worker died" in row.error) == ("failed", True)
 
@@ -198,7 +200,7 @@ def test_a_job_that_broke_its_worker_waits_again_and_remembers_why(engine: Engin
         with transaction(engine) as session:
             job = next(iter(jobs.claim(session, "w", LEASE, 1, NOW)), job)
 
-    with reading(engine) as session:
+    with looking(engine) as session:
         row = session.get_one(Job, job.id)
         assert (row.state, row.attempts) == ("failed", MAX_ATTEMPTS)
         assert "3 attempts: out of memory" in str(row.error)

@@ -1,6 +1,5 @@
 """Bytes first, row second: exactly one version, whatever dies when."""
 
-import hashlib
 import signal
 import subprocess
 import sys
@@ -14,29 +13,16 @@ from sqlalchemy.engine import Engine
 
 from registry import jobs, publishing, queries
 from registry.errors import ContentDiffers, LeaseLost
-from registry.models import AdapterVersion, Job, Upload
+from registry.models import Upload
 from registry.names import Reference
-from registry.publishing import UPLOAD_LEASE, publish, sweep
-from registry.session import open_database, reading, transaction, upgrade
+from registry.publishing import publish
+from registry.session import reading, transaction
 from registry.store import FolderStore
-from tests.registry.conftest import LEASE, NOW, Claim, enqueue, finished
+from registry.uploads import UPLOAD_LEASE, sweep
+from tests.conftest import looking
+from tests.registry.conftest import LEASE, NOW, Claim, enqueue, finished, versions
 
 ALICE = Reference.parse("acme/alice")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> FolderStore:
-    """An empty folder store."""
-    made = FolderStore(tmp_path / "store")
-    made.set_up()
-    return made
-
-
-def versions(engine: Engine) -> list[AdapterVersion]:
-    """Alice's versions, the newest first."""
-    with reading(engine) as session:
-        tenant = queries.tenant_id(session, "acme")
-        return queries.versions(session, tenant, queries.holder(session, tenant, "alice", "default").adapter.id)
 
 
 def latest(engine: Engine) -> int | None:
@@ -187,7 +173,7 @@ def test_a_death_between_uploads_leaves_nothing_visible_and_the_sweep_clears_it(
     assert len(swept) == writes
     assert done.number == 1
     assert sorted(store.keys("")) == [f"{done.prefix}/manifest.json", f"{done.prefix}/weights.bin"]
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.query(Upload).count() == 0
 
 
@@ -207,90 +193,13 @@ def test_a_retry_after_a_death_between_upload_and_commit_finds_its_bytes(
     assert len(list(store.keys(""))) == 2
 
 
-def test_the_sweeper_leaves_a_live_upload_alone(engine: Engine, store: FolderStore, claim: Claim) -> None:
-    """An intent under lease is somebody's work."""
-    (job,) = claim()
-    prefix = publishing.declare(engine, job, "d" * 64, NOW)
-    publishing.upload(store, prefix, finished().files)
-
-    assert sweep(engine, store, NOW + UPLOAD_LEASE) == []
-    assert len(list(store.keys(prefix))) == 2
-
-
-def test_what_arrives_after_the_sweep_is_cleared_by_the_next(engine: Engine, store: FolderStore, claim: Claim) -> None:
-    """A slow publisher may still be uploading when its prefix is swept."""
-    (job,) = claim()
-    prefix = publishing.declare(engine, job, "d" * 64, NOW)
-    publishing.upload(store, prefix, finished().files)
-    later = NOW + 2 * UPLOAD_LEASE
-    assert sweep(engine, store, later) == [prefix]
-    store.put_new(f"{prefix}/late.bin", b"late")
-
-    assert sweep(engine, store, later) == []
-    assert sweep(engine, store, later + 2 * UPLOAD_LEASE) == [prefix]
-    sweep(engine, store, later + 4 * UPLOAD_LEASE)
-
-    assert list(store.keys("")) == []
-    with reading(engine) as session:
-        assert session.query(Upload).count() == 0
-
-
-def test_a_slow_sweeper_deletes_nothing_that_was_committed_meanwhile(
-    engine: Engine, store: FolderStore, claim: Claim
-) -> None:
-    """Two sweepers, and a publisher that tries again: what has a row keeps its bytes."""
-    if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time: the second sweeper waits for the first")
-    (job,) = claim()
-    publishing.declare(engine, job, hashlib.sha256(finished().files["manifest.json"]).hexdigest(), NOW)
-    later = NOW + 2 * UPLOAD_LEASE
-
-    class Slow(FolderStore):
-        """While it is about to clear, another sweeper comes and goes."""
-
-        def clear(self, prefix: str) -> int:
-            assert sweep(engine, store, later) == []
-            return super().clear(prefix)
-
-    sweep(engine, Slow(store.root), later)
-    with pytest.raises(LeaseLost):
-        publish(engine, store, job, finished(), later)
-    with transaction(engine) as session:
-        (again,) = jobs.claim(session, "next", LEASE, 1, later)
-    done = publish(engine, store, again, finished(), later)
-    sweep(engine, store, later)
-
-    assert len(list(store.keys(done.prefix))) == 2
-
-
-def test_a_publisher_slower_than_the_sweeper_cannot_commit(engine: Engine, store: FolderStore, claim: Claim) -> None:
-    """Else its row would name bytes that are gone."""
-    (job,) = claim()
-    content = finished()
-
-    class SweptStore(FolderStore):
-        """The sweeper comes after the last upload."""
-
-        def put_new(self, key: str, data: bytes) -> bool:
-            wrote = super().put_new(key, data)
-            if key.endswith("manifest.json"):
-                sweep(engine, store, NOW + 2 * UPLOAD_LEASE)
-            return wrote
-
-    with pytest.raises(LeaseLost):
-        publish(engine, SweptStore(store.root), job, content, NOW)
-
-    assert versions(engine) == []
-    with reading(engine) as session:
-        assert session.get_one(Job, job.id).state == "running"
-
-
 KILLED = """
 import os, signal, sys, uuid
 from pathlib import Path
 from registry import jobs, publishing
 from registry.session import open_database, transaction
 from registry.store import FolderStore
+from registry.uploads import UPLOAD_LEASE, sweep
 from tests.registry.conftest import LEASE, NOW, finished
 
 url, root, where = sys.argv[1:]
@@ -316,18 +225,13 @@ if where == "after":
 
 
 @pytest.mark.parametrize("where", ["manifest", "uploaded", "commit", "after"])
-def test_a_kill_during_publish_gives_one_version_when_run_again(
-    database_url: str, store: FolderStore, where: str
-) -> None:
+def test_a_kill_during_publish_gives_one_version_when_run_again(engine: Engine, store: FolderStore, where: str) -> None:
     """SIGKILL in another process: nothing is caught, nothing is cleaned up, and still exactly one version."""
-    engine = open_database(database_url)
-    upgrade(engine)
     with transaction(engine) as session:
         enqueue(session, "acme/alice", 1)
 
-    dead = subprocess.run(
-        [sys.executable, "-c", KILLED, database_url, store.root, where], cwd=Path(__file__).parents[2]
-    )
+    url = engine.url.render_as_string(hide_password=False)
+    dead = subprocess.run([sys.executable, "-c", KILLED, url, store.root, where], cwd=Path(__file__).parents[2])
     assert dead.returncode == -signal.SIGKILL
     later = NOW + UPLOAD_LEASE + LEASE
     with transaction(engine) as session:
@@ -339,7 +243,6 @@ def test_a_kill_during_publish_gives_one_version_when_run_again(
     assert bool(again) == (where != "after")
     (version,) = versions(engine)
     assert sorted(store.keys("")) == sorted(f"{version.prefix}/{name}" for name in version.files)
-    engine.dispose()
 
 
 def test_files_name_their_digests_in_the_registry(engine: Engine, store: FolderStore, claim: Claim) -> None:

@@ -67,6 +67,7 @@ def test_a_paused_schedule_is_silent_and_resumes_from_now(engine: Engine) -> Non
     assert fire(engine, NOW + timedelta(hours=5)) == []
 
     with transaction(engine) as session:
+        queries.tenant_id(session, "acme")
         schedules.pause(session, tenant, alice, False, NOW + timedelta(hours=5))
 
     assert fire(engine, NOW + timedelta(hours=5, minutes=30)) == []
@@ -82,6 +83,7 @@ def test_a_removed_schedule_is_gone_and_removing_again_says_so(engine: Engine) -
 
     assert fire(engine, NOW + timedelta(days=1)) == []
     with pytest.raises(NotFound, match="schedule set"), transaction(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
         schedules.remove(session, tenant, queries.holder(session, tenant, "alice", "default"), NOW)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from registry import queries
 from registry.errors import DatabaseUnavailable
 from registry.models import Base, Tenant
 from registry.session import open_database, reading, transaction, upgrade
+from registry.tenancy import enter_named
+from tests.conftest import looking
 from tests.registry.conftest import NOW
 
 PACKAGE = Path(str(registry.__file__)).parent
@@ -23,11 +26,12 @@ PACKAGE = Path(str(registry.__file__)).parent
 def test_what_raises_is_rolled_back(engine: Engine) -> None:
     """A unit of work is whole or nothing."""
     with pytest.raises(KeyError), transaction(engine) as session:
+        enter_named(session, "acme")
         session.add(Tenant(name="acme", created_at=NOW))
         session.flush()
         raise KeyError
 
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.scalars(select(Tenant)).all() == []
 
 
@@ -43,9 +47,10 @@ def test_migrations_make_the_tables_that_the_code_means(engine: Engine) -> None:
 def test_moments_keep_their_zone(engine: Engine) -> None:
     """SQLite forgets zones; we do not."""
     with transaction(engine) as session:
+        enter_named(session, "acme")
         session.add(Tenant(name="acme", created_at=NOW))
 
-    with reading(engine) as session:
+    with looking(engine) as session:
         assert session.scalars(select(Tenant)).one().created_at == NOW
 
 
@@ -71,6 +76,24 @@ def test_tables_that_are_missing_are_told(tmp_path: Path) -> None:
         reading(open_database(f"sqlite:///{tmp_path}/x")) as session,
     ):
         session.scalars(select(Tenant)).all()
+
+
+def test_a_worker_that_stands_still_inside_a_transaction_loses_it(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its locks would hold up everybody else; on waking it is told, and nothing of it is committed."""
+    monkeypatch.setattr("registry.session._FROZEN_SECONDS", 1)
+    engine = open_database(postgres_url)
+    upgrade(engine)
+
+    with pytest.raises(DatabaseUnavailable), transaction(engine) as session:
+        session.add(Tenant(name="acme", created_at=NOW))
+        session.flush()
+        time.sleep(1.5)
+
+    with reading(engine) as session:
+        assert session.scalars(select(Tenant)).all() == []
+    engine.dispose()
 
 
 def test_only_one_module_commits() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from registry.errors import KeyRefused, ObjectDiffers, ObjectMissing, StoreUnavailable
 from registry.store import FolderStore, ObjectStore, open_store, s3_client, version_prefix
-from tests.conftest import S3Server
+from tests.servers import S3Server
 
 KEY = "t/acme/u/0a1b/default/default-1/adapter_model.safetensors"
 
@@ -181,11 +181,27 @@ def test_a_file_half_written_by_a_dead_process_has_no_key(tmp_path: Path) -> Non
 def test_clearing_takes_what_a_killed_writer_left(tmp_path: Path) -> None:
     """And the folders; it is no object, so it is not counted."""
     store = FolderStore(tmp_path / "store")
+    store.set_up()
     store.put_new("t/a/x", b"1")
     (tmp_path / "store" / "t" / "a" / ".put-dead").write_bytes(b"half")
 
     assert store.clear("t/a") == 1
     assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_putting_again_takes_what_a_killed_writer_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefix of a version that is committed is never swept, so nothing may stay in it."""
+    store = FolderStore(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(Path, "unlink", lambda *_, **__: None)  # as if it were killed
+        with pytest.raises(KeyboardInterrupt):
+            store.put_new("t/x", b"1")
+    assert [path.name[:5] for path in (tmp_path / "t").iterdir()] == [".put-"]
+
+    store.put_new("t/x", b"1")
+
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["x"]
 
 
 def test_writers_and_sweepers_of_one_folder_do_not_trip_each_other(tmp_path: Path) -> None:
@@ -262,6 +278,35 @@ def test_a_store_that_is_not_there_says_what_to_do(tmp_path: Path) -> None:
     """Not a traceback from the file system."""
     with pytest.raises(StoreUnavailable, match="lora setup"):
         FolderStore(tmp_path / "nowhere").check()
+
+
+def test_a_missing_root_is_told_and_never_made(tmp_path: Path) -> None:
+    """It may be a disk that is not mounted: what is written below its mount point would be gone when it is."""
+    store = FolderStore(tmp_path / "nowhere")
+
+    with pytest.raises(StoreUnavailable, match="lora setup"):
+        store.put_new(KEY, b"1")
+
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_every_folder_above_a_file_is_synced_before_a_row_may_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut takes a file whose folder was not synced, also one that an earlier, killed writer put there."""
+    store, synced, sync = FolderStore(tmp_path), list[str](), os.fsync
+
+    def watched(file: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{file}"))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+
+    for _ in range(2):
+        synced.clear()
+        store.put_new("t/a/x", b"1")
+
+        assert synced[-3:] == [f"{tmp_path}/t/a", f"{tmp_path}/t", str(tmp_path)]
 
 
 def test_a_wrong_secret_is_refused_without_showing_it(

@@ -1,0 +1,89 @@
+"""Intents to upload: what is on its way into the store under a lease, and the sweep of what never came to a row.
+
+declare -> objects below the prefix -> settle, in the transaction that adds the row which names them.  A crash anywhere
+leaves at most an intent and some objects, which the sweep clears.  What a row names, it never touches.
+"""
+
+from datetime import datetime, timedelta
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
+
+from registry.errors import RegistryError
+from registry.models import AdapterVersion, Upload
+from registry.names import JobId, TenantId
+from registry.queries import find_or_add
+from registry.session import transaction
+from registry.store import ObjectStore
+from registry.tenancy import Across, across, enter
+
+UPLOAD_LEASE = timedelta(minutes=15)
+
+
+def declare(session: Session, tenant: TenantId, prefix: str, now: datetime, job: JobId | None = None) -> bool:
+    """Write down the intent to upload below a prefix, or renew it; False once the sweeper has begun on it."""
+    intent = find_or_add(
+        session,
+        select(Upload).where(Upload.tenant_id == tenant, Upload.prefix == prefix).with_for_update(),
+        lambda: Upload(prefix=prefix, tenant_id=tenant, job_id=job, sweeping=False, lease_until=now + UPLOAD_LEASE),
+    )
+    intent.lease_until = now + UPLOAD_LEASE
+    return not intent.sweeping
+
+
+def settle(session: Session, tenant: TenantId, prefix: str) -> bool:
+    """End an intent in the transaction that adds the row which names its objects; False once it has been swept."""
+    mine = (Upload.tenant_id == tenant, Upload.prefix == prefix, Upload.sweeping.is_(False))
+    return session.scalar(delete(Upload).where(*mine).returning(Upload.prefix)) is not None
+
+
+def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:
+    """Clear the uploads whose lease has run out and that never came to a row; returns their prefixes.
+
+    An intent is marked first: from then on its owner, however slow, can no longer commit.  The mark stays until a
+    later sweep, a lease on, finds nothing more: what a slow owner still uploads is cleared too.  A prefix that cannot
+    be cleared does not hold up the others; the trouble is raised at the end.
+    """
+    with transaction(engine) as session, across(session, Across.SWEEP):
+        over = select(Upload).where(Upload.lease_until < now).with_for_update(skip_locked=True).order_by(Upload.prefix)
+        found = {intent.prefix: intent.sweeping for intent in session.scalars(over)}
+        session.execute(update(Upload).where(Upload.prefix.in_(found)).values(sweeping=True))
+    cleared, trouble = [], None
+    for prefix, marked_before in found.items():
+        try:
+            if _clear(engine, store, prefix, marked_before, now):
+                cleared.append(prefix)
+        except RegistryError as error:
+            trouble = error
+    if trouble:
+        raise trouble
+    return cleared
+
+
+def _clear(engine: Engine, store: ObjectStore, prefix: str, marked_before: bool, now: datetime) -> bool:
+    """Clear one marked prefix under its row's lock, so that no second sweeper is at it; whether there was anything."""
+    with transaction(engine) as session, across(session, Across.SWEEP):
+        due = (Upload.prefix == prefix, Upload.sweeping, Upload.lease_until < now)
+        intent = session.scalar(select(Upload).where(*due).with_for_update(skip_locked=True))
+        if intent is None:
+            return False
+        enter(session, intent.tenant_id)
+        # An intent that was declared again while its commit was under way (its answer was lost) outlives the commit.
+        named = _is_a_version(session, intent)
+        cleared = 0 if named else store.clear(prefix)
+        if named or (marked_before and not cleared):
+            session.delete(intent)
+        else:
+            intent.lease_until = now + UPLOAD_LEASE
+    return bool(cleared)
+
+
+def _is_a_version(session: Session, intent: Upload) -> bool:
+    name = intent.prefix.rpartition("/")[2]
+    rows = select(AdapterVersion.id).where(
+        AdapterVersion.tenant_id == intent.tenant_id,
+        AdapterVersion.served_name == name,
+        AdapterVersion.prefix == intent.prefix,
+    )
+    return session.scalar(rows) is not None

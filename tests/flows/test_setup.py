@@ -1,0 +1,68 @@
+"""`lora setup` with two roles: the owner makes the tables, the application works with them and can do no more."""
+
+from sqlalchemy import create_engine, make_url, text
+
+from tests.flows.conftest import LoraHere
+from tests.servers import APPLICATION
+
+
+def urls(owner: str, application: str = APPLICATION) -> dict[str, str]:
+    """Both, as a person sets them."""
+    as_application = make_url(owner).set(username=application).render_as_string(hide_password=False)
+    return {"LORA_DATABASE_URL": as_application, "LORA_DATABASE_OWNER_URL": owner}
+
+
+def test_the_owner_makes_the_tables_and_the_application_uses_them(lora_here: LoraHere, postgres_url: str) -> None:
+    """And `doctor` says that the database keeps tenants apart."""
+    assert lora_here("setup", **urls(postgres_url)).code == 0
+
+    without = {"LORA_DATABASE_URL": urls(postgres_url)["LORA_DATABASE_URL"], "LORA_DATABASE_OWNER_URL": ""}
+    assert lora_here("setup", **without).code == 0  # nothing to make: the application may say so
+    assert "no adapters yet" in lora_here("list").out
+    assert "kept apart by row-level security" in lora_here("doctor").out
+
+
+def test_doctor_says_when_only_the_queries_keep_tenants_apart(lora_here: LoraHere, postgres_url: str) -> None:
+    """A superuser is bound by no policy."""
+    lora_here("setup", LORA_DATABASE_URL=postgres_url)
+
+    assert "by queries alone: role postgres is exempt" in lora_here("doctor").out
+
+
+def test_the_application_alone_cannot_make_tables_and_says_who_can(lora_here: LoraHere, postgres_url: str) -> None:
+    """One line, with the variable to set."""
+    said = lora_here("setup", LORA_DATABASE_URL=urls(postgres_url)["LORA_DATABASE_URL"])
+
+    assert (said.code, said.err.count("\n")) == (1, 1)
+    assert "permission denied" in said.err
+    assert "LORA_DATABASE_OWNER_URL" in said.err
+
+
+def test_a_role_that_is_not_there_is_told(lora_here: LoraHere, postgres_url: str) -> None:
+    """With how to make it."""
+    said = lora_here("setup", **urls(postgres_url, "nobody_yet"))
+
+    assert (said.code, said.err.count("\n")) == (1, 1)
+    assert 'role "nobody_yet" does not exist; make it: CREATE ROLE' in said.err
+
+
+def test_an_owner_who_is_no_superuser_will_do(lora_here: LoraHere, postgres_url: str) -> None:
+    """A plain role that owns the database: it makes and migrates, and is held by the policies itself (FORCE)."""
+    admin = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    name = make_url(postgres_url).database
+    with admin.connect() as connection:
+        if connection.scalar(text("SELECT 1 FROM pg_roles WHERE rolname = 'lora_owner'")) is None:
+            connection.execute(text("CREATE ROLE lora_owner LOGIN"))
+        connection.execute(text(f"ALTER DATABASE {name} OWNER TO lora_owner"))
+    owner = make_url(postgres_url).set(username="lora_owner").render_as_string(hide_password=False)
+
+    assert lora_here("setup", **urls(owner)).code == 0
+
+    with admin.connect() as connection:
+        connection.execute(text("INSERT INTO tenants VALUES (gen_random_uuid(), 'acme', now())"))
+    admin.dispose()
+    seen = create_engine(owner)
+    with seen.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM tenants")) == 0
+    seen.dispose()
+    assert "1 tenants, kept apart by row-level security" in lora_here("doctor").out

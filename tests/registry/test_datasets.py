@@ -1,0 +1,102 @@
+"""Adding data: bytes first, row second, and no debris."""
+
+import hashlib
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.engine import Engine
+
+from registry.datasets import Content, add_dataset
+from registry.errors import UploadSwept
+from registry.models import Dataset, Upload
+from registry.names import Reference
+from registry.store import FolderStore
+from registry.uploads import UPLOAD_LEASE, sweep
+from tests.conftest import looking
+from tests.registry.conftest import NOW
+
+ALICE = Reference.parse("acme/alice")
+DATA = b'{"text": "hello"}\n'
+HELLO = Content(hashlib.sha256(DATA).hexdigest(), DATA, 1)
+
+
+def rows(engine: Engine) -> list[Dataset]:
+    """Every dataset there is."""
+    with looking(engine) as session:
+        return list(session.scalars(select(Dataset)))
+
+
+def test_data_is_stored_once_however_often_it_is_added(engine: Engine, store: FolderStore) -> None:
+    """Adding it again makes it the newest, and heals a store that has lost it."""
+    add_dataset(engine, store, ALICE, HELLO, NOW)
+    (first,) = rows(engine)
+    store.delete(first.key)
+
+    add_dataset(engine, store, ALICE, HELLO, NOW + timedelta(days=1))
+
+    (row,) = rows(engine)
+    assert (row.key, row.added_at - first.added_at) == (first.key, timedelta(days=1))
+    assert list(store.keys("")) == [row.key]
+    assert store.get(row.key) == DATA
+    with looking(engine) as session:
+        assert session.query(Upload).count() == 0
+
+
+def test_what_a_killed_ingest_left_is_swept(
+    engine: Engine, store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The object before its row, and the file that was only half written."""
+    with monkeypatch.context() as patched:
+        patched.setattr("registry.datasets.ensure_dataset", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            add_dataset(engine, store, ALICE, HELLO, NOW)
+    (key,) = store.keys("")
+    Path(store.root, key).with_name(".put-dead").write_bytes(b"half")
+
+    assert sweep(engine, store, NOW + UPLOAD_LEASE) == []
+    assert sweep(engine, store, NOW + 2 * UPLOAD_LEASE) == [key.rpartition("/")[0]]
+
+    assert list(os.walk(store.root)) == [(str(store.root), [], [])]
+
+
+def test_an_ingest_slower_than_the_sweeper_is_told_and_adds_no_row(engine: Engine, store: FolderStore) -> None:
+    """Else the row would name bytes that are gone; done again, it goes through."""
+
+    class SweptStore(FolderStore):
+        """The sweeper comes after the upload."""
+
+        def put_new(self, key: str, data: bytes) -> bool:
+            wrote = super().put_new(key, data)
+            sweep(engine, store, NOW + 2 * UPLOAD_LEASE)
+            return wrote
+
+    with pytest.raises(UploadSwept, match="do it again"):
+        add_dataset(engine, SweptStore(store.root), ALICE, HELLO, NOW)
+    assert rows(engine) == []
+    add_dataset(engine, store, ALICE, HELLO, NOW)
+
+    assert [row.key for row in rows(engine)] == list(store.keys(""))
+
+
+def test_of_two_that_add_equal_content_at_once_one_is_kept_and_the_other_swept(
+    engine: Engine, store: FolderStore
+) -> None:
+    """Neither fails, and the sweeper takes only what no row names."""
+
+    class Overtaken(FolderStore):
+        """Another process adds the same while this one uploads."""
+
+        def put_new(self, key: str, data: bytes) -> bool:
+            add_dataset(engine, store, ALICE, HELLO, NOW)
+            return super().put_new(key, data)
+
+    add_dataset(engine, Overtaken(store.root), ALICE, HELLO, NOW)
+    (row,) = rows(engine)
+    assert len(list(store.keys(""))) == 2
+
+    sweep(engine, store, NOW + 2 * UPLOAD_LEASE)
+
+    assert list(store.keys("")) == [row.key]

@@ -1,0 +1,247 @@
+"""The code with any one tenant filter deleted, against a database that keeps tenants apart by itself."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, inspect, select, text
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from registry import aliases, fleet, jobs, protection, publishing, queries, schedules, uploads
+from registry.client import Client
+from registry.errors import RegistryError
+from registry.jobs import ClaimedJob
+from registry.models import AdapterVersion, Base
+from registry.names import Reference
+from registry.publishing import publish
+from registry.queries import Holder
+from registry.schedules import Timing
+from registry.session import open_database, transaction
+from registry.store import FolderStore
+from tests.conftest import looking
+from tests.registry.conftest import LEASE, NOW, finished
+from tests.registry.mutants import alive, mutants
+from tests.registry.twins import OURS, TABLES, THEIRS, busy, furnished, tenant_of
+from tests.servers import APPLICATION
+
+UNDO = "done, and to be undone"
+LEAKING = 15  # mutants at least that must leak without row-level security, or the test has no teeth
+
+
+@pytest.fixture
+def twins(postgres_url: str, store: FolderStore) -> Iterator[Engine]:
+    """Two tenants alike, and the application's engine."""
+    with furnished(postgres_url, store) as engine:
+        yield engine
+
+
+def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]:
+    """Everything that the registry does for one tenant in a transaction: what each shows is what it gives back."""
+    now = NOW + timedelta(minutes=1)
+    who: Any = {"actor": "me", "reason": "because", "now": NOW}  # keywords of unlike types
+    mine, alice = queries.tenant_id(session, OURS), Reference.parse(f"{OURS}/alice")
+    holder = queries.holder(session, mine, "alice", "default")
+    adapter, first = holder.adapter.id, Reference.parse(f"{OURS}/alice:1")
+    version = queries.version(session, mine, alice)
+    base = queries.ensure_base(session, name="tiny", revision="main", digest="b" * 64, parameters=7, now=NOW)
+    dataset = queries.newest_dataset(session, mine, holder)
+    order = jobs.Order(dataset, base, {}, "r" * 64, "g")
+    facts: Any = {"digest": dataset.digest, "key": "k", "examples": 1, "size": 1}
+    return {
+        "tenant": lambda: (mine, holder, version, dataset, order.fingerprint),
+        "ensure": lambda: queries.ensure_adapter(session, alice, NOW),
+        "ensure new": lambda: queries.ensure_adapter(session, Reference(OURS, "alice", "notes"), NOW),
+        "ensure dataset": lambda: queries.ensure_dataset(session, mine, holder, now=NOW, **facts),
+        "versions": lambda: (queries.versions(session, mine, adapter), queries.version(session, mine, first)),
+        "aliases": lambda: (queries.aliases(session, mine, adapter), queries.alias_moves(session, mine, adapter)),
+        "scores": lambda: queries.scores(session, mine, version),
+        "lineage": lambda: queries.lineage(session, mine, version),
+        "listing": lambda: queries.listing(session, mine),
+        "counts": lambda: (queries.job_counts(session, mine), queries.recent_jobs(session, mine)),
+        "job": lambda: queries.job(session, mine, job.id),
+        "enqueue": lambda: jobs.enqueue(session, mine, holder, order, now),
+        "renew": lambda: jobs.renew(session, [job], LEASE, now),
+        "release": lambda: jobs.release(session, job, now, "error"),
+        "fail": lambda: jobs.fail(session, job, "reason", now),
+        "promote": lambda: aliases.promote(session, mine, Reference.parse(f"{OURS}/alice:2"), "production", **who),
+        "rollback": lambda: aliases.rollback(session, mine, alice, "latest", **who),
+        "protect": lambda: protection.protect(session, mine, "canary", **who),
+        "protected": lambda: (protection.protected(session, mine), protection.is_protected(session, mine, "latest")),
+        "unprotect": lambda: protection.unprotect(session, mine, "frozen", **who),
+        "fleet": lambda: fleet.promote_all(session, mine, "production", "latest", fleet.Where(), **who),
+        "fleet back": lambda: fleet.roll_back_all(session, mine, "production", **who),
+        "schedules": lambda: schedules.schedules(session, mine),
+        "put": lambda: schedules.put(session, mine, holder, Timing.every("2h"), "other", {}, NOW),
+        "pause": lambda: schedules.pause(session, mine, holder, True, NOW),
+        "remove": lambda: schedules.remove(session, mine, holder, NOW),
+    }
+
+
+NAMES = [
+    "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
+    "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
+    "fleet back", "schedules", "put", "pause", "remove",
+]  # fmt: skip
+
+
+def observe(engine: Engine, store: FolderStore, cache: Path, job: ClaimedJob) -> str:
+    """What globex sees when it does everything there is to do, each thing in a transaction that is undone; in words."""
+    seen: list[object] = []
+    for name in NAMES:
+        with suppress(RuntimeError, RegistryError, SQLAlchemyError, ValueError), transaction(engine) as session:
+            given = doings(session, job)[name]()
+            session.flush()
+            seen += [name, _words(given), _words(list(session.identity_map.values()))]
+            raise RuntimeError(UNDO)
+    with suppress(RegistryError, SQLAlchemyError):
+        seen.append(Client(engine, store, cache).resolve(f"{OURS}/alice@production"))
+    with suppress(RegistryError, SQLAlchemyError):
+        seen += [publish(engine, store, job, finished("new of globex"), NOW) for _ in range(2)]
+    return repr(_words(seen))
+
+
+@dataclass(frozen=True)
+class Loot:
+    """Rows of acme that somebody got hold of, and its running job under globex's name."""
+
+    holder: Holder
+    version: AdapterVersion
+    job: ClaimedJob
+    prefix: str
+
+
+def intrusions(session: Session, loot: Loot) -> dict[str, Callable[[], object]]:
+    """Globex asks for what is acme's, by its keys: nothing but the filter on the tenant stands between."""
+    mine, adapter = queries.tenant_id(session, OURS), loot.holder.adapter.id
+    job, now, soon = loot.job, NOW + timedelta(minutes=1), NOW + timedelta(days=1)
+    said: Any = {"actor": "eve", "reason": "because", "now": NOW}  # keywords of unlike types
+    return {
+        "versions": lambda: queries.versions(session, mine, adapter),
+        "aliases": lambda: queries.aliases(session, mine, adapter),
+        "moves": lambda: queries.alias_moves(session, mine, adapter),
+        "scores": lambda: queries.scores(session, mine, loot.version),
+        "lineage": lambda: queries.lineage(session, mine, loot.version),
+        "dataset": lambda: queries.newest_dataset(session, mine, loot.holder),
+        "dataset key": lambda: queries.dataset_key(session, mine, loot.holder, job.dataset_digest),
+        "job": lambda: queries.job(session, mine, job.id),
+        "renew": lambda: jobs.renew(session, [job], LEASE, soon),
+        "release": lambda: jobs.release(session, job, now, "error"),
+        "move": lambda: aliases.move(session, mine, loot.version, "production", **said),
+        "before": lambda: aliases._before(session, mine, adapter, "latest"),
+        "pause": lambda: schedules.pause(session, mine, loot.holder, True, NOW),
+        "remove": lambda: schedules.remove(session, mine, loot.holder, NOW),
+        "put": lambda: schedules.put(session, mine, loot.holder, Timing.every("2h"), "eve", {}, NOW),
+        "settle": lambda: uploads.settle(session, mine, loot.prefix),
+        "declare": lambda: uploads.declare(session, mine, loot.prefix, soon),
+        "already": lambda: publishing._already(session, job, "d" * 64),
+    }
+
+
+def intrude(engine: Engine, loot: Loot) -> list[str]:
+    """What came of each attempt, committed where it went through."""
+    found = []
+    for name in INTRUSIONS:
+        given: object = "refused"
+        with suppress(RegistryError, SQLAlchemyError), transaction(engine) as session:
+            given = _words(intrusions(session, loot)[name]())
+        found.append(f"{name}: {given!r}")
+    return found
+
+
+INTRUSIONS = [
+    "versions", "aliases", "moves", "scores", "lineage", "dataset", "dataset key", "job", "renew", "release", "move",
+    "before", "pause", "remove", "put", "settle", "declare", "already",
+]  # fmt: skip
+
+
+def loot_of(engine: Engine, job: ClaimedJob) -> Loot:
+    """Everything that an intruder could ask with."""
+    with transaction(engine) as session:
+        theirs = queries.tenant_id(session, THEIRS)
+        holder = queries.holder(session, theirs, "alice", "default")
+        version = queries.version(session, theirs, Reference.parse(f"{THEIRS}/alice:2"))
+        prefix = f"t/{THEIRS}/x"
+        uploads.declare(session, theirs, prefix, NOW)
+        return Loot(holder, version, job, prefix)
+
+
+def _words(row: object) -> object:
+    if isinstance(row, Base):
+        return {column.key: getattr(row, column.key) for column in inspect(type(row)).column_attrs}
+    if isinstance(row, list | tuple):
+        return [_words(one) for one in row]
+    return vars(row) if hasattr(row, "__dict__") else row
+
+
+@pytest.mark.slow
+def test_every_mutant_without_a_tenant_filter_still_sees_and_changes_nothing_foreign(
+    twins: Engine, store: FolderStore, tmp_path: Path
+) -> None:
+    """Row-level security holds whatever filter is deleted; as a superuser, whom it does not bind, the same leak."""
+    ours, theirs = busy(twins, OURS), busy(twins, THEIRS)
+    loot = loot_of(twins, replace(theirs, tenant_id=ours.tenant_id))
+    foreign, before = marks(twins), belongings(twins)
+    with copied(twins) as engine:
+        assert OURS in (sane := observe(engine, store, tmp_path, ours))
+        assert not leaks(sane, foreign)
+        nothing = intrude(engine, loot)
+        assert belongings(engine) == before
+
+    leaking = set()
+    for mutant in mutants():
+        with alive(mutant), copied(twins) as engine:
+            assert not leaks(observe(engine, store, tmp_path, ours), foreign), mutant
+            assert intrude(engine, loot) == nothing, mutant
+            assert belongings(engine) == before, mutant
+        with alive(mutant), copied(twins, "postgres") as engine:
+            if intrude(engine, loot) != nothing or leaks(observe(engine, store, tmp_path, ours), foreign):
+                leaking.add(str(mutant))
+    # The others are held by a second filter, or by an id that a caller cannot come by through the first.
+    assert len(leaking) >= LEAKING, leaking
+
+
+@contextmanager
+def copied(engine: Engine, role: str = APPLICATION) -> Iterator[Engine]:
+    """A database with the same rows, as that role sees it."""
+    engine.dispose()
+    name = f"copy_{uuid.uuid4().hex}"
+    admin = create_engine(engine.url.set(username="postgres", database="postgres"), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {engine.url.database}"))
+        copy = open_database(engine.url.set(username=role, database=name).render_as_string(hide_password=False))
+        yield copy
+        copy.dispose()
+        connection.execute(text(f"DROP DATABASE {name}"))
+    admin.dispose()
+
+
+def leaks(seen: str, foreign: set[str]) -> set[str]:
+    """Which of another tenant's facts stand in what was seen."""
+    return {mark for mark in foreign if mark in seen}
+
+
+def marks(engine: Engine) -> set[str]:
+    """What only acme's rows hold: its name, every id, opaque names, served names, digests."""
+    theirs = tenant_of(engine, THEIRS)
+    found = {THEIRS, str(theirs)}
+    with looking(engine) as session:
+        for table in TABLES.values():
+            for row in session.execute(select(table).where(table.c.tenant_id == theirs)).mappings():
+                found |= {str(row[key]) for key in ("id", "opaque", "served_name", "fingerprint") if key in row}
+    return {mark for mark in found if len(mark) > 3}
+
+
+def belongings(engine: Engine) -> str:
+    """Every row of acme, to the last value."""
+    theirs = tenant_of(engine, THEIRS)
+    with looking(engine) as session:
+        return repr(
+            [sorted(map(repr, session.execute(select(t).where(t.c.tenant_id == theirs)))) for t in TABLES.values()]
+        )

@@ -1,0 +1,67 @@
+"""Two tenants alike in every name, on PostgreSQL as the role that owns nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import select
+from sqlalchemy.engine import Engine
+
+from registry import aliases, jobs, protection, queries, schedules
+from registry.jobs import ClaimedJob
+from registry.models import Base, Job
+from registry.names import Reference, TenantId
+from registry.publishing import publish
+from registry.schedules import Timing
+from registry.session import reading, transaction
+from registry.store import FolderStore
+from registry.tenancy import Across, across
+from tests.conftest import set_up
+from tests.registry.conftest import LEASE, NOW, enqueue, finished
+
+OURS, THEIRS = "globex", "acme"
+TABLES = {name: table for name, table in Base.metadata.tables.items() if "tenant_id" in table.c}
+
+
+@contextmanager
+def furnished(url: str, store: FolderStore) -> Iterator[Engine]:
+    """Both tenants have the same users, adapters, versions, aliases, schedules and one job in work."""
+    engine = set_up(url)
+    for tenant in (THEIRS, OURS):
+        furnish(engine, store, tenant)
+    yield engine
+    engine.dispose()
+
+
+def furnish(engine: Engine, store: FolderStore, tenant: str) -> None:
+    """Give a tenant two versions, aliases with a past, a schedule and a job that somebody works on."""
+    with transaction(engine) as session:
+        asked = enqueue(session, f"{tenant}/alice", 3)
+    for one in asked[:2]:
+        with transaction(engine) as session:
+            (job,) = jobs.claim(session, f"worker of {tenant}", LEASE, 1, NOW, [one.job_id])
+        publish(engine, store, job, finished(f"weights of {tenant} {one.job_id}"), NOW)
+    with transaction(engine) as session:
+        owner, alice = queries.tenant_id(session, tenant), Reference.parse(f"{tenant}/alice:1")
+        protection.protect(session, owner, "frozen", actor="me", reason=f"secret of {tenant}", now=NOW)
+        for alias in ("production", "canary"):
+            aliases.promote(session, owner, alice, alias, actor="me", reason=f"secret of {tenant}", now=NOW)
+        holder = queries.holder(session, owner, "alice", "default")
+        schedules.put(session, owner, holder, Timing.every("1h"), f"base of {tenant}", {}, NOW)
+    with transaction(engine) as session:
+        jobs.claim(session, f"worker of {tenant}", LEASE, 1, NOW, [asked[2].job_id])
+
+
+def busy(engine: Engine, tenant: str) -> ClaimedJob:
+    """The tenant's running job, as its worker has it."""
+    with reading(engine) as session:
+        mine = (Job.tenant_id == queries.tenant_id(session, tenant), Job.state == "running")
+        wanted = session.scalars(select(Job.id).where(*mine)).one()
+        with across(session, Across.CLAIM):
+            (claimed,) = jobs._claimed(session, [wanted])
+        return claimed
+
+
+def tenant_of(engine: Engine, name: str) -> TenantId:
+    """A tenant's id."""
+    with reading(engine) as session:
+        return queries.tenant_id(session, name)
