@@ -45,6 +45,7 @@ class Piece(TypedDict):
     store: str
     how: str
     of: str
+    stride: int  # 1: at every point
     faults: int
     seconds: float
     outcomes: dict[str, int]
@@ -63,17 +64,17 @@ def trial_of(site: Site, how: str, of: str, chance: random.Random) -> Callable[[
     return trial
 
 
-def measure(site: Site, database: str, store: str, how: str, of: str, seed: int) -> Piece:
+def measure(site: Site, database: str, store: str, how: str, of: str, seed: int, stride: int) -> Piece:
     """One loop over N on a site of its own; at its end, every version of the site is read."""
     count_points(site, "acme/alice")
     start = time.perf_counter()
-    faults = every(site, trial_of(site, how, of, random.Random(seed)))
+    faults = every(trial_of(site, how, of, random.Random(seed)), stride)
     seconds = time.perf_counter() - start
     check_nothing_is_left(site.engine, site.store)
     check_readers_see_whole_versions(site.engine, site.store, Reference.parse("acme/alice"), newest=faults + 2)
     return {
-        "database": database, "store": store, "how": how, "of": of, "faults": faults, "seconds": round(seconds, 1),
-        "outcomes": dict(site.happened), "points": dict(site.points),
+        "database": database, "store": store, "how": how, "of": of, "stride": stride, "faults": faults,
+        "seconds": round(seconds, 1), "outcomes": dict(site.happened), "points": dict(site.points),
     }  # fmt: skip
 
 
@@ -112,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--how", nargs="+", choices=("kill", "error", "stop"), default=["kill", "error", "stop"])
+    parser.add_argument("--stride", type=int, default=1, help="at every point, or only at every Nth")
     parser.add_argument("--save", type=Path, default=RESULTS)
     options = parser.parse_args()
     pieces: list[Piece] = []
@@ -120,7 +122,7 @@ def main() -> None:
             for database, store in product(DATABASES, stores):
                 if how in options.how:
                     site = new_site(postgres, folder, database, store)
-                    pieces.append(measure(site, database, store, how, of, options.seed))
+                    pieces.append(measure(site, database, store, how, of, options.seed, options.stride))
                     save(options.save, options.seed, pieces)
                     say(pieces[-1])
 
