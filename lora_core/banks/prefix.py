@@ -231,7 +231,7 @@ def _make(base: BaseModel, specs: Sequence[PrefixSpec], size: int) -> PrefixBank
 
 
 def _config(base: BaseModel, spec: PrefixSpec, tensors: Mapping[str, Tensor]) -> Facts:
-    """PEFT's PrefixTuningConfig as it saves it, of a prefix without an MLP: with one, PEFT could not train it on."""
+    """PEFT's PrefixTuningConfig as it saves it, without an MLP: PEFT's load_prompt_embeddings takes no other."""
     keys = keys_of(base)
     return {
         "num_virtual_tokens": spec.virtual_tokens,
