@@ -123,7 +123,7 @@ def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: in
 
 
 def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[Rendered, ...]:
-    longest = min(recipe.max_length, base.longest)
+    longest = min(recipe.max_length, base.longest - recipe.method.positions)
     found = (_shown(render, example, base.tokenizer, longest) for example in examples)
     return tuple(rendered for rendered in found if rendered)
 
@@ -159,7 +159,7 @@ def _score_answers(base: BaseModel, bank: Bank, named: Sequence[tuple[Candidate,
 
 
 def _prompts(candidate: Candidate, base: BaseModel) -> list[tuple[list[int], str]]:
-    limit = min(candidate.recipe.max_length, base.longest - ANSWER_TOKENS)
+    limit = min(candidate.recipe.max_length, base.longest - candidate.recipe.method.positions - ANSWER_TOKENS)
     prompts = (_shown(render_prompt, example, base.tokenizer) for example in candidate.held_out)
     return list(islice((prompt for prompt in prompts if prompt and len(prompt[0]) <= limit), ANSWERS_JUDGED))
 

@@ -120,3 +120,10 @@ class Cohort:
             mixed = (mixed ^ (mixed >> shift & (1 << 64 - shift) - 1)) * factor
         uniform = ((mixed >> 40) & 0xFFFFFF).float() / 2**24
         return ((uniform >= rate_K11) / (1 - rate_K11)).to(x_KTI.dtype)
+
+
+def as_leaf(factor: Tensor, gradient: Tensor) -> Tensor:
+    """A view of the cohort matrix to differentiate by; what autograd finds is added to a view of the gradient's."""
+    view = factor.detach().requires_grad_()
+    view.grad = gradient
+    return view

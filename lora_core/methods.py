@@ -1,9 +1,9 @@
 """The settings of each parameter-efficient method: what a recipe holds under `method`.  No torch: recipes are text."""
 
 from collections.abc import Hashable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Frozen(BaseModel):
@@ -24,6 +24,11 @@ class MethodSpec(Frozen):
     def scale(self) -> float:
         """The number of a user's slot that says how much it adapts: 0 in a slot that is the base."""
         return 1.0
+
+    @property
+    def positions(self) -> int:
+        """How many of the base's positions it takes: an example has so many fewer."""
+        return 0
 
     @property
     def shape(self) -> tuple[Hashable, ...]:
@@ -51,5 +56,68 @@ class LoraSpec(MethodSpec):
         return (self.name, self.rank, self.targets, self.layers)
 
 
-AnyMethod = LoraSpec  # a union once there are more, told apart by `name`
-METHOD_NAMES = ("lora",)
+class VirtualTokensSpec(MethodSpec):
+    """What methods have in common that put tokens of their own before a user's."""
+
+    virtual_tokens: Annotated[int, Field(ge=1, le=256)] = 20  # a slot holds the number, and bf16 counts to 256
+
+    @property
+    def scale(self) -> float:
+        """How many virtual tokens a slot's rows see."""
+        return float(self.virtual_tokens)
+
+    @property
+    def positions(self) -> int:
+        """Positions restart behind the virtual tokens."""
+        return self.virtual_tokens
+
+    @model_validator(mode="after")
+    def _asks_for_nothing_that_linears_have(self) -> Self:
+        if self.dropout or self.layers is not None:
+            raise ValueError("it has no dropout and no choice of layers; leave them out")
+        return self
+
+
+class PromptSpec(VirtualTokensSpec):
+    """Prompt tuning (Lester et al., 2021): embeddings before the text's.  Wants a rate of about 3e-2."""
+
+    name: Literal["prompt_tuning"] = "prompt_tuning"
+    start: Literal["random", "text", "sample_vocab"] = "sample_vocab"  # the vocabulary beats chance in the paper
+    start_text: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+
+    @property
+    def shape(self) -> tuple[Hashable, ...]:
+        """How many there are, wherever they start."""
+        return (self.name, self.virtual_tokens)
+
+    @model_validator(mode="after")
+    def _has_a_text_to_start_from(self) -> Self:
+        if (self.start == "text") != (self.start_text is not None):
+            raise ValueError("a text start needs start_text, and no other start takes one")
+        return self
+
+
+class PrefixSpec(VirtualTokensSpec):
+    """Prefix tuning (Li & Liang, 2021): keys and values before the text's, in every layer.
+
+    With `projection` an MLP makes them, in training alone: files hold what it makes.
+    """
+
+    name: Literal["prefix_tuning"] = "prefix_tuning"
+    projection: bool = False
+    projection_width: Annotated[int, Field(ge=1, le=8192)] | None = None  # of the MLP; None: as wide as a layer's keys
+
+    @property
+    def shape(self) -> tuple[Hashable, ...]:
+        """How many there are, and the MLP."""
+        return (self.name, self.virtual_tokens, self.projection, self.projection_width)
+
+    @model_validator(mode="after")
+    def _has_an_mlp_to_be_wide(self) -> Self:
+        if self.projection_width is not None and not self.projection:
+            raise ValueError("projection_width is of the MLP; set projection too, or leave it out")
+        return self
+
+
+AnyMethod = Annotated[LoraSpec | PromptSpec | PrefixSpec, Field(discriminator="name")]
+METHOD_NAMES = ("lora", "prompt_tuning", "prefix_tuning")

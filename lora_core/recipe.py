@@ -81,6 +81,9 @@ SPELLINGS: Mapping[str, str] = {
     "target_modules": "method.targets", "targets": "method.targets",
     "layers_to_transform": "method.layers", "layers": "method.layers",
     "use_rslora": "method.use_rslora", "peft_type": "method.name", "method": "method.name",
+    "num_virtual_tokens": "method.virtual_tokens", "virtual_tokens": "method.virtual_tokens",
+    "prompt_tuning_init": "method.start", "prompt_tuning_init_text": "method.start_text",
+    "prefix_projection": "method.projection", "encoder_hidden_size": "method.projection_width",
     "lr": "learning_rate", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup",
     "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "epsilon", "max_grad_norm": "clip",
     "num_train_epochs": "epochs", "num_epochs": "epochs",
@@ -171,7 +174,7 @@ def _leaves(settings: Mapping[str, object], head: str = "") -> list[tuple[str, o
 
 
 def _value(name: str, value: object) -> object:
-    if name == "method.name" and isinstance(value, str):
+    if name in ("method.name", "method.start") and isinstance(value, str):
         return value.lower()
     if name in ("method.targets", "method.layers") and isinstance(value, str | int) and value != "all-linear":
         return tuple(str(value).split(","))
@@ -189,6 +192,10 @@ def _unknown(key: str) -> str:
 def _problem(detail: Mapping[str, object]) -> str:
     location = detail["loc"]
     assert isinstance(location, tuple)  # pydantic's error details
+    if location[:1] == ("method",) and len(location) > 1:  # then the name of the method, which is no key
+        if detail["type"] == "extra_forbidden":
+            return f"method.{location[-1]} = {detail['input']!r}: {location[1]} has no such setting; leave it out"
+        location = ("method", *location[2:])
     key = ".".join(map(str, location)) or "recipe"
     return f"{key} = {detail['input']!r}: {detail['msg']}" if location else str(detail["msg"])
 

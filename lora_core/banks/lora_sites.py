@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_core.banks.lora_products import Frozen, deltas, deltas_gradients
-from lora_core.cohort import Cohort
+from lora_core.cohort import Cohort, as_leaf
 from lora_core.quantised import QuantisedLinear
 
 
@@ -46,8 +46,8 @@ class LoraGroup:
     ) -> None:
         self.frozen = [_frozen(linear) for linear in linears]
         self.biases: list[Any] = [linear.bias for linear in linears]  # nn.Module types its attributes loosely
-        self.down_KSI = _leaf(down_KSI, down_gradient_KSI)
-        self.ups_KRO = [_leaf(up_KRO, g_KRO) for up_KRO, g_KRO in zip(ups_KRO, ups_gradient_KRO, strict=True)]
+        self.down_KSI = as_leaf(down_KSI, down_gradient_KSI)
+        self.ups_KRO = [as_leaf(up_KRO, g_KRO) for up_KRO, g_KRO in zip(ups_KRO, ups_gradient_KRO, strict=True)]
         self.cohort = cohort
         self.number = torch.tensor(number, device=down_KSI.device)  # a tensor: a graph is compiled for all numbers
         self._read: Tensor | None = None
@@ -111,10 +111,3 @@ def _frozen(linear: nn.Module) -> Frozen:
         return linear
     weight: Tensor = linear.weight  # type: ignore[assignment]  # nn.Module types its attributes loosely
     return weight if isinstance(linear, Conv1D) else weight.mT
-
-
-def _leaf(factor: Tensor, gradient: Tensor) -> Tensor:
-    """A view of the cohort matrix to differentiate by; what autograd finds is added to a view of the gradient's."""
-    leaf = factor.detach().requires_grad_()
-    leaf.grad = gradient
-    return leaf

@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 
 from lora_core.banks.bank import Bank, Method
 from lora_core.banks.lora_files import LORA
+from lora_core.banks.prefix import PREFIX
+from lora_core.banks.prompt import PROMPT
 from lora_core.base_model import BaseModel
 from lora_core.errors import TrainingError
 from lora_core.methods import AnyMethod
 
 METHODS: Mapping[str, Method] = {
     "lora": LORA,
+    "prompt_tuning": PROMPT,
+    "prefix_tuning": PREFIX,
 }
 
 

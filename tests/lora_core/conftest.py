@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner
 from lora_core.data.rendering import Rendered
+from lora_core.methods import LoraSpec
 from lora_core.recipe import Recipe, make_recipe
 
 WORDS = 96
@@ -65,6 +66,12 @@ def recipe(**settings: object) -> Recipe:
         "max_length": T, "patience": None,
     }  # fmt: skip
     return make_recipe({**defaults, **settings})
+
+
+def lora_of(settings: Recipe) -> LoraSpec:
+    """A recipe's method, which is LoRA here."""
+    assert isinstance(settings.method, LoraSpec)
+    return settings.method
 
 
 def learner(seed: int, count: int = 10, held_out: int = 0, **settings: object) -> Learner:

@@ -19,7 +19,7 @@ from lora_core.banks.lora import lora_bank
 from lora_core.base_model import BaseModel
 from lora_core.errors import ArtifactRefused
 from lora_core.intake import read_artifact
-from tests.lora_core.conftest import recipe
+from tests.lora_core.conftest import lora_of, recipe
 from tests.lora_core.test_peft_parity import random_row
 
 FACTS = {"scores": {"base": {"loss": 2.0, "token_accuracy": 0.5}, "candidate": {"loss": 1.0, "token_accuracy": 0.7}}}
@@ -27,7 +27,7 @@ FACTS = {"scores": {"base": {"loss": 2.0, "token_accuracy": 0.5}, "candidate": {
 
 def artifact(base: BaseModel, backwards: bool = False) -> dict[str, bytes]:
     """A small adapter's files."""
-    spec = recipe(targets=("q_proj", "v_proj")).method
+    spec = lora_of(recipe(targets=("q_proj", "v_proj")))
     bank = lora_bank(base, [spec])
     tensors = bank.to_tensors(random_row(bank, spec), spec)
     if backwards:

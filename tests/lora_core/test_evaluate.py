@@ -13,14 +13,14 @@ from lora_core.evaluate import ExampleScore, Scores, Trial, evaluate
 from lora_core.gate import judge
 from lora_core.generate import generate, task_score
 from lora_core.recipe import GateSpec
-from tests.lora_core.conftest import T, examples, llama, recipe
+from tests.lora_core.conftest import T, examples, llama, lora_of, recipe
 from tests.lora_core.test_peft_parity import random_row
 
 
 def test_an_examples_score_is_what_the_model_alone_gives(base: BaseModel) -> None:
     """Packed with others, in any slot, in the order given."""
     data = examples(1, count=9)
-    bank = lora_bank(base, [recipe().method])
+    bank = lora_bank(base, [lora_of(recipe())])
 
     (scores,) = evaluate(base, bank, [Trial(None, 0, data)], 3, T)
 
@@ -35,7 +35,7 @@ def test_an_examples_score_is_what_the_model_alone_gives(base: BaseModel) -> Non
 
 def test_trials_are_judged_apart(base: BaseModel) -> None:
     """Each adapter on its own data; a zero row is the base exactly."""
-    spec = recipe().method
+    spec = lora_of(recipe())
     bank = lora_bank(base, [spec])
     row_P = random_row(bank, spec)
     data = [examples(seed, count=5) for seed in range(3)]
@@ -114,7 +114,7 @@ def talking(tokenizer: PreTrainedTokenizerFast) -> BaseModel:
 
 def test_adapters_in_one_batch_answer_as_each_alone(talking: BaseModel) -> None:
     """Prompts of different lengths, the bare base among them."""
-    spec = recipe().method
+    spec = lora_of(recipe())
     bank = lora_bank(talking, [spec])
     trials = [Trial(random_row(bank, spec, seed), spec.scale, ()) for seed in (1, 2)]
     requests = [(trials[0], [5, 9, 30, 7]), (trials[1], [5, 9]), (Trial(None, 0, ()), [40, 41, 42])]

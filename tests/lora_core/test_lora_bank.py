@@ -9,13 +9,13 @@ from lora_core.cohort import Cohort
 from lora_core.data.packing import pack
 from lora_core.errors import TrainingError
 from lora_core.forward import stack, token_losses
-from tests.lora_core.conftest import T, examples, recipe
+from tests.lora_core.conftest import T, examples, lora_of, recipe
 from tests.lora_core.test_peft_parity import our_logits, random_row
 
 
 def test_a_fresh_row_is_the_base_exactly(base: BaseModel) -> None:
     """B = 0: the first step starts from the base's own logits, to the bit."""
-    spec = recipe().method
+    spec = lora_of(recipe())
     bank = lora_bank(base, [spec])
     tokens = torch.tensor([examples(1)[0].tokens])
     cohort = Cohort(3, bank.width, base.model.device, base.model.dtype)
@@ -44,7 +44,7 @@ def test_detaching_gives_the_base_back(base: BaseModel) -> None:
 @pytest.mark.parametrize("wider", [0, 5])
 def test_tensors_and_rows_are_two_ways_to_say_the_same(base: BaseModel, wider: int) -> None:
     """Also through a bank of another rank."""
-    spec = recipe().method
+    spec = lora_of(recipe())
     bank = LoraBank(base.sites, spec.rank + wider)
     row_P = random_row(bank, spec)
 
@@ -62,9 +62,9 @@ def test_unused_ranks_and_sites_stay_zero_through_training(llama_base: BaseModel
     (trained,) = train(llama_base, [small], 2, T, bank)
 
     assert torch.equal(
-        bank.from_tensors(bank.to_tensors(trained.row_P, small.recipe.method), small.recipe.method), trained.row_P
+        bank.from_tensors(bank.to_tensors(trained.row_P, lora_of(small.recipe)), lora_of(small.recipe)), trained.row_P
     )
-    assert int((trained.row_P != 0).sum()) == bank.parameters(small.recipe.method) == 2 * (32 + 32)
+    assert int((trained.row_P != 0).sum()) == bank.parameters(lora_of(small.recipe)) == 2 * (32 + 32)
 
 
 def test_a_document_does_not_see_its_neighbours_in_the_row(base: BaseModel) -> None:
@@ -93,7 +93,7 @@ def test_a_rows_losses_do_not_depend_on_the_other_rows(base: BaseModel) -> None:
 
 def test_an_adapter_in_one_slot_leaves_the_next_slot_the_base(base: BaseModel) -> None:
     """Row k is slot k's, nobody else's."""
-    spec = recipe().method
+    spec = lora_of(recipe())
     bank = lora_bank(base, [spec])
     tokens = torch.tensor([examples(1)[0].tokens])
     cohort = Cohort(2, bank.width, base.model.device, base.model.dtype)
@@ -113,7 +113,7 @@ def test_what_the_base_does_not_have_cannot_be_adapted(
 ) -> None:
     """Said before the first step, with what there is."""
     with pytest.raises(TrainingError, match=words):
-        lora_bank(llama_base, [recipe(**settings).method])
+        lora_bank(llama_base, [lora_of(recipe(**settings))])
 
 
 def mask(cohort: Cohort, site: int = 0) -> torch.Tensor:

@@ -17,7 +17,7 @@ from lora_core.data.packing import DenseRows
 from lora_core.lower_layers import LowerLayers
 from lora_core.row_store import RowFolder, RowMemory, RowStore
 from lora_core.train import train
-from tests.lora_core.conftest import WORDS, T, examples, learner
+from tests.lora_core.conftest import WORDS, T, examples, learner, lora_of
 
 K = 3
 PLENTY = 1 << 24  # bytes
@@ -69,7 +69,7 @@ def learners(**settings: Any) -> list[Learner]:  # a recipe's
 
 def lower_layers(base: BaseModel, users: Sequence[Learner], store: RowStore) -> LowerLayers:
     """The lower layers of a cohort."""
-    return LowerLayers(base, lora_bank(base, [user.recipe.method for user in users]), store)
+    return LowerLayers(base, lora_bank(base, [lora_of(user.recipe) for user in users]), store)
 
 
 def kept(budget: int = PLENTY, folder: RowFolder | None = None, **seconds: float) -> RowStore:

@@ -12,7 +12,7 @@ from lora_core.base_model import BaseModel
 from lora_core.layers import checkpointed, decoder_layers
 from lora_core.memory import predict
 from lora_core.train import train
-from tests.lora_core.conftest import T, learner, recipe
+from tests.lora_core.conftest import T, learner, lora_of, recipe
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_the_predicted_peak_is_the_measured_one_within_a_quarter_of_a_percent() 
 
 def test_predicting_leaves_the_base_as_it_was(base: BaseModel) -> None:
     """The same modules, weights and outputs; nothing without data stays behind."""
-    bank = lora_bank(base, [recipe().method])
+    bank = lora_bank(base, [lora_of(recipe())])
     modules, tokens = dict(base.model.named_modules()), torch.arange(8)[None]
     before = base.model(input_ids=tokens).logits
 

@@ -23,7 +23,7 @@ from lora_core.methods import LoraSpec
 from lora_core.optim import rate_at
 from lora_core.recipe import Recipe
 from lora_core.train import train
-from tests.lora_core.conftest import ARCHITECTURES, T, examples, recipe
+from tests.lora_core.conftest import ARCHITECTURES, T, examples, lora_of, recipe
 
 STEPS = 200
 
@@ -60,19 +60,19 @@ def padded(batch: Sequence[Rendered]) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, mask, labels
 
 
-def peft_loop(model: PeftModel, data: Sequence[Rendered], settings: Recipe) -> list[float]:
+def peft_loop(model: PeftModel, data: Sequence[Rendered], settings: Recipe, steps: int = STEPS) -> list[float]:
     """A plain PEFT loop: PyTorch's AdamW, clipping, a schedule."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1.0, weight_decay=settings.weight_decay)
     losses: list[float] = []
     per_epoch = math.ceil(len(data) / settings.batch_size)
-    for epoch in range(STEPS // per_epoch):
+    for epoch in range(steps // per_epoch):
         for batch in epoch_batches(len(data), settings.batch_size, settings.seed, epoch):
             tokens, mask, labels = padded([data[index] for index in batch])
             loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-            optimiser.param_groups[0]["lr"] = rate_at(settings, len(losses) + 1, STEPS)
+            optimiser.param_groups[0]["lr"] = rate_at(settings, len(losses) + 1, steps)
             optimiser.step()
             optimiser.zero_grad()
             losses.append(loss.item())
@@ -87,9 +87,9 @@ def test_200_steps_lose_what_a_plain_peft_loop_loses(architecture: str) -> None:
     )
     data = examples(3, count=16)
     base, other = freeze(ARCHITECTURES[architecture](), None), ARCHITECTURES[architecture]().eval()
-    bank = lora_bank(base, [settings.method])
-    theirs = peft_model(other, settings.method).eval()
-    load_row(theirs, bank.to_tensors(bank.start_row(settings.method, settings.seed), settings.method))
+    bank = lora_bank(base, [lora_of(settings)])
+    theirs = peft_model(other, lora_of(settings)).eval()
+    load_row(theirs, bank.to_tensors(bank.start_row(lora_of(settings), settings.seed), lora_of(settings)))
 
     expected = peft_loop(theirs, data, settings)
     neighbours = [Learner(f"n{seed}", recipe(seed=seed, epochs=50), examples(seed, count=16)) for seed in (7, 8)]
@@ -99,7 +99,7 @@ def test_200_steps_lose_what_a_plain_peft_loop_loses(architecture: str) -> None:
     assert len(ours) == STEPS
     assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 1e-5
     ended = peft.get_peft_model_state_dict(theirs)
-    for name, tensor in bank.to_tensors(trained.row_P, settings.method).items():
+    for name, tensor in bank.to_tensors(trained.row_P, lora_of(settings)).items():
         torch.testing.assert_close(tensor, ended[name], atol=2e-4, rtol=1e-3)
 
 
@@ -130,7 +130,7 @@ def test_our_files_load_in_peft_with_equal_logits(
     """Stock PEFT, from the folder that is published."""
     if targets != "all-linear":
         targets = [t for t in ("q_proj", "v_proj", "c_attn") if any(site.name.endswith(t) for site in base.sites)]
-    spec = recipe(use_rslora=rslora, targets=targets).method
+    spec = lora_of(recipe(use_rslora=rslora, targets=targets))
     bank = lora_bank(base, [spec])
     row_P = random_row(bank, spec)
     tensors = bank.to_tensors(row_P, spec)
@@ -149,7 +149,7 @@ def test_our_files_load_in_peft_with_equal_logits(
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pefts_files_load_here_with_equal_logits(base: BaseModel, tmp_path: Path, rslora: bool) -> None:
     """What `save_pretrained` writes, read by us."""
-    spec = recipe(use_rslora=rslora).method
+    spec = lora_of(recipe(use_rslora=rslora))
     theirs = peft_model(ARCHITECTURES[base.name]().eval(), spec).eval()
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name:
@@ -159,6 +159,7 @@ def test_pefts_files_load_here_with_equal_logits(base: BaseModel, tmp_path: Path
 
     files = read_artifact(tmp_path, base)
 
+    assert isinstance(files.spec, LoraSpec)
     bank = LoraBank(base.sites, files.spec.rank + 3)  # a wider bank than the file
     ours = our_logits(base, bank, bank.from_tensors(files.tensors, files.spec), files.spec.scale, tokens)
     with torch.inference_mode():

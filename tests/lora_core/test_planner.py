@@ -14,13 +14,13 @@ from lora_core.errors import MemoryTooSmall
 from lora_core.memory import predict
 from lora_core.planner import Plan, plan, train_planned
 from lora_core.train import Compute, Pace, read_rows, train
-from tests.lora_core.conftest import T, learner, recipe
+from tests.lora_core.conftest import T, learner, lora_of, recipe
 
 
 @pytest.fixture
 def bank(base: BaseModel) -> LoraBank:
     """Of users of the usual recipe."""
-    return lora_bank(base, [recipe().method])
+    return lora_bank(base, [lora_of(recipe())])
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ ERRORS = (
 def test_nobody_is_lost_when_memory_runs_out(llama_base: BaseModel, error: Exception) -> None:
     """First layers forget, then slots are halved; everybody has the bytes that the plan it ended by gives."""
     learners = [learner(seed, count=seed + 20) for seed in range(1, 7)]
-    bank = lora_bank(llama_base, [recipe().method])
+    bank = lora_bank(llama_base, [lora_of(recipe())])
 
     found = by_name([*train_planned(llama_base, learners, Plan(4, T), bank, compute=full_above(2, error))])
 
@@ -109,7 +109,7 @@ def test_nobody_is_lost_when_memory_runs_out(llama_base: BaseModel, error: Excep
 def test_whoever_had_finished_stays(llama_base: BaseModel) -> None:
     """Only the others begin again, once each."""
     learners = [learner(1, count=2), learner(2, count=30), learner(3, count=30)]
-    bank = lora_bank(llama_base, [recipe().method])
+    bank = lora_bank(llama_base, [lora_of(recipe())])
     full = full_above(1, torch.OutOfMemoryError("full"), after=8)
 
     found = [*train_planned(llama_base, learners, Plan(2, T), bank, compute=full)]
@@ -120,7 +120,7 @@ def test_whoever_had_finished_stays(llama_base: BaseModel) -> None:
 
 def test_a_device_without_room_for_one_says_so(llama_base: BaseModel) -> None:
     """Rather than trying for ever; and the base is as it was."""
-    bank = lora_bank(llama_base, [recipe().method])
+    bank = lora_bank(llama_base, [lora_of(recipe())])
     modules = dict(llama_base.model.named_modules())
 
     with pytest.raises(torch.OutOfMemoryError):
@@ -132,7 +132,7 @@ def test_a_device_without_room_for_one_says_so(llama_base: BaseModel) -> None:
 def test_another_error_is_no_reason_to_try_again(llama_base: BaseModel) -> None:
     """It would only come again."""
     seen: list[Pace] = []
-    bank = lora_bank(llama_base, [recipe().method])
+    bank = lora_bank(llama_base, [lora_of(recipe())])
     broken = full_above(0, RuntimeError("a broken kernel"), after=0)
 
     with pytest.raises(RuntimeError, match="a broken kernel"):
@@ -145,7 +145,7 @@ def test_the_first_cohort_is_gone_before_the_next_is_made(llama_base: BaseModel)
     """Else the smaller one would have to fit beside it."""
     met: list[weakref.ref[Cohort]] = []
     alive: list[int] = []
-    bank = lora_bank(llama_base, [recipe().method])
+    bank = lora_bank(llama_base, [lora_of(recipe())])
     full = full_above(1, ERRORS[0], after=0)
 
     def compute(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[float]:

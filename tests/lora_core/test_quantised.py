@@ -21,7 +21,7 @@ from lora_core.errors import BaseModelError
 from lora_core.forward import stack, token_losses
 from lora_core.quantised import quantisation
 from lora_core.train import train
-from tests.lora_core.conftest import CHATML, WORDS, T, examples, learner, make_tokenizer, recipe
+from tests.lora_core.conftest import CHATML, WORDS, T, examples, learner, lora_of, make_tokenizer, recipe
 from tests.lora_core.test_peft_parity import load_row, padded, peft_model
 
 STEPS = 20
@@ -72,7 +72,7 @@ def test_a_quantised_base_has_the_same_sites_and_numbers_in_less_memory(folder: 
 
 def test_a_fresh_row_is_the_quantised_base_exactly(packed: BaseModel) -> None:
     """B = 0, to the bit, also where a site has a bias."""
-    spec = recipe().method
+    spec = lora_of(recipe())
     bank = lora_bank(packed, [spec])
     tokens = torch.tensor([examples(1)[0].tokens]).expand(3, -1)
     cohort = Cohort(3, bank.width, packed.model.device, packed.model.dtype)
@@ -144,9 +144,9 @@ def test_20_steps_lose_what_peft_loses_on_bitsandbytes(folder: Path) -> None:
     settings = recipe(dropout=0, epochs=STEPS, batch_size=8, learning_rate=3e-3, weight_decay=0.0, warmup=0.0,
                       schedule="constant")  # fmt: skip
     data = examples(3, count=8)
-    bank = lora_bank(base, [settings.method])
-    theirs = peft_model(bitsandbytes_model(folder, "4bit"), settings.method).train()
-    load_row(theirs, bank.to_tensors(bank.start_row(settings.method, settings.seed), settings.method))
+    bank = lora_bank(base, [lora_of(settings)])
+    theirs = peft_model(bitsandbytes_model(folder, "4bit"), lora_of(settings)).train()
+    load_row(theirs, bank.to_tensors(bank.start_row(lora_of(settings), settings.seed), lora_of(settings)))
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
 

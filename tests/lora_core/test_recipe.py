@@ -8,6 +8,7 @@ from peft import LoraConfig
 
 from lora_core.errors import RecipeError
 from lora_core.recipe import LEAVES, SPELLINGS, load_recipe, make_recipe
+from tests.lora_core.conftest import lora_of
 
 
 def test_hugging_face_spellings_mean_the_same() -> None:
@@ -27,7 +28,7 @@ def test_defaults_are_those_of_the_source_that_is_named() -> None:
     """LoRA Without Regret: all linear layers, alpha 32, ten times the rate of full fine-tuning."""
     recipe = make_recipe({})
 
-    assert (recipe.method.targets, recipe.method.alpha, recipe.learning_rate) == ("all-linear", 32.0, 2e-4)
+    assert (lora_of(recipe).targets, lora_of(recipe).alpha, recipe.learning_rate) == ("all-linear", 32.0, 2e-4)
 
 
 def test_every_spelling_leads_to_a_key() -> None:
@@ -42,8 +43,8 @@ def test_a_yaml_file_with_overrides_on_top(tmp_path: Path) -> None:
 
     recipe = load_recipe(path, ["learning_rate=5e-4", "r=4", "target_modules=[q_proj]", "gate.min_gain=0.1"])
 
-    assert (recipe.method.rank, recipe.method.alpha, recipe.learning_rate) == (4, 16.0, 5e-4)
-    assert (recipe.gate.significance, recipe.gate.min_gain, recipe.method.targets) == (0.01, 0.1, ("q_proj",))
+    assert (lora_of(recipe).rank, lora_of(recipe).alpha, recipe.learning_rate) == (4, 16.0, 5e-4)
+    assert (recipe.gate.significance, recipe.gate.min_gain, lora_of(recipe).targets) == (0.01, 0.1, ("q_proj",))
 
 
 def test_what_was_stored_reads_back() -> None:
@@ -56,7 +57,7 @@ def test_what_was_stored_reads_back() -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_scale_is_pefts(rslora: bool) -> None:
     """alpha / r, or alpha / sqrt(r)."""
-    spec = make_recipe({"r": 16, "lora_alpha": 8, "use_rslora": rslora}).method
+    spec = lora_of(make_recipe({"r": 16, "lora_alpha": 8, "use_rslora": rslora}))
 
     assert spec.scale == (8 / 4 if rslora else 8 / 16)
     assert LoraConfig(r=16, use_rslora=rslora).use_rslora is rslora

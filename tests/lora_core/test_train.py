@@ -13,7 +13,7 @@ from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner, Trained, newest
 from lora_core.train import Pace, train
-from tests.lora_core.conftest import T, examples, learner, recipe
+from tests.lora_core.conftest import T, examples, learner, lora_of, recipe
 
 K = 8
 
@@ -27,7 +27,7 @@ def run(
 
 def file_digest(base: BaseModel, trained: Trained, of: Learner, bank: LoraBank) -> str:
     """SHA-256 of the adapter_model.safetensors that would be published."""
-    tensors = bank.to_tensors(trained.row_P, of.recipe.method)
+    tensors = bank.to_tensors(trained.row_P, lora_of(of.recipe))
     files = write_artifact(base, of.recipe.method, tensors, {})
     return hashlib.sha256(files["adapter_model.safetensors"]).hexdigest()
 
@@ -36,7 +36,7 @@ def test_a_user_learns_the_same_adapter_with_0_3_and_7_neighbours(base: BaseMode
     """The published file has the same SHA-256, dropout on, in whichever slot."""
     alice = learner(1)
     others = [learner(seed, count=seed + 3) for seed in range(2, 9)]
-    bank = lora_bank(base, [alice.recipe.method])
+    bank = lora_bank(base, [lora_of(alice.recipe)])
 
     digests = {
         file_digest(base, run(base, cohort, bank=bank)["user1"], alice, bank)
@@ -85,7 +85,7 @@ def broken(kind: str) -> Learner:
 @pytest.mark.parametrize("kind", ["nan", "rate", "empty"])
 def test_a_broken_neighbour_changes_nobody(base: BaseModel, kind: str) -> None:
     """NaN weights, a rate of a million, no data: the others' bytes stay as they were, and it is retired."""
-    bank = lora_bank(base, [recipe().method])
+    bank = lora_bank(base, [lora_of(recipe())])
     bad = broken(kind)
     if bad.start is not None:
         bad = replace(bad, start=bad.start.expand(bank.width))

@@ -1,0 +1,130 @@
+"""Virtual tokens before every row: what prompt and prefix tuning share, of how the base is called and of files.
+
+A slot's `scale` says how many of the bank's virtual tokens its user has; what lies beyond is hidden from everybody.
+They come first and see only themselves, so one copy serves all documents of a row.
+K slots, T tokens a slot, V virtual tokens of the bank, S tokens of a row so far.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_core.banks.bank import Facts, Shapes
+from lora_core.base_model import BaseModel
+from lora_core.cohort import Cohort
+from lora_core.errors import ArtifactRefused, TrainingError
+from lora_core.methods import VirtualTokensSpec
+
+Arguments = dict[str, Any]  # a model's, by name: they are transformers' own
+CONFIG, TENSOR = "adapter_config.json", "prompt_embeddings"  # PEFT's names
+MOST = 256  # virtual tokens
+LEAST_TEXT = 8  # tokens that a base must know positions for behind the virtual ones
+# PEFT's keys that change what the tensor means, and the values under which it means what it means here.
+_PLAIN: Mapping[str, tuple[object, ...]] = {
+    "modules_to_save": (None, []), "num_transformer_submodules": (None, 1), "task_type": (None, "CAUSAL_LM"),
+}  # fmt: skip
+
+
+class Ahead:
+    """What a batch has ahead of its own tokens, as masks and positions: slot k's own number n_k of V virtual tokens."""
+
+    def __init__(self, base: BaseModel, cohort: Cohort, most: int) -> None:
+        self.cohort, self.most = cohort, most
+        self.last = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+    def counts(self) -> Tensor:
+        """n_k, K 1."""
+        return self.cohort.scale_K11[:, :, 0].long()
+
+    def visible(self) -> Tensor:
+        """Which virtual tokens a slot's rows see, K V."""
+        return torch.arange(self.most, device=self.cohort.scale_K11.device) < self.counts()
+
+    def read(self, cache: Any) -> int:  # transformers' cache
+        """How many tokens of a row's own a cache holds; the virtual ones are in it before the first of them."""
+        return max(0, cache.get_seq_length() - self.most) if cache is not None else 0
+
+    def positions(self, asked: Arguments, tokens: int, read: int) -> Tensor:
+        """Where tokens are, K T: as asked, behind the slot's own virtual tokens.
+
+        A table of positions may end sooner for whoever judges an adapter on longer examples than it was trained on:
+        what would lie behind the end shares the last one.
+        """
+        given_KT = asked.get("position_ids")
+        if given_KT is None:
+            given_KT = torch.arange(read, read + tokens, device=self.cohort.scale_K11.device)[None]
+        return torch.minimum(given_KT + self.counts(), given_KT.clamp_min(self.last - 1))
+
+    def mask(self, asked: Arguments, tokens: int, read: int) -> Tensor:
+        """What tokens see, K S or, added to attention, K 1 T S: as asked, behind the slot's own virtual tokens."""
+        visible_KV, given = self.visible(), asked.get("attention_mask")
+        if given is None:
+            given = torch.ones(len(visible_KV), read + tokens, dtype=torch.int64, device=visible_KV.device)
+        if given.dim() == 2:
+            return torch.cat([visible_KV.to(given), given], dim=1)
+        return torch.cat([_added(visible_KV[:, None, None], given).expand(-1, 1, given.shape[2], -1), given], dim=3)
+
+    def mask_with_themselves(self, mask: Tensor) -> Tensor:
+        """A mask for rows that begin with the virtual tokens themselves: they see each other, causally, and no text."""
+        if mask.dim() == 2:
+            return mask
+        square_VS = torch.ones(self.most, mask.shape[3], dtype=torch.bool, device=mask.device).tril()
+        return torch.cat([_added(square_VS, mask).expand(len(mask), 1, -1, -1), mask], dim=2)
+
+
+def _added(visible: Tensor, like: Tensor) -> Tensor:
+    """What is added to attention: 0 where something is visible."""
+    hidden = torch.finfo(like.dtype).min
+    return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, hidden)
+
+
+@contextmanager
+def called(
+    model: PreTrainedModel, change: Callable[[Arguments], Arguments], answer: Callable[[Any], None]
+) -> Iterator[None]:
+    """While inside, a model is called with a `change` of its arguments, and `answer` may change what it gives."""
+    names = list(inspect.signature(model.forward).parameters)
+    before = model.register_forward_pre_hook(
+        lambda _, given, named: ((), change({**dict(zip(names, given, strict=False)), **named})), with_kwargs=True
+    )
+    after = model.register_forward_hook(lambda _, given, output: answer(output))
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What this release of transformers calls the argument that holds keys and values."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def check_room(base: BaseModel, spec: VirtualTokensSpec) -> None:
+    """Raises TrainingError where a base has too few positions."""
+    if spec.virtual_tokens + LEAST_TEXT > base.longest:
+        why = f"knows {base.longest} positions, too few for {spec.virtual_tokens} virtual tokens and a text"
+        raise TrainingError(base.name, why, "lower num_virtual_tokens")
+
+
+def read_virtual_tokens(config: Facts) -> int:
+    """How many virtual tokens a file has.  Raises ArtifactRefused, also for what would change their meaning."""
+    for key, allowed in _PLAIN.items():
+        if key in config and config[key] not in allowed:
+            raise ArtifactRefused(CONFIG, f"{key} is {ascii(config[key])[:40]}", "train without it")
+    count = config.get("num_virtual_tokens")
+    if type(count) is not int or not 1 <= count <= MOST:
+        raise ArtifactRefused(CONFIG, f"num_virtual_tokens is {ascii(count)[:40]}, not 1 to {MOST}", "use fewer")
+    return count
+
+
+def one_tensor(base: BaseModel, spec: VirtualTokensSpec, width: int) -> list[Shapes]:
+    """What files of virtual tokens hold, so many numbers a token.  Raises ArtifactRefused for a base too short."""
+    if spec.virtual_tokens + LEAST_TEXT > base.longest:
+        raise ArtifactRefused(CONFIG, f"the base knows only {base.longest} positions", "is it for this base?")
+    return [{TENSOR: [spec.virtual_tokens, width]}]
