@@ -31,7 +31,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measuring import processor
-from lora_core.banks.lora import lora_bank
+from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Learner, Lesson
@@ -97,7 +97,7 @@ def read_with_whole_backward(
 
 def keeping(base: BaseModel, learners: Sequence[Learner], folder: Path | None = None) -> LowerLayers:
     """Lower layers with an empty memory, and the folder if one is given."""
-    bank = lora_bank(base, [learner.recipe.method for learner in learners])
+    bank = make_bank(base, [learner.recipe.method for learner in learners])
     disk = RowFolder(folder, MEMORY) if folder else None
     return LowerLayers(base, bank, RowStore(RowMemory(MEMORY), time.perf_counter, disk))
 
@@ -115,7 +115,7 @@ def compare(setting: Setting, rounds: int, folder: Path) -> dict[str, object]:
     base, learners = tall_base(setting.words), users(setting)
     earlier = keeping(base, learners, folder)
     run(base, learners, earlier.read_rows)
-    later = LowerLayers(base, lora_bank(base, [learners[0].recipe.method]), earlier.store)
+    later = LowerLayers(base, make_bank(base, [learners[0].recipe.method]), earlier.store)
     later.store.folder = None
     sides: dict[str, Callable[[], Compute]] = {
         "without": lambda: read_rows,

@@ -25,6 +25,7 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from lora_core.banks.bank import Bank
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
@@ -106,7 +107,7 @@ def make_base(setting: Setting, device: str) -> BaseModel:
     return freeze(model.to(device, dtype), None)
 
 
-def measured(base: BaseModel, bank: LoraBank, setting: Setting) -> int:
+def measured(base: BaseModel, bank: Bank, setting: Setting) -> int:
     """The real peak in bytes, base included."""
     device = base.model.device
     release(device)
@@ -130,7 +131,7 @@ def measured(base: BaseModel, bank: LoraBank, setting: Setting) -> int:
     return total
 
 
-def train_twice(base: BaseModel, bank: LoraBank, setting: Setting) -> None:
+def train_twice(base: BaseModel, bank: Bank, setting: Setting) -> None:
     """Two micro-steps of every slot, and an optimiser step of everybody."""
     cohort = Cohort(setting.slots, bank.width, base.model.device, base.model.dtype)
     lessons = [_lesson(setting, slot) for slot in range(setting.slots)]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from benchmarks.measuring import Enough, Floor, Turns
-from lora_core.banks.lora import lora_bank
+from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner
 from lora_core.data.packing import IGNORED, Row, pack
@@ -117,7 +117,7 @@ class Load:
 
 def start_row(base: BaseModel, recipe: Recipe) -> Tensor:
     """A row to start from, for all users: drawing numbers for each takes a processor seconds at billions of them."""
-    return lora_bank(base, [recipe.method]).start_row(recipe.method, recipe.seed)
+    return make_bank(base, [recipe.method]).start_row(recipe.method, recipe.seed)
 
 
 def learners(recipe: Recipe, users: Sequence[Examples], start_P: Tensor | None = None) -> list[Learner]:

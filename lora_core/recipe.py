@@ -81,6 +81,8 @@ SPELLINGS: Mapping[str, str] = {
     "target_modules": "method.targets", "targets": "method.targets",
     "layers_to_transform": "method.layers", "layers": "method.layers",
     "use_rslora": "method.use_rslora", "peft_type": "method.name", "method": "method.name",
+    "width": "method.width", "bottleneck_size": "method.width", "reduction_factor": "method.reduction",
+    "placement": "method.placement", "non_linearity": "method.activation", "biases": "method.biases",
     "lr": "learning_rate", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup",
     "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "epsilon", "max_grad_norm": "clip",
     "num_train_epochs": "epochs", "num_epochs": "epochs",
@@ -189,6 +191,10 @@ def _unknown(key: str) -> str:
 def _problem(detail: Mapping[str, object]) -> str:
     location = detail["loc"]
     assert isinstance(location, tuple)  # pydantic's error details
+    if location[:1] == ("method",) and len(location) > 1:  # then the name of the method, which is no key
+        if detail["type"] == "extra_forbidden":
+            return f"method.{location[-1]} = {detail['input']!r}: {location[1]} has no such setting; leave it out"
+        location = ("method", *location[2:])
     key = ".".join(map(str, location)) or "recipe"
     return f"{key} = {detail['input']!r}: {detail['msg']}" if location else str(detail["msg"])
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from lora_core.banks.bank import Bank, Method
+from lora_core.banks.bottleneck_files import BOTTLENECK
 from lora_core.banks.lora_files import LORA
 from lora_core.base_model import BaseModel
 from lora_core.errors import TrainingError
@@ -10,6 +11,7 @@ from lora_core.methods import AnyMethod
 
 METHODS: Mapping[str, Method] = {
     "lora": LORA,
+    "bottleneck": BOTTLENECK,
 }
 
 

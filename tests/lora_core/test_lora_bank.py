@@ -9,6 +9,7 @@ from lora_core.cohort import Cohort
 from lora_core.data.packing import pack
 from lora_core.errors import TrainingError
 from lora_core.forward import stack, token_losses
+from lora_core.methods import LoraSpec
 from tests.lora_core.conftest import T, examples, recipe
 from tests.lora_core.test_peft_parity import our_logits, random_row
 
@@ -57,14 +58,13 @@ def test_unused_ranks_and_sites_stay_zero_through_training(llama_base: BaseModel
     from tests.lora_core.conftest import learner
 
     small = learner(1, rank=2, targets=("q_proj",), layers=(0,), weight_decay=0.1)
-    bank = LoraBank(llama_base.sites, 8)
+    spec, bank = small.recipe.method, LoraBank(llama_base.sites, 8)
+    assert isinstance(spec, LoraSpec)
 
     (trained,) = train(llama_base, [small], 2, T, bank)
 
-    assert torch.equal(
-        bank.from_tensors(bank.to_tensors(trained.row_P, small.recipe.method), small.recipe.method), trained.row_P
-    )
-    assert int((trained.row_P != 0).sum()) == bank.parameters(small.recipe.method) == 2 * (32 + 32)
+    assert torch.equal(bank.from_tensors(bank.to_tensors(trained.row_P, spec), spec), trained.row_P)
+    assert int((trained.row_P != 0).sum()) == bank.parameters(spec) == 2 * (32 + 32)
 
 
 def test_a_document_does_not_see_its_neighbours_in_the_row(base: BaseModel) -> None:

@@ -159,6 +159,7 @@ def test_pefts_files_load_here_with_equal_logits(base: BaseModel, tmp_path: Path
 
     files = read_artifact(tmp_path, base)
 
+    assert isinstance(files.spec, LoraSpec)
     bank = LoraBank(base.sites, files.spec.rank + 3)  # a wider bank than the file
     ours = our_logits(base, bank, bank.from_tensors(files.tensors, files.spec), files.spec.scale, tokens)
     with torch.inference_mode():

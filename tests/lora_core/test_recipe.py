@@ -7,6 +7,7 @@ import pytest
 from peft import LoraConfig
 
 from lora_core.errors import RecipeError
+from lora_core.methods import LoraSpec
 from lora_core.recipe import LEAVES, SPELLINGS, load_recipe, make_recipe
 
 
@@ -27,6 +28,7 @@ def test_defaults_are_those_of_the_source_that_is_named() -> None:
     """LoRA Without Regret: all linear layers, alpha 32, ten times the rate of full fine-tuning."""
     recipe = make_recipe({})
 
+    assert isinstance(recipe.method, LoraSpec)
     assert (recipe.method.targets, recipe.method.alpha, recipe.learning_rate) == ("all-linear", 32.0, 2e-4)
 
 
@@ -42,6 +44,7 @@ def test_a_yaml_file_with_overrides_on_top(tmp_path: Path) -> None:
 
     recipe = load_recipe(path, ["learning_rate=5e-4", "r=4", "target_modules=[q_proj]", "gate.min_gain=0.1"])
 
+    assert isinstance(recipe.method, LoraSpec)
     assert (recipe.method.rank, recipe.method.alpha, recipe.learning_rate) == (4, 16.0, 5e-4)
     assert (recipe.gate.significance, recipe.gate.min_gain, recipe.method.targets) == (0.01, 0.1, ("q_proj",))
 
