@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,10 +25,16 @@ from lora_core.errors import TrainingError
 from lora_core.layers import wrapped
 from lora_core.methods import MOST_WIDTH, BottleneckSpec
 
+LINE = 32  # numbers: 64 bytes of bf16, 128 of fp32
+
 
 @dataclass(frozen=True)
 class BottleneckBank:
-    """Where each place's down, up and biases lie in a row of P numbers; last, a switch for each activation."""
+    """Where each place's down, up and biases lie in a row of P numbers; last, a switch for each activation.
+
+    Each begins at a whole cache line in every row: MKL's products round by how their operands are aligned, and a user's
+    bytes must not depend on the slot.
+    """
 
     places: tuple[Place, ...]
     size: int  # W
@@ -41,7 +48,7 @@ class BottleneckBank:
     @property
     def width(self) -> int:
         """P: how many numbers a user has."""
-        return sum(map(sum, map(self._sizes, self.places))) + len(self.activations)
+        return sum(map(_aligned, self._sizes()))
 
     def start_row(self, spec: BottleneckSpec, seed: int) -> Tensor:
         """How a user starts, shape P: down uniform in +-1/sqrt(D), as torch's linears start, all else zero.
@@ -60,15 +67,16 @@ class BottleneckBank:
 
     def factors(self, matrix_KP: Tensor) -> list[Factors]:
         """Each place's factors as views into the cohort matrix."""
-        *sizes, _ = [*(size for place in self.places for size in self._sizes(place)), len(self.activations)]
-        chosen_KA11 = matrix_KP[:, sum(sizes) :, None, None]
-        parts = iter(matrix_KP[:, : sum(sizes)].split(sizes, dim=1))
+        sizes = self._sizes()
+        split = matrix_KP.split(list(map(_aligned, sizes)), dim=1)
+        *parts, chosen_KA = (part_KP[:, :size] for part_KP, size in zip(split, sizes, strict=True))
+        quarters = zip(*(iter(parts),) * 4, strict=True)  # four by four
         return [
             Factors(
-                down_KP.unflatten(1, (self.size, -1)), bias_KP[:, :, None], up_KP.unflatten(1, (self.size + 1, -1)),
-                biased_KP[:, :, None], chosen_KA11,
+                down_KP.unflatten(1, (self.size, -1)), bias_KW[:, :, None], up_KP.unflatten(1, (self.size + 1, -1)),
+                biased_K1[:, :, None], chosen_KA[:, :, None, None],
             )
-            for down_KP, up_KP, bias_KP, biased_KP in zip(parts, parts, parts, parts, strict=True)
+            for down_KP, up_KP, bias_KW, biased_K1 in quarters
         ]  # fmt: skip
 
     def to_tensors(self, row_P: Tensor, spec: BottleneckSpec) -> dict[str, Tensor]:
@@ -111,13 +119,19 @@ class BottleneckBank:
                 stack.enter_context(wrapped([base.model.get_submodule(place.name)], layer.around))
             yield
 
-    def _sizes(self, place: Place) -> tuple[int, int, int, int]:
-        """How many numbers of a row are a place's down, up with its bias, down's bias, and switch."""
-        return self.size * place.width, (self.size + 1) * place.width, self.size, 1
+    def _sizes(self) -> list[int]:
+        """How many numbers of a row are each place's down, up with its bias, down's bias, and switch; then the last."""
+        w = self.size
+        of_places = [(w * place.width, (w + 1) * place.width, w, 1) for place in self.places]
+        return [*chain.from_iterable(of_places), len(self.activations)]
 
     def _switch_on(self, factors: Factors, spec: BottleneckSpec) -> None:
         factors.biased_K11[0] = float(spec.biases)
         factors.chosen_KA11[0, self.activations.index(spec.activation)] = 1
+
+
+def _aligned(size: int) -> int:
+    return -(-size // LINE) * LINE
 
 
 def tensor_names(place: Place) -> dict[str, str]:
