@@ -3,7 +3,8 @@
 PostgreSQL as an application uses it: row-level security forced, a role that owns nothing.  Every user has two accepted
 versions, `production` at the first and `latest` at the second.  `lora promote --all` moves `production` of everybody,
 `lora rollback --all` takes it back, round after round; meanwhile another connection counts, again and again in one
-statement, how many users' `production` is at which version: it must see all of them at one, or all at the other.  The load says what else the machine was doing.
+statement, how many users' `production` is at which version: it must see all of them at one, or all at the other.  The
+load says what else the machine was doing.
 
     python benchmarks/fleet_move.py --users 100000 --rounds 3
 
@@ -146,7 +147,13 @@ def measure(engine: Engine, users: int, rounds: int) -> dict[str, object]:
         say(f"{users:,} users {name:<5} {spread(values, ' s')}")
     say(f"{onlooker.looks} looks meanwhile, each of them all old or all new")
     load = round(os.getloadavg()[0], 1)
-    return {"users": users, "load": load, "seconds": seconds, "looks": onlooker.looks, "states seen": len(onlooker.seen)}
+    return {
+        "users": users,
+        "load": load,
+        "seconds": seconds,
+        "looks": onlooker.looks,
+        "states seen": len(onlooker.seen),
+    }
 
 
 @contextmanager

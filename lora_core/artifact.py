@@ -40,11 +40,10 @@ def write_artifact(base: BaseModel, spec: AnyMethod, tensors: Mapping[str, Tenso
 
     `facts` go into the manifest: base, dataset, recipe, scores, cohort, versions; nothing that names a person.
     """
-    sentence = METHODS[spec.name].sentence(spec, tensors)
     files = {
         CONFIG: canonical_json(adapter_config(base, spec, tensors)),
         WEIGHTS: safetensors_bytes(tensors),
-        CARD: model_card(public_name(base.name, base.digest), spec.name, sentence, facts).encode(),
+        CARD: model_card(public_name(base.name, base.digest), spec, tensors, facts).encode(),
     }
     named = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
     return {**files, MANIFEST: canonical_json({"format": 1, "files": named, **facts})}
@@ -73,32 +72,31 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return b"".join([struct.pack("<Q", len(text)), text, *blobs])
 
 
-def model_card(base_name: str, method: str, sentence: str, facts: Facts) -> str:
+def model_card(base_name: str, spec: AnyMethod, tensors: Mapping[str, Tensor], facts: Facts) -> str:
     """README.md with the front matter that model hubs read, what it scored, and how to load it."""
+    method = METHODS[spec.name]
     front = {
         "base_model": base_name,
         "base_model_relation": "adapter",
-        "library_name": "peft",
+        "library_name": method.library,
         "pipeline_tag": "text-generation",
     }
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "tags:", f"- {method}", "---", ""]
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "tags:",
+        f"- {spec.name}",
+        "---",
+        "",
+    ]
     lines += [
         "# Personal adapter",
         "",
-        sentence,
+        method.sentence(spec, tensors),
         "",
     ]
     lines += _score_table(facts)
-    lines += [
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})",
-        'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
-        "```",
-        "",
-    ]
+    lines += ["```python", method.usage.format(base=json.dumps(base_name)), "```", ""]
     return "\n".join(lines)
 
 

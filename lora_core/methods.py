@@ -1,9 +1,9 @@
 """The settings of each parameter-efficient method: what a recipe holds under `method`.  No torch: recipes are text."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Frozen(BaseModel):
@@ -119,5 +119,26 @@ class PrefixSpec(VirtualTokensSpec):
         return self
 
 
-AnyMethod = Annotated[LoraSpec | PromptSpec | PrefixSpec, Field(discriminator="name")]
-METHOD_NAMES = ("lora", "prompt_tuning", "prefix_tuning")
+MOST_WIDTH = 4096
+
+
+class BottleneckSpec(MethodSpec):
+    """Bottleneck adapter layers (Houlsby et al., 2019): h + up(act(down(h))) of what a block adds to the stream."""
+
+    name: Literal["bottleneck"] = "bottleneck"
+    width: Annotated[int, Field(ge=1, le=MOST_WIDTH)] = 64
+    reduction: Annotated[float, Field(ge=1)] | None = None  # instead: the base's hidden width over this
+    placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"  # after attention and MLP, or after the MLP alone
+    activation: Annotated[Literal["relu", "gelu", "silu"], BeforeValidator(lambda name: _SAME.get(name, name))] = "relu"
+    biases: bool = True
+
+    @property
+    def shape(self) -> tuple[Hashable, ...]:
+        """Width, places, and what an adapter layer is made of."""
+        return (self.name, self.width, self.reduction, self.placement, self.activation, self.biases, self.layers)
+
+
+_SAME: Mapping[object, str] = {"swish": "silu"}
+
+AnyMethod = Annotated[LoraSpec | PromptSpec | PrefixSpec | BottleneckSpec, Field(discriminator="name")]
+METHOD_NAMES = ("lora", "prompt_tuning", "prefix_tuning", "bottleneck")

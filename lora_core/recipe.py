@@ -84,6 +84,8 @@ SPELLINGS: Mapping[str, str] = {
     "num_virtual_tokens": "method.virtual_tokens", "virtual_tokens": "method.virtual_tokens",
     "prompt_tuning_init": "method.start", "prompt_tuning_init_text": "method.start_text",
     "prefix_projection": "method.projection", "encoder_hidden_size": "method.projection_width",
+    "width": "method.width", "bottleneck_size": "method.width", "reduction_factor": "method.reduction",
+    "placement": "method.placement", "non_linearity": "method.activation", "biases": "method.biases",
     "lr": "learning_rate", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup",
     "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "epsilon", "max_grad_norm": "clip",
     "num_train_epochs": "epochs", "num_epochs": "epochs",

@@ -25,7 +25,7 @@ class Bank(Protocol):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The linears that are adapted; none where the method leaves linears alone."""
+        """The modules that are adapted; none where the method leaves the layers' modules alone."""
         ...
 
     @property
@@ -62,6 +62,14 @@ class Bank(Protocol):
         ...
 
 
+PEFT_USAGE = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "path/of/this/folder")"""
+
+
 @dataclass(frozen=True)
 class Method:
     """A method's row in the table: its bank, and its files."""
@@ -72,3 +80,5 @@ class Method:
     read_config: Callable[[Facts], Any]  # the settings that a file gives; raises ArtifactRefused
     layout: Callable[[BaseModel, Any], Sequence[Shapes]]  # tensors that a file may hold, in groups: all of one or none
     sentence: Callable[[Any, Mapping[str, Tensor]], str]  # what an adapter is, for its card
+    library: str = "peft"  # what loads its files
+    usage: str = PEFT_USAGE  # how, in Python, for its card; {base} stands for the base's name as a literal

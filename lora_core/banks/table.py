@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from lora_core.banks.bank import Bank, Method
+from lora_core.banks.bottleneck_files import BOTTLENECK
 from lora_core.banks.lora_files import LORA
 from lora_core.banks.prefix import PREFIX
 from lora_core.banks.prompt import PROMPT
@@ -14,6 +15,7 @@ METHODS: Mapping[str, Method] = {
     "lora": LORA,
     "prompt_tuning": PROMPT,
     "prefix_tuning": PREFIX,
+    "bottleneck": BOTTLENECK,
 }
 
 

@@ -59,13 +59,19 @@ def examples(seed: int, count: int = 10, longest: int = 20) -> tuple[Rendered, .
     )
 
 
-def recipe(**settings: object) -> Recipe:
-    """A recipe for these tests: short rows, quick steps, dropout on."""
+class LoraRecipe(Recipe):
+    """A recipe whose method is LoRA: as `Recipe`, and its type says so."""
+
+    method: LoraSpec = LoraSpec()
+
+
+def recipe(**settings: object) -> LoraRecipe:
+    """A LoRA recipe for these tests: short rows, quick steps, dropout on."""
     defaults: dict[str, object] = {
         "rank": 4, "alpha": 8, "dropout": 0.1, "learning_rate": 5e-3, "epochs": 2, "batch_size": 4, "row_tokens": T,
         "max_length": T, "patience": None,
     }  # fmt: skip
-    return make_recipe({**defaults, **settings})
+    return LoraRecipe.model_validate(make_recipe({**defaults, **settings}).model_dump())
 
 
 def lora_of(settings: Recipe) -> LoraSpec:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_core.banks.bank import Bank
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner, Trained
@@ -55,7 +56,7 @@ def run(
     base: BaseModel,
     now: Sequence[Learner],
     slots: int,
-    bank: LoraBank,
+    bank: Bank,
     later: Sequence[Learner] = (),
     saves: Saves | None = None,
 ) -> dict[str, Trained]:
@@ -70,7 +71,7 @@ class Killed(Exception):
 
 
 def killed_and_resumed(
-    base: BaseModel, cohort: Sequence[Learner], slots: int, bank: LoraBank, folder: Path, steps: int
+    base: BaseModel, cohort: Sequence[Learner], slots: int, bank: Bank, folder: Path, steps: int
 ) -> dict[str, Trained]:
     """Save after every micro-step, die after some, and go on in another order."""
 

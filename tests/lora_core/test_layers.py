@@ -7,20 +7,21 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from lora_core.banks.lora import LoraBank, lora_bank
+from lora_core.banks.bank import Bank
+from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner, Trained
 from lora_core.errors import TrainingError
 from lora_core.layers import checkpointed, compiled, decoder_layers
 from lora_core.train import train
-from tests.lora_core.conftest import T, learner, lora_of
+from tests.lora_core.conftest import T, learner
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for a CPU with a C++ compiler")
 
 SLOTS = 3
 
 
-def trained(base: BaseModel, learners: Sequence[Learner], bank: LoraBank) -> dict[str, Trained]:
+def trained(base: BaseModel, learners: Sequence[Learner], bank: Bank) -> dict[str, Trained]:
     """Everybody trained in one cohort, by name."""
     return {one.name: one for one in train(base, learners, SLOTS, T, bank)}
 
@@ -34,7 +35,7 @@ def test_compiled_layers_learn_the_same(base: BaseModel) -> None:
     """Losses as without; equal bytes alone, among neighbours who also wait for a slot, and with checkpointing."""
     mine = learner(1)
     others = [learner(seed, count=6, rank=2) for seed in range(2, 6)]
-    bank = lora_bank(base, [lora_of(mine.recipe)])
+    bank = make_bank(base, [mine.recipe.method])
     before = dict(base.model.named_modules())
 
     plain = trained(base, [mine], bank)[mine.name]
@@ -65,4 +66,4 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(
     monkeypatch.setattr(layer, "forward", breaking)
 
     with pytest.raises(TrainingError, match="cannot be compiled.*unset LORA_COMPILE"), compiled(llama_base):
-        trained(llama_base, [learner(1)], lora_bank(llama_base, [lora_of(learner(1).recipe)]))
+        trained(llama_base, [learner(1)], make_bank(llama_base, [learner(1).recipe.method]))

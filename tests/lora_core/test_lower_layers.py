@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lora_core.banks.lora import lora_bank
+from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner, Trained
 from lora_core.data.packing import DenseRows
 from lora_core.lower_layers import LowerLayers
 from lora_core.row_store import RowFolder, RowMemory, RowStore
 from lora_core.train import train
-from tests.lora_core.conftest import WORDS, T, examples, learner, lora_of
+from tests.lora_core.conftest import WORDS, T, examples, learner
 
 K = 3
 PLENTY = 1 << 24  # bytes
@@ -69,7 +69,7 @@ def learners(**settings: Any) -> list[Learner]:  # a recipe's
 
 def lower_layers(base: BaseModel, users: Sequence[Learner], store: RowStore) -> LowerLayers:
     """The lower layers of a cohort."""
-    return LowerLayers(base, lora_bank(base, [lora_of(user.recipe) for user in users]), store)
+    return LowerLayers(base, make_bank(base, [user.recipe.method for user in users]), store)
 
 
 def kept(budget: int = PLENTY, folder: RowFolder | None = None, **seconds: float) -> RowStore:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lora_core.artifact import write_artifact
-from lora_core.banks.lora import LoraBank, lora_bank
+from lora_core.banks.bank import Bank
+from lora_core.banks.lora import LoraBank
+from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner, Trained, newest
 from lora_core.train import Pace, train
@@ -18,14 +20,12 @@ from tests.lora_core.conftest import T, examples, learner, lora_of, recipe
 K = 8
 
 
-def run(
-    base: BaseModel, learners: Sequence[Learner], slots: int = K, bank: LoraBank | None = None
-) -> dict[str, Trained]:
+def run(base: BaseModel, learners: Sequence[Learner], slots: int = K, bank: Bank | None = None) -> dict[str, Trained]:
     """Train them packed; results by name."""
     return {trained.name: trained for trained in train(base, learners, slots, T, bank)}
 
 
-def file_digest(base: BaseModel, trained: Trained, of: Learner, bank: LoraBank) -> str:
+def file_digest(base: BaseModel, trained: Trained, of: Learner, bank: Bank) -> str:
     """SHA-256 of the adapter_model.safetensors that would be published."""
     tensors = bank.to_tensors(trained.row_P, lora_of(of.recipe))
     files = write_artifact(base, of.recipe.method, tensors, {})
@@ -36,7 +36,7 @@ def test_a_user_learns_the_same_adapter_with_0_3_and_7_neighbours(base: BaseMode
     """The published file has the same SHA-256, dropout on, in whichever slot."""
     alice = learner(1)
     others = [learner(seed, count=seed + 3) for seed in range(2, 9)]
-    bank = lora_bank(base, [lora_of(alice.recipe)])
+    bank = make_bank(base, [alice.recipe.method])
 
     digests = {
         file_digest(base, run(base, cohort, bank=bank)["user1"], alice, bank)
@@ -85,7 +85,7 @@ def broken(kind: str) -> Learner:
 @pytest.mark.parametrize("kind", ["nan", "rate", "empty"])
 def test_a_broken_neighbour_changes_nobody(base: BaseModel, kind: str) -> None:
     """NaN weights, a rate of a million, no data: the others' bytes stay as they were, and it is retired."""
-    bank = lora_bank(base, [lora_of(recipe())])
+    bank = make_bank(base, [recipe().method])
     bad = broken(kind)
     if bad.start is not None:
         bad = replace(bad, start=bad.start.expand(bank.width))
