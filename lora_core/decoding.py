@@ -46,7 +46,7 @@ def decode(base: BaseModel, lines: Sequence[Line]) -> list[list[int]]:
     """What each row says next, the token that ends an answer included; done when the last row is.
 
     A row's logits have the same bits whoever else is in the batch, at the same K and padded T.  So there is always some
-    padding: with none, transformers would leave the mask out, and another kernel would run.
+    padding: with none, transformers would leave the mask out, and another kernel might run.
     """
     width = -(-max(len(line.tokens) + 1 for line in lines) // STEP) * STEP
     rests = [width - len(line.tokens) for line in lines]
