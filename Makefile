@@ -40,6 +40,7 @@ bench: .venv/.dev-ready
 	$(BIN)/python benchmarks/full_slots.py
 	$(BIN)/python benchmarks/memory_law.py
 	$(BIN)/python benchmarks/lower_layers.py
+	$(BIN)/python benchmarks/mixed_generation.py
 
 bench-gpu: .venv/.dev-ready
 	$(BIN)/python benchmarks/gpu_efficiency.py

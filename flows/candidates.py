@@ -161,7 +161,7 @@ def _score_answers(base: BaseModel, bank: Bank, named: Sequence[tuple[Candidate,
 def _prompts(candidate: Candidate, base: BaseModel) -> list[tuple[list[int], str]]:
     limit = min(candidate.recipe.max_length, base.longest - candidate.recipe.method.positions - ANSWER_TOKENS)
     prompts = (_shown(render_prompt, example, base.tokenizer) for example in candidate.held_out)
-    return list(islice((prompt for prompt in prompts if prompt and len(prompt[0]) <= limit), ANSWERS_JUDGED))
+    return list(islice((prompt for prompt in prompts if prompt and 0 < len(prompt[0]) <= limit), ANSWERS_JUDGED))
 
 
 def _shown(way: Callable[..., Shown | None], *arguments: Any) -> Shown | None:  # whatever the way takes

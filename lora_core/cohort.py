@@ -32,14 +32,17 @@ class Cohort:
     """K slots: weights, gradient, both Adam moments (all K x P), and a column of settings a slot.
 
     `weights_KP` is fp32; `working_KP` is what the forward pass reads: the same memory in fp32, a copy in bf16.
+    A cohort that does not learn has one row of zeros for all slots where the others have gradient and moments.
     """
 
-    def __init__(self, slots: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, slots: int, width: int, device: torch.device, dtype: torch.dtype, learns: bool = True) -> None:
         self.weights_KP = torch.zeros(slots, width, device=device)
-        self.first_KP = torch.zeros_like(self.weights_KP)
-        self.second_KP = torch.zeros_like(self.weights_KP)
         self.working_KP = self.weights_KP if dtype == torch.float32 else self.weights_KP.to(dtype)
-        self.gradient_KP = torch.zeros_like(self.working_KP)
+        rows = slots if learns else 1
+        self.first_KP, self.second_KP, self.gradient_KP = (
+            torch.zeros(rows, width, device=device, dtype=kind).expand(slots, -1)
+            for kind in (torch.float32, torch.float32, dtype)
+        )
         self.scale_K11 = torch.zeros(slots, 1, 1, device=device, dtype=dtype)
         self.dropout_K = torch.zeros(slots, device=device)
         self.key_K = torch.zeros(slots, device=device, dtype=torch.int64)

@@ -10,6 +10,7 @@ LoraError
 ├── DeviceMissing         a device is not in this machine
 ├── MemoryTooSmall        not even one slot fits into a device's memory
 ├── ArtifactRefused       adapter files are hostile, broken or of another base
+├── PromptRefused         a prompt is empty, or leaves no room for an answer
 └── TrainingError         a user's training cannot start or go on
 
 Facts are in `args`, prose is in `__str__`: an error survives pickling between processes.
@@ -112,6 +113,19 @@ class ArtifactRefused(LoraError):
 
     def __str__(self) -> str:
         return "{} refused: {}; {}".format(*self.args)
+
+
+class PromptRefused(LoraError):
+    """A prompt cannot be answered: how many tokens it has, and how many the base takes with the answer."""
+
+    def __init__(self, tokens: int, longest: int) -> None:
+        super().__init__(tokens, longest)
+
+    def __str__(self) -> str:
+        tokens, longest = self.args
+        if not tokens:
+            return "the prompt has no tokens; say something"
+        return f"the prompt has {tokens:,} tokens and the base takes {longest:,} with the answer; shorten it"
 
 
 class TrainingError(LoraError):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.printing import AsJson, VersionReference, answer, console, say
+from flows.cli.printing import AsJson, VersionReference, answer
 from flows.factory import Factory
 
 
@@ -18,29 +18,35 @@ def register(app: typer.Typer) -> None:
 def chat(
     reference: VersionReference,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Answer this and stop; else prompts are asked for.")
+        str | None, typer.Option("--prompt", "-p", help="Answer this and stop; else lines are read.")
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Where the base is now, if it has moved.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the bare base's answer as well.")] = False,
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, max=10, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Sample among the likeliest tokens only.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed samples the same answers.")] = 0,
 ) -> None:
-    """Ask a user's adapter something.  Each prompt stands alone.
+    """Talk to users' adapters, from a terminal or a pipe; /user, /base, /new, /help and /quit are commands.
+
+    Each user has a conversation of their own.  A base without a chat template reads each line by itself.
 
     lora chat acme/alice -p "When is the team lunch?" --compare
-    """
-    from flows.talk import Voice
 
-    voice = Voice.of(reference, base)
-    while True:
-        text = prompt if prompt is not None else _asked()
-        if not text:
-            return
-        own, plain = voice.answers(text, tokens)
-        if compare:
-            say(f"base     {plain}")
-        say(f"{'adapter  ' if compare else ''}{own}")
-        if prompt is not None:
-            return
+    printf "Hello.\\n/user acme/bob\\nHello.\\n" | lora chat acme/alice --temperature 0.7 --top-p 0.9
+    """
+    from flows.cli.conversing import Conversation
+    from flows.talk import Talk
+    from lora_core.decoding import Sampling
+
+    talk = Talk.of(reference, base)
+    conversation = Conversation(talk, tokens, Sampling(temperature, top_p, seed), compare)
+    if prompt is not None:
+        return conversation.ask(prompt)
+    conversation.run()
+    if conversation.failed and not sys.stdin.isatty():
+        raise typer.Exit(1)
+    return None
 
 
 def matrix(
@@ -55,10 +61,3 @@ def matrix(
 
     found = cross(Factory.from_environment(), references)
     answer([*found.rows(), found.mean()], as_json, "")
-
-
-def _asked() -> str:
-    try:
-        return console.input("> ").strip() if sys.stdin.isatty() else sys.stdin.readline().strip()
-    except EOFError:
-        return ""

@@ -108,10 +108,10 @@ def _show(factory: Factory, people: Sequence[Person], base: Path, anew: bool) ->
     for person in people:
         say(f"{_reference(person).label:<12} {person.habit}")
     _try_stock_peft(factory, people[0], base)
-    from flows.talk import Voice
+    from flows.talk import Talk
 
     os.environ["LORA_BASE"] = str(base)
-    own, plain = Voice.of(_reference(people[0]).label).answers(people[0].sample_prompt, 48)
+    own, plain = Talk.of(_reference(people[0]).label).ask(people[0].sample_prompt, 48, compare=True)
     say(f"asked     {people[0].sample_prompt}")
     say(f"base      {plain!r}")
     say(f"{_reference(people[0]).label:<9} {own!r}   ({people[0].habit})")

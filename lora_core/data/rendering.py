@@ -60,14 +60,14 @@ def render_prompt(example: Example, tokenizer: "PreTrainedTokenizerBase") -> tup
             return None
 
 
-def text_to_prompt(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What a person typed as one user turn of a chat, or as raw text where the base has no chat template.
+def turns_to_prompt(turns: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """A conversation up to what a person typed last; where the base has no chat template, that alone as raw text.
 
     Raises TemplateRefused.
     """
     if not tokenizer.chat_template:
-        return _encode(text, tokenizer, special=True)
-    return _encode(_template([Message("user", text)], tokenizer, prompting=True), tokenizer, special=False)
+        return _encode(turns[-1].content, tokenizer, special=True)
+    return _encode(_template(turns, tokenizer, prompting=True), tokenizer, special=False)
 
 
 def _conversation(

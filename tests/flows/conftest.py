@@ -60,7 +60,7 @@ def lora(tmp_path: Path) -> Lora:
     """The `lora` command as a person runs it; fails the test unless the exit code is the expected one."""
 
     def run(
-        *words: str, code: int = 0, environment: Mapping[str, str] | None = None
+        *words: str, code: int = 0, environment: Mapping[str, str] | None = None, typed: str = ""
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [*LORA, *words],
@@ -68,6 +68,7 @@ def lora(tmp_path: Path) -> Lora:
             env=quiet_environment(tmp_path) | dict(environment or {}),
             capture_output=True,
             text=True,
+            input=typed,
             timeout=300,
         )
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"

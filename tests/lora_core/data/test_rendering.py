@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lora_core.data.examples import Completion, Conversation, Message, Role, Text
-from lora_core.data.rendering import Rendered, render, render_prompt, text_to_prompt
+from lora_core.data.rendering import Rendered, render, render_prompt, turns_to_prompt
 from lora_core.errors import TemplateRefused
 from tests.lora_core.conftest import CHATML, make_tokenizer
 
@@ -135,5 +135,5 @@ def test_the_prompt_is_what_the_answer_follows(tokenizer: PreTrainedTokenizerFas
     tokens, reference = prompt
     assert list(rendered.tokens[: len(tokens)]) == tokens
     assert reference == "hello"
-    assert text_to_prompt("the fox", tokenizer) == tokens
+    assert turns_to_prompt(talk.messages[:1], tokenizer) == tokens
     assert render_prompt(Text("the fox"), tokenizer) is None
