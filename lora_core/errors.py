@@ -10,6 +10,7 @@ LoraError
 ├── DeviceMissing         a device is not in this machine
 ├── MemoryTooSmall        not even one slot fits into a device's memory
 ├── ArtifactRefused       adapter files are hostile, broken or of another base
+├── ExportRefused         an adapter has no place in another engine's files
 └── TrainingError         a user's training cannot start or go on
 
 Facts are in `args`, prose is in `__str__`: an error survives pickling between processes.
@@ -112,6 +113,16 @@ class ArtifactRefused(LoraError):
 
     def __str__(self) -> str:
         return "{} refused: {}; {}".format(*self.args)
+
+
+class ExportRefused(LoraError):
+    """An adapter has no place in another engine's files: which, why, and what to do."""
+
+    def __init__(self, what: str, why: str, fix: str) -> None:
+        super().__init__(what, why, fix)
+
+    def __str__(self) -> str:
+        return "{} cannot be exported: {}; {}".format(*self.args)
 
 
 class TrainingError(LoraError):

@@ -1,14 +1,15 @@
-"""`lora promote`, `rollback` and `pull`: move aliases, and bring adapters to where they are served."""
+"""`lora promote`, `rollback`, `pull` and `export`: move aliases, and bring adapters to where they are served."""
 
 import getpass
 import os
 import shutil
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.cli.printing import AsJson, OwnReference, VersionReference, answer_one, say
+from flows.cli.printing import AsJson, OwnReference, VersionReference, answer_one, say, size
 from flows.errors import Unready
 from flows.factory import Factory, now
 from registry import aliases, queries
@@ -20,9 +21,16 @@ AliasOption = Annotated[str, typer.Option("--alias", help="Which alias to move."
 Reason = Annotated[str, typer.Option("--reason", help="Kept in the alias's history.")]
 
 
+class Kind(StrEnum):
+    """What an adapter can be exported as."""
+
+    GGUF = "gguf"
+    MERGED = "merged"
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for command in (promote, rollback, pull, reproduce):
+    for command in (promote, rollback, pull, export, reproduce):
         app.command()(command)
 
 
@@ -81,6 +89,29 @@ def pull(
         answer_one({"folder": folder}, as_json)
     else:
         say(str(folder))
+
+
+def export(
+    reference: VersionReference,
+    to: Annotated[Path, typer.Option("--to", help="The GGUF file, or the folder of the merged model, to write.")],
+    as_: Annotated[Kind, typer.Option("--as", help="A GGUF adapter for llama.cpp, or base and adapter as one model.")],
+    base: Annotated[str | None, typer.Option("--base", help="Where the base is now, if it has moved.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a version for engines that do not read PEFT's files.
+
+    lora export acme/alice --as gguf --to alice.gguf          then: llama-cli -m base.gguf --lora alice.gguf
+
+    lora export acme/alice@production --as merged --to ./alice-model
+    """
+    from flows.export import bytes_in, export_gguf, export_merged
+
+    write = {Kind.GGUF: export_gguf, Kind.MERGED: export_merged}[as_]
+    origin = write(Factory.from_environment(), reference, to, force, base)
+    facts = {"reference": origin.label, "as": str(as_), "to": to, "base": origin.base.name}
+    written = bytes_in(to)
+    answer_one({**facts, "size": written if as_json else size(written)}, as_json)
 
 
 def _who() -> str:
