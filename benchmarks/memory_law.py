@@ -116,8 +116,7 @@ def measured(base: BaseModel, bank: LoraBank, setting: Setting) -> int:
         most: int = torch.cuda.max_memory_allocated(device)
         return most
     peak = profiled_peak(lambda: train_twice(base, bank, setting))
-    tensors = [*base.model.parameters(), *base.model.buffers()]
-    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in base.frozen}
     total: int = sum(storages.values()) + peak
     return total
 

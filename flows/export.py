@@ -10,17 +10,8 @@ from pathlib import Path
 
 from flows.errors import Unready
 from flows.factory import Factory
-from lora_core.base_model import fingerprint, load_base, locate
-from lora_core.export import (
-    check_mergeable,
-    deltas,
-    merge,
-    outline,
-    outlined_sites,
-    stored_dtype,
-    write_gguf,
-    write_merged,
-)
+from lora_core.base_model import fingerprint, load_base, locate, outline, outlined_sites
+from lora_core.export import check_mergeable, deltas, merge, stored_dtype, write_gguf, write_merged
 from lora_core.intake import read_artifact
 from registry import queries
 from registry.client import Resolved

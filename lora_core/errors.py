@@ -92,17 +92,35 @@ class DeviceMissing(LoraError):
 
 
 class MemoryTooSmall(LoraError):
-    """Not even one slot fits: bytes it needs, bytes there are, tokens a row."""
+    """Not even one slot fits: bytes it needs, bytes there are, tokens a row (0: the base alone is too large).
 
-    def __init__(self, needed: int, budget: int, row_tokens: int) -> None:
-        super().__init__(needed, budget, row_tokens)
+    `fewer` says what it would need, were the base kept in fewer bits.
+    """
+
+    def __init__(self, needed: int, budget: int, row_tokens: int, fewer: tuple[tuple[str, int], ...] = ()) -> None:
+        super().__init__(needed, budget, row_tokens, fewer)
+        self.row_tokens = row_tokens
 
     def __str__(self) -> str:
-        needed, budget, row_tokens = self.args
+        needed, budget, row_tokens, _ = self.args
+        who, lower = "the base alone", "take a smaller base"
+        if row_tokens:
+            who, lower = f"one user at {row_tokens} tokens a row", "lower row_tokens or rank"
         return (
-            f"one user at {row_tokens} tokens a row needs {needed / 2**20:,.1f} MiB of memory and there are "
-            f"{budget / 2**20:,.1f}; lower row_tokens or rank, raise LORA_MEMORY or take a larger device"
+            f"{who} needs {needed / 2**20:,.1f} MiB of memory and there are {budget / 2**20:,.1f}; {self._fewer_bits()}"
+            f"{lower}, raise --memory or LORA_MEMORY, or take a larger device"
         )
+
+    def _fewer_bits(self) -> str:
+        _, budget, _, fewer = self.args
+        fitting = [(bits, needed) for bits, needed in fewer if needed <= budget]
+        if fitting:
+            bits, needed = fitting[0]
+            return (
+                f"in {bits} it would need about {needed / 2**20:,.1f} (LORA_QUANTISE={bits}, another base to every "
+                "adapter); else "
+            )
+        return "".join(f"{bits} would still need {needed / 2**20:,.1f}; " for bits, needed in fewer[-1:])
 
 
 class ArtifactRefused(LoraError):

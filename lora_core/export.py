@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.base_model import FINGERPRINTED, BaseModel, Site, adaptable, widths
+from lora_core.base_model import FINGERPRINTED, BaseModel
 from lora_core.errors import BaseModelError, ExportRefused
 from lora_core.intake import LoraFiles
 
@@ -65,26 +65,6 @@ def deltas(files: LoraFiles) -> dict[str, Delta]:
         )
         for name in sorted(downs)
     }
-
-
-def outline(folder: Path) -> PreTrainedModel:
-    """A base's architecture without its weights: an adapter can be exported where the base itself would not fit.
-
-    Raises BaseModelError.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        why = f"transformers cannot read its config.json: {str(error).strip().splitlines()[0]}"
-        raise BaseModelError(str(folder), why, "give a causal language model that transformers knows") from None
-    return model
-
-
-def outlined_sites(model: PreTrainedModel) -> dict[str, Site]:
-    """The adaptable sites of an outline by path; what each reads is not known."""
-    return {path: Site(path, *widths(linear), -1) for path, linear in adaptable(model).items()}
 
 
 def write_gguf(path: Path, config: PretrainedConfig, found: Mapping[str, Delta]) -> None:
@@ -173,6 +153,8 @@ def write_merged(folder: Path, base: BaseModel, base_folder: Path) -> None:
     except (ValueError, NotImplementedError, SafetensorError) as error:  # a generation config that contradicts itself
         why = f"transformers cannot save its base: {str(error).strip().splitlines()[0][:200]}"
         raise ExportRefused("merged, this adapter", why, "mend the base's configuration") from None
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read what it writes
     for pattern in FINGERPRINTED:
         for path in base_folder.glob(pattern):
             if path.is_file() and path.name != "config.json" and ".safetensors" not in path.name:

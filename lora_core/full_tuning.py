@@ -72,7 +72,7 @@ def predict_full(base: BaseModel, row_tokens: int, layers_forget: bool = False) 
             lesson = Lesson(empty_row(row_tokens), weight=1.0, dropout=0.0, key=0)
             for _ in range(2):  # the second time beside the gradients and moments of the first
                 backward(twin, lesson)
-                _step(optimiser, RowStep(1, 0.0, Recipe()))
+                step_all(optimiser, RowStep(1, 0.0, Recipe()))
     return live.peak + workspace_bytes(device, base.model.dtype)
 
 
@@ -118,10 +118,10 @@ def _answer(base: BaseModel, optimiser: torch.optim.AdamW, assignment: Assignmen
     losses = [backward(base, lesson).item() for lesson in assignment.lessons]
     if assignment.step is None or not all(map(math.isfinite, losses)):
         return losses, 0.0
-    return losses, _step(optimiser, assignment.step).item()
+    return losses, step_all(optimiser, assignment.step).item()
 
 
-def _step(optimiser: torch.optim.AdamW, step: RowStep) -> Tensor:
+def step_all(optimiser: torch.optim.AdamW, step: RowStep) -> Tensor:
     """Clip and step by the recipe's settings; the gradient's norm before."""
     recipe, (group,) = step.recipe, optimiser.param_groups
     norm: Tensor = torch.nn.utils.clip_grad_norm_(group["params"], recipe.clip)

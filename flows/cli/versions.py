@@ -105,8 +105,11 @@ def export(
 
     lora export acme/alice@production --as merged --to ./alice-model
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from flows.export import bytes_in, export_gguf, export_merged
 
+    disable_progress_bar()
     write = {Kind.GGUF: export_gguf, Kind.MERGED: export_merged}[as_]
     origin = write(Factory.from_environment(), reference, to, force, base)
     facts = {"reference": origin.label, "as": str(as_), "to": to, "base": origin.base.name}

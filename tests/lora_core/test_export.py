@@ -25,9 +25,9 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from lora_core.artifact import AdapterConfig, write_artifact
 from lora_core.banks.lora import LoraBank, lora_bank
-from lora_core.base_model import BaseModel, freeze, load_base
+from lora_core.base_model import BaseModel, freeze, load_base, outline, outlined_sites
 from lora_core.errors import ExportRefused
-from lora_core.export import Delta, deltas, merge, outline, outlined_sites, stored_dtype, write_gguf, write_merged
+from lora_core.export import Delta, deltas, merge, stored_dtype, write_gguf, write_merged
 from lora_core.intake import read_artifact
 from lora_core.recipe import LoraSpec
 from tests.lora_core.conftest import ARCHITECTURES, CHATML, WORDS, examples, make_tokenizer, recipe

@@ -12,7 +12,7 @@ from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner, Lesson
 from lora_core.data.packing import epoch_batches, pack
 from lora_core.errors import TrainingError
-from lora_core.full_tuning import _step, adamw, backward, predict_full, trainable, tune_fully
+from lora_core.full_tuning import adamw, backward, predict_full, step_all, trainable, tune_fully
 from lora_core.optim import RowStep, rate_at
 from lora_core.recipe import Recipe
 from lora_core.train import train
@@ -109,7 +109,7 @@ def two_steps(base: BaseModel) -> Callable[[], None]:
         optimiser = adamw(twin)
         for _ in range(2):
             backward(twin, Lesson(row, 1.0, 0.0, 0))
-            _step(optimiser, RowStep(1, 0.0, Recipe()))
+            step_all(optimiser, RowStep(1, 0.0, Recipe()))
 
     return run
 
