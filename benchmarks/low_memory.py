@@ -8,6 +8,7 @@ row at a time, a pack one row of each of K users.  `--tiny` shrinks the bases: i
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -167,9 +168,8 @@ def main() -> None:
     for name in bases:
         full: int | None = None
         for way in (*FULL, *PACKED):
-            found = first_that_fits(
-                [way], lambda one, name=name: measured(name, one, options.row_tokens, options.tiny, device)
-            )
+            run = partial(measured, name, row_tokens=options.row_tokens, tiny=options.tiny, device=device)
+            found = first_that_fits([way], run)
             release()
             if found is None:
                 say(f"{name:>6}   beyond the device's memory  {way.words}")
