@@ -41,12 +41,14 @@ bench: .venv/.dev-ready
 	$(BIN)/python benchmarks/memory_law.py
 	$(BIN)/python benchmarks/lower_layers.py
 	$(BIN)/python benchmarks/mixed_generation.py
+	$(BIN)/python benchmarks/low_memory.py --row-tokens 256
 
 bench-gpu: .venv/.dev-ready
 	$(BIN)/python benchmarks/gpu_efficiency.py
 	$(BIN)/python benchmarks/gpu_efficiency.py --compiled
 	$(BIN)/python benchmarks/gpu_users.py
 	$(BIN)/python benchmarks/gpu_exactness.py
+	$(BIN)/python benchmarks/low_memory.py
 
 bench-crash: .venv/.dev-ready
 	infra/install-test-servers

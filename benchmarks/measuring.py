@@ -20,6 +20,7 @@ from typing import TypeVar
 import peft
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 from lora_core.train import Pace
 
@@ -139,6 +140,19 @@ def release() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def profiled_peak(side: Side) -> int:
+    """The most bytes that one call holds on the CPU beyond what was there, by the memory events of torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        side()
+    now = peak = 0
+    results = events.profiler.kineto_results if events.profiler else None
+    for event in results.events() if results else ():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:

@@ -22,9 +22,9 @@ from typing import Literal
 
 import torch
 import transformers
-from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.measuring import profiled_peak
 from lora_core.banks.bank import Bank
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel, freeze
@@ -117,16 +117,8 @@ def measured(base: BaseModel, bank: Bank, setting: Setting) -> int:
         train_twice(base, bank, setting)
         most: int = torch.cuda.max_memory_allocated(device)
         return most
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        train_twice(base, bank, setting)
-    now = peak = 0
-    results = events.profiler.kineto_results if events.profiler else None
-    for event in results.events() if results else ():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    tensors = [*base.model.parameters(), *base.model.buffers()]
-    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    peak = profiled_peak(lambda: train_twice(base, bank, setting))
+    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in base.frozen}
     total: int = sum(storages.values()) + peak
     return total
 

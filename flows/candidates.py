@@ -55,6 +55,11 @@ class Candidate:
     tasks: dict[str, TaskScore] = field(default_factory=dict)  # base, candidate
     verdict: Verdict | None = None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest example."""
+        return max(len(rendered.tokens) for rendered in (*self.learner.train, *self.learner.held_out))
+
 
 def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel) -> Candidate:
     """Split and render one user's examples.  Raises TrainingError where nothing is left to learn from."""
@@ -97,9 +102,8 @@ def plan_training(base: BaseModel, candidates: Sequence[Candidate], budget_bytes
     """As many slots as fit into memory.  Rows are shortened at need if no recipe counts its batch in rows."""
     row_tokens = candidates[0].recipe.row_tokens
     recipes = [candidate.recipe for candidate in candidates]
-    examples = [one for c in candidates for one in (*c.learner.train, *c.learner.held_out)]
     fixed = any(recipe.batch_rows for recipe in recipes)
-    shortest_row = None if fixed else max(len(rendered.tokens) for rendered in examples)
+    shortest_row = None if fixed else max(candidate.longest for candidate in candidates)
     drops = any(recipe.method.dropout for recipe in recipes)
     return plan(base, training_bank(base, candidates), budget_bytes, row_tokens, most_slots, drops, shortest_row)
 

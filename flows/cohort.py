@@ -19,18 +19,17 @@ from flows.candidates import (
     finite,
     judge_candidates,
     make_candidate,
-    plan_training,
     train_candidates,
     training_bank,
 )
 from flows.factory import Factory, now
 from flows.finished import computed_on, finished
-from lora_core.base_model import BaseModel, check_device, load_base
+from flows.fitting import budget_bytes, load_within_budget, plan_fitting
+from lora_core.base_model import BaseModel, check_device
 from lora_core.data.snapshot import load_snapshot
-from lora_core.errors import ArtifactRefused, BaseModelError, LoraError
+from lora_core.errors import ArtifactRefused, BaseModelError, LoraError, MemoryTooSmall
 from lora_core.intake import AdapterFiles, read_artifact
-from lora_core.memory import tighten
-from lora_core.planner import Plan, free_bytes, with_fewer
+from lora_core.planner import Plan, with_fewer
 from lora_core.recipe import make_recipe
 from lora_core.row_store import RowFolder, RowMemory, RowStore
 from lora_core.saves import Saves
@@ -60,6 +59,7 @@ class Cohort:
         self.started_at = now()
         self.work: dict[JobId, tuple[ClaimedJob, Candidate]] = {}
         self.failed: dict[str, str] = {}  # label to reason
+        self.put_off: dict[JobId, tuple[str, str]] = {}  # label and reason of who needs more memory than is here
         self.published: dict[str, Published] = {}  # by label
 
     @property
@@ -86,33 +86,43 @@ def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
     slots = min(factory.settings.slots, 1 << math.ceil(math.log2(len(claimed))))
     cohort = Cohort(Plan(slots, make_recipe(first.recipe).row_tokens, compiled=factory.settings.compile))
     try:
-        device = factory.settings.device or None
-        cohort.base = load_base(first.base_name, first.base_revision, device, quantise=first.base_quantised)
+        cohort.base = load_within_budget(factory.settings, first)
         if cohort.base.digest != first.base_digest:
             raise BaseModelError(first.base_name, "its files have changed since the job was made", "train again")
+    except MemoryTooSmall as error:
+        for job in claimed:
+            _put_off(factory, cohort, job, error)
     except LoraError as error:
         for job in claimed:
             _drop(factory, cohort, job, str(error))
     else:
-        for job in claimed:
-            try:
-                cohort.work[job.id] = (job, _candidate(factory, cohort.base, job))
-            except (LoraError, ObjectMissing, ObjectDiffers) as error:
-                _drop(factory, cohort, job, str(error))
+        _admit(factory, cohort, claimed)
         if cohort.work:
-            cohort.plan = _planned(factory, cohort)
+            _fit_into_memory(factory, cohort)
         _open_run(factory, cohort)
     return cohort
 
 
-def _planned(factory: Factory, cohort: Cohort) -> Plan:
-    """How many slots fit into memory, where it is known how much there is.  Raises MemoryTooSmall."""
-    tighten(cohort.base.model.device)
-    budget = factory.settings.memory or free_bytes(cohort.base.model.device)
+def _admit(factory: Factory, cohort: Cohort, claimed: Sequence[ClaimedJob]) -> None:
+    """Everybody whose examples can be used."""
+    for job in claimed:
+        try:
+            cohort.work[job.id] = (job, _candidate(factory, cohort.base, job))
+        except (LoraError, ObjectMissing, ObjectDiffers) as error:
+            _drop(factory, cohort, job, str(error))
+
+
+def _fit_into_memory(factory: Factory, cohort: Cohort) -> None:
+    """Plan as many slots as fit, where it is known how much memory there is; who does not fit is put off alone."""
+    budget = budget_bytes(factory.settings, cohort.base)
     if budget is None:
-        return cohort.plan
-    found = plan_training(cohort.base, cohort.candidates, budget, cohort.plan.slots)
-    return replace(found, compiled=cohort.plan.compiled)
+        return
+    planned, left_out = plan_fitting(cohort.base, cohort.candidates, budget, cohort.plan.slots)
+    if planned:
+        cohort.plan = replace(planned, compiled=cohort.plan.compiled)
+    for job, candidate in list(cohort.work.values()):
+        if candidate.label in left_out:
+            _put_off(factory, cohort, job, left_out[candidate.label])
 
 
 def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None = None) -> None:
@@ -215,6 +225,15 @@ def _drop(factory: Factory, cohort: Cohort, job: ClaimedJob, reason: str) -> Non
     cohort.work.pop(job.id, None)
     with suppress(LeaseLost), transaction(factory.engine) as session:  # a new holder will find out for itself
         jobs.fail(session, job, reason, now())
+
+
+def _put_off(factory: Factory, cohort: Cohort, job: ClaimedJob, trouble: MemoryTooSmall) -> None:
+    """One user leaves the cohort and waits for a worker that has more memory; it costs no attempt."""
+    cohort.put_off[job.id] = (job.reference.label, str(trouble))
+    cohort.work.pop(job.id, None)
+    until = now() + timedelta(seconds=factory.settings.lease_seconds)
+    with suppress(LeaseLost), transaction(factory.engine) as session:
+        jobs.put_off(session, job, str(trouble), until, now())
 
 
 def _saves(factory: Factory, cohort: Cohort) -> Saves:

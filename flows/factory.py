@@ -48,9 +48,9 @@ class Factory:
         self.settings = settings
 
     @classmethod
-    def from_environment(cls) -> "Factory":
-        """A factory as the environment says.  Raises SettingRefused."""
-        return cls(FactorySettings.read())
+    def from_environment(cls, **given: object) -> "Factory":
+        """A factory as the environment says, but for settings that are given.  Raises SettingRefused."""
+        return cls(FactorySettings.read(**given))
 
     @cached_property
     def engine(self) -> Engine:

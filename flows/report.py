@@ -14,9 +14,10 @@ Row = dict[str, str]
 
 
 def rows(cohort: Cohort) -> list[Row]:
-    """One row a user: published, refused or failed, with what it scored."""
+    """One row a user: published, refused, failed or put off, with what it scored."""
     table = [_row(cohort, candidate) for candidate in cohort.candidates]
     failed = [{"user": label, "result": "failed", "why": reason} for label, reason in cohort.failed.items()]
+    failed += [{"user": label, "result": "put off", "why": reason} for label, reason in cohort.put_off.values()]
     return sorted(table + failed, key=lambda row: row["user"])
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lora_core.errors import BaseModelError, DeviceMissing
@@ -63,6 +63,13 @@ class BaseModel:
     quantised: str = ""  # 8bit, 4bit, or not
 
     @property
+    def frozen(self) -> list[Tensor]:
+        """Every tensor that it keeps: weights, buffers, and the scales of packed weights."""
+        packed = [module for module in self.model.modules() if isinstance(module, QuantisedLinear)]
+        scales = [tensor for module in packed for tensor in module.scales]
+        return [*self.model.parameters(), *self.model.buffers(), *scales]
+
+    @property
     def parameters(self) -> int:
         """How many numbers the base holds, however few bits each has; tied ones count once."""
         return int(self.model.num_parameters())
@@ -109,6 +116,29 @@ def _parameters_in(path: Path) -> int:
         raise BaseModelError(str(path.parent), why, "fetch or save the base again") from None
 
 
+def outline(folder: Path) -> BaseModel:
+    """A base's architecture without its weights, however large those are; what reads what, nobody can try.
+
+    Raises BaseModelError.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        why = f"transformers cannot read its config.json: {str(error).strip().splitlines()[0]}"
+        raise BaseModelError(str(folder), why, "give a causal language model that transformers knows") from None
+    linears = adaptable(model)
+    sites = tuple(Site(path, *widths(linear), -1 - n) for n, (path, linear) in enumerate(linears.items()))
+    transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
+    return BaseModel(model, None, str(folder), "", "", sites, transposed, _longest(model), plain_head=False)
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """What a base is kept in on a device: fp32 on a CPU, bf16 on a GPU."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
 def load_base(
     name: str,
     revision: str | None = None,
@@ -122,8 +152,8 @@ def load_base(
     """
     check_quantise(name, quantise)
     folder = locate(name, revision)
-    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    device = check_device(device or default_device())
+    dtype = dtype or default_dtype(device)
     if not any(folder.glob(WEIGHTS)):
         raise BaseModelError(name, "it has no safetensors weights", "convert them; pickles are never opened")
     placed = _placement(device, dtype, quantise)
@@ -147,6 +177,11 @@ def _placement(device: str, dtype: torch.dtype, quantise: str) -> dict[str, Any]
         return {}
     placed: dict[str, Any] = {"device_map": SHARDED if device == SHARDED else {"": device}}
     return placed | {"quantization_config": quantisation(quantise, dtype)} if quantise else placed
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: str) -> str:

@@ -11,6 +11,7 @@ LoraError
 ├── MemoryTooSmall        not even one slot fits into a device's memory
 ├── ArtifactRefused       adapter files are hostile, broken or of another base
 ├── PromptRefused         a prompt is empty, or leaves no room for an answer
+├── ExportRefused         an adapter has no place in another engine's files
 └── TrainingError         a user's training cannot start or go on
 
 Facts are in `args`, prose is in `__str__`: an error survives pickling between processes.
@@ -92,17 +93,35 @@ class DeviceMissing(LoraError):
 
 
 class MemoryTooSmall(LoraError):
-    """Not even one slot fits: bytes it needs, bytes there are, tokens a row."""
+    """Not even one slot fits: bytes it needs, bytes there are, tokens a row (0: the base alone is too large).
 
-    def __init__(self, needed: int, budget: int, row_tokens: int) -> None:
-        super().__init__(needed, budget, row_tokens)
+    `fewer` says what it would need, were the base kept in fewer bits.
+    """
+
+    def __init__(self, needed: int, budget: int, row_tokens: int, fewer: tuple[tuple[str, int], ...] = ()) -> None:
+        super().__init__(needed, budget, row_tokens, fewer)
+        self.row_tokens = row_tokens
 
     def __str__(self) -> str:
-        needed, budget, row_tokens = self.args
+        needed, budget, row_tokens, _ = self.args
+        who, lower = "the base alone", "take a smaller base"
+        if row_tokens:
+            who, lower = f"one user at {row_tokens} tokens a row", "lower row_tokens or rank"
         return (
-            f"one user at {row_tokens} tokens a row needs {needed / 2**20:,.1f} MiB of memory and there are "
-            f"{budget / 2**20:,.1f}; lower row_tokens or rank, raise LORA_MEMORY or take a larger device"
+            f"{who} needs {needed / 2**20:,.1f} MiB of memory and there are {budget / 2**20:,.1f}; {self._fewer_bits()}"
+            f"{lower}, raise --memory or LORA_MEMORY, or take a larger device"
         )
+
+    def _fewer_bits(self) -> str:
+        _, budget, _, fewer = self.args
+        fitting = [(bits, needed) for bits, needed in fewer if needed <= budget]
+        if fitting:
+            bits, needed = fitting[0]
+            return (
+                f"in {bits} it would need about {needed / 2**20:,.1f} (LORA_QUANTISE={bits}, another base to every "
+                "adapter); else "
+            )
+        return "".join(f"{bits} would still need {needed / 2**20:,.1f}; " for bits, needed in fewer[-1:])
 
 
 class ArtifactRefused(LoraError):
@@ -126,6 +145,16 @@ class PromptRefused(LoraError):
         if not tokens:
             return "the prompt has no tokens; say something"
         return f"the prompt has {tokens:,} tokens and the base takes {longest:,} with the answer; shorten it"
+
+
+class ExportRefused(LoraError):
+    """An adapter has no place in another engine's files: which, why, and what to do."""
+
+    def __init__(self, what: str, why: str, fix: str) -> None:
+        super().__init__(what, why, fix)
+
+    def __str__(self) -> str:
+        return "{} cannot be exported: {}; {}".format(*self.args)
 
 
 class TrainingError(LoraError):

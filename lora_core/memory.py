@@ -38,7 +38,7 @@ def predict(
     device = base.model.device
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, checkpointed(base, layers_forget):
-        frozen = [fake.from_tensor(tensor) for tensor in (*base.model.parameters(), *base.model.buffers())]
+        frozen = [fake.from_tensor(tensor) for tensor in base.frozen]
         live = LiveBytes(device)
         live.meet(frozen)
         with live:

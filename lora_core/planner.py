@@ -11,6 +11,7 @@ import torch
 
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
+from lora_core.budget import Weights, fewer_bits
 from lora_core.curriculum import Learner, Trained
 from lora_core.errors import MemoryTooSmall
 from lora_core.layers import checkpointed, compiled, decoder_layers
@@ -69,7 +70,7 @@ def plan(
         if needed <= budget_bytes:
             slots, forget = _most(peak, budget_bytes, _halves(most_slots, 1), modes)
             return Plan(slots, length, forget, peak(slots, forget))
-    raise MemoryTooSmall(needed, budget_bytes, lengths[-1])
+    raise MemoryTooSmall(needed, budget_bytes, lengths[-1], fewer_bits(Weights.of(base), base.quantised, needed))
 
 
 def _most(

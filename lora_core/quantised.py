@@ -55,6 +55,14 @@ class QuantisedLinear(nn.Module):
         self.weight, self.bias = packed.weight, packed.bias
         self.state = getattr(packed, "state", None)  # where an 8-bit weight has its scales
 
+    @property
+    def scales(self) -> list[Tensor]:
+        """What is kept beside the packed weight: no parameter and no buffer, so nobody else counts them."""
+        nest = [self.state, getattr(self.weight, "quant_state", None)]
+        nest += [getattr(part, "state2", None) for part in nest]
+        held = [getattr(part, name, None) for part in nest for name in ("absmax", "code", "offset", "SCB")]
+        return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The weight as a plain matrix, O x I: the same numbers every time."""
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imported late: brings bitsandbytes

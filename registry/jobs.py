@@ -105,10 +105,11 @@ def claim(
 ) -> list[ClaimedJob]:
     """Take up to `limit` waiting jobs of one group, the oldest job's, and at most one of an adapter.
 
-    Jobs whose worker died count as waiting; an adapter that is in work elsewhere waits, unless `only` asks for its job.
+    Jobs whose worker died count as waiting; an adapter that is in work elsewhere waits, and so does a job that was put
+    off, unless `only` asks for it.
     Concurrent claims share nothing out twice (SKIP LOCKED on PostgreSQL, one writer at a time on SQLite).
     """
-    wanted = and_(_waiting(now), ~_in_work(now)) if only is None else and_(_waiting(now), Job.id.in_(only))
+    wanted = and_(_due(now), ~_in_work(now)) if only is None else and_(_waiting(now), Job.id.in_(only))
     with across(session, Across.CLAIM):
         oldest = select(Job).where(wanted).order_by(Job.created_at, Job.id).with_for_update(skip_locked=True)
         while (first := session.scalar(oldest.limit(1))) is not None:
@@ -124,7 +125,7 @@ def claim(
 
 def waiting(session: Session, now: datetime) -> dict[str, int]:
     """How many jobs a claim could take now, those of dead workers among them, by cohort group."""
-    free = (_waiting(now), ~_in_work(now))
+    free = (_due(now), ~_in_work(now))
     with across(session, Across.CLAIM):
         counted = select(Job.cohort_group, func.count()).where(*free).group_by(Job.cohort_group)
         return dict(session.execute(counted).tuples().all())
@@ -132,6 +133,11 @@ def waiting(session: Session, now: datetime) -> dict[str, int]:
 
 def _waiting(now: datetime) -> ColumnElement[bool]:
     return or_(Job.state == "queued", and_(Job.state == "running", Job.lease_until < now))
+
+
+def _due(now: datetime) -> ColumnElement[bool]:
+    """Waiting, and not put off."""
+    return and_(_waiting(now), or_(Job.lease_until.is_(None), Job.lease_until < now))
 
 
 def _in_work(now: datetime) -> ColumnElement[bool]:
@@ -167,6 +173,16 @@ def release(session: Session, job: ClaimedJob, now: datetime, error: str | None 
         session, job, {"state": "queued", "lease_until": None, "worker": None, "attempts": attempts, "error": error}
     )
     note(session, job.tenant_id, "job released", job.id, {"error": error}, now)
+
+
+def put_off(session: Session, job: ClaimedJob, reason: str, until: datetime, now: datetime) -> None:
+    """Put a job back that this worker is too small for: no attempt is counted, and it is left alone for a while.
+
+    Raises LeaseLost.
+    """
+    values = {"state": "queued", "lease_until": until, "worker": None, "attempts": job.attempts - 1, "error": reason}
+    _change(session, job, values)
+    note(session, job.tenant_id, "job put off", job.id, {"reason": reason}, now)
 
 
 def close(session: Session, job: ClaimedJob, state: str, now: datetime, error: str | None = None) -> None:

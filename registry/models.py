@@ -232,7 +232,7 @@ class Job(Base):
     attempts: Mapped[int] = mapped_column(default=0)
     fence: Mapped[int] = mapped_column(default=0)  # grows with every claim: an earlier holder's commit fails
     worker: Mapped[str | None] = mapped_column(String(128))
-    lease_until: Mapped[datetime | None]
+    lease_until: Mapped[datetime | None]  # of a queued job: until when it was put off
     error: Mapped[str | None]
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]

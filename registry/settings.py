@@ -21,13 +21,15 @@ class RegistrySettings(BaseSettings):
     grant_secret: str = Field(default="", repr=False)  # with which a broker signs its grants
 
     @classmethod
-    def read(cls) -> Self:
-        """The settings as the environment says.  Raises SettingRefused."""
+    def read(cls, **given: object) -> Self:
+        """The settings as the environment says, but for those that are given.  Raises SettingRefused."""
+        given = {name: value for name, value in given.items() if value is not None}
         try:
-            return cls()
+            return cls(**given)  # type: ignore[arg-type]  # pydantic reads them as it does the environment's
         except ValidationError as error:
             wrong = error.errors()[0]
-            variable = "_".join(["LORA", *map(str, wrong["loc"])]).upper()
+            named = "_".join(map(str, wrong["loc"]))
+            variable = f"--{named}" if named in given else f"LORA_{named}".upper()
             raise SettingRefused(variable, str(wrong["input"]), wrong["msg"].removeprefix("Value error, ")) from None
 
     @field_validator("home")

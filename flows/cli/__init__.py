@@ -74,7 +74,6 @@ def _in_words(error: Exception) -> str:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    extra = {"prefect": "flows", "psycopg": "postgres", "pyarrow": "data", "zstandard": "data"}.get(
-        str(error.name), "train"
-    )
+    extras = {"prefect": "flows", "psycopg": "postgres", "pyarrow": "data", "zstandard": "data", "gguf": "edge"}
+    extra = extras.get(str(error.name), "train")
     return f"{error.name} is not installed; pip install 'lora-factory[{extra}]'"

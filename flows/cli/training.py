@@ -29,6 +29,11 @@ SetOption = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key, such as rank=8. Repeatable."),
 ]
 
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="What base and cohort may take, such as 4GiB; else LORA_MEMORY."),
+]
+
 GOOD = ("accepted", "unchanged")
 
 
@@ -44,6 +49,7 @@ def train(
     base: BaseOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
+    memory: MemoryOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Train, judge and publish users' newest data now, packed together.
@@ -52,11 +58,11 @@ def train(
 
     lora train acme/alice --data chats.jsonl --base ./base
 
-    lora train acme/alice acme/bob globex/eve --recipe recipe.yaml
+    lora train acme/alice acme/bob globex/eve --recipe recipe.yaml --memory 4GiB
     """
     from lora_core.recipe import load_recipe
 
-    factory = Factory.from_environment()
+    factory = Factory.from_environment(memory=memory)
     factory.set_up()
     wanted = [Reference.parse_adapter(reference) for reference in references]
     if data and len(wanted) > 1:
@@ -74,6 +80,7 @@ def train(
 
 def work(
     once: Annotated[bool, typer.Option("--once", help="Stop when nobody waits; else go on for ever.")] = False,
+    memory: MemoryOption = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks when nobody waits.")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -83,7 +90,7 @@ def work(
     """
     from flows.work import enqueue_due, sweep
 
-    factory = Factory.from_environment()
+    factory = Factory.from_environment(memory=memory)
     factory.set_up()
     while True:
         try:
@@ -115,6 +122,8 @@ def _drain(factory: Factory, only: list[JobId] | None, quiet: bool) -> list[dict
         if cohort is None:
             break
         rows += report.rows(cohort)
+        if only is not None:  # who was put off would be asked for again, and again be too large
+            only = [job for job in only if job not in cohort.put_off]
     return rows
 
 

@@ -1,14 +1,15 @@
-"""`lora promote`, `rollback` and `pull`: move aliases, and bring adapters to where they are served."""
+"""`lora promote`, `rollback`, `pull` and `export`: move aliases, and bring adapters to where they are served."""
 
 import os
 import shutil
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.cli.fleet import All, Conditions, Number, Override, Source, promote_all, roll_back_all
-from flows.cli.printing import AsJson, OwnReference, VersionReference, answer_one, say
+from flows.cli.printing import AsJson, OwnReference, VersionReference, answer_one, say, size
 from flows.errors import Unready
 from flows.factory import Factory, now, who
 from registry import aliases, queries
@@ -21,9 +22,16 @@ Reason = Annotated[str, typer.Option("--reason", help="Kept in the alias's histo
 Expected = Annotated[int | None, typer.Option("--expect", help="Only if it is at this version now; 0: if it is new.")]
 
 
+class Kind(StrEnum):
+    """What an adapter can be exported as."""
+
+    GGUF = "gguf"
+    MERGED = "merged"
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for command in (promote, rollback, pull, reproduce):
+    for command in (promote, rollback, pull, export, reproduce):
         app.command()(command)
 
 
@@ -112,6 +120,32 @@ def pull(
         answer_one({"folder": folder}, as_json)
     else:
         say(str(folder))
+
+
+def export(
+    reference: VersionReference,
+    to: Annotated[Path, typer.Option("--to", help="The GGUF file, or the folder of the merged model, to write.")],
+    as_: Annotated[Kind, typer.Option("--as", help="A GGUF adapter for llama.cpp, or base and adapter as one model.")],
+    base: Annotated[str | None, typer.Option("--base", help="Where the base is now, if it has moved.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a version for engines that do not read PEFT's files.
+
+    lora export acme/alice --as gguf --to alice.gguf          then: llama-cli -m base.gguf --lora alice.gguf
+
+    lora export acme/alice@production --as merged --to ./alice-model
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from flows.export import bytes_in, export_gguf, export_merged
+
+    disable_progress_bar()
+    write = {Kind.GGUF: export_gguf, Kind.MERGED: export_merged}[as_]
+    origin = write(Factory.from_environment(), reference, to, force, base)
+    facts = {"reference": origin.label, "as": str(as_), "to": to, "base": origin.base.name}
+    written = bytes_in(to)
+    answer_one({**facts, "size": written if as_json else size(written)}, as_json)
 
 
 def _copied(folder: Path, to: Path) -> Path:

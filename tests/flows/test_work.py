@@ -18,7 +18,6 @@ from flows.work import run_cohort
 from lora_core import train
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort as Slots
-from lora_core.errors import MemoryTooSmall
 from lora_core.evaluate import Scores, evaluate_all
 from lora_core.recipe import load_recipe
 from registry import jobs, queries
@@ -30,6 +29,7 @@ from registry.session import reading, transaction
 from tests.flows.conftest import QUICK, write_user
 
 Ask = Callable[..., Enqueued]
+LITTLE = 350_000  # bytes: enough for one slot of rows of 32 tokens, not of 64
 
 
 @pytest.fixture
@@ -199,14 +199,47 @@ def test_a_cohort_is_planned_to_fit_into_memory(base_folder: Path, ask: Ask) -> 
     assert 0 < cohort.plan.predicted_bytes <= 900_000
 
 
-def test_memory_too_small_for_anybody_is_told_with_the_numbers(base_folder: Path, ask: Ask, factory: Factory) -> None:
-    """The job waits for a worker that has more."""
+@pytest.mark.parametrize(("memory", "who"), [(1000, "the base alone"), (250_000, "one user at 30 tokens a row")])
+def test_memory_too_small_for_anybody_is_told_with_the_numbers(
+    base_folder: Path, ask: Ask, factory: Factory, memory: int, who: str
+) -> None:
+    """The job waits for a worker that has more: this one leaves it alone for a while, and no attempt is counted."""
     job = ask("acme/alice").job_id
+    small = Factory(FactorySettings(base=str(base_folder), memory=ByteSize(memory)))
 
-    with pytest.raises(MemoryTooSmall, match="raise LORA_MEMORY or take a larger device"):
-        run_cohort(Factory(FactorySettings(base=str(base_folder), memory=ByteSize(1000))))
+    for _ in range(jobs.MAX_ATTEMPTS + 1):
+        cohort = run_cohort(small, [job])
+        assert cohort
+        ((label, reason),) = cohort.put_off.values()
+        assert label == "acme/alice"
+        assert who in reason
+        assert f"there are {memory / 2**20:,.1f}; " in reason
+        assert "raise --memory or LORA_MEMORY, or take a larger device" in reason
 
-    assert state(factory, job).state == "queued"
+    found = state(factory, job)
+    assert (found.state, found.attempts, found.error) == ("queued", 0, reason)
+    assert run_cohort(small) is None
+    cohort = run_cohort(factory, [job])
+    assert cohort
+    assert [*cohort.published] == ["acme/alice"]
+
+
+def test_who_is_too_large_for_the_budget_is_put_off_alone(
+    base_folder: Path, factory: Factory, ask: Ask, tmp_path: Path
+) -> None:
+    """Long examples need long rows; the others need not."""
+    short = ask("acme/alice", row_tokens=128, max_length=128)
+    pinned, eve = pin_base(factory), Reference.parse("acme/eve")
+    add_data(factory, eve, [str(write_user(tmp_path / "long.jsonl", "hello fox " * 20))])
+    with transaction(factory.engine) as session:
+        settings = load_recipe(None, [*QUICK, "row_tokens=128", "max_length=128"])
+        long = request_training(session, eve, pinned, settings)
+
+    cohort = run_cohort(Factory(FactorySettings(base=str(base_folder), memory=ByteSize(LITTLE))))
+
+    assert cohort
+    assert ([*cohort.published], [*cohort.put_off]) == (["acme/alice"], [long.job_id])
+    assert (state(factory, short.job_id).state, state(factory, long.job_id).state) == ("published", "queued")
 
 
 def test_nobody_is_lost_when_memory_runs_out_in_training_and_in_judging(

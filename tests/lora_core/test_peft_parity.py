@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_core.artifact import write_artifact
+from lora_core.banks.bank import Bank
 from lora_core.banks.lora import PREFIX, LoraBank, lora_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
@@ -113,7 +114,7 @@ def random_row(bank: LoraBank, spec: LoraSpec, seed: int = 0) -> Tensor:
     return row_P
 
 
-def our_logits(base: BaseModel, bank: LoraBank, row_P: Tensor, scale: float, tokens: Tensor) -> Tensor:
+def our_logits(base: BaseModel, bank: Bank, row_P: Tensor, scale: float, tokens: Tensor) -> Tensor:
     """What the base says with this row in slot 1 of 2."""
     cohort = Cohort(2, bank.width, base.model.device, base.model.dtype)
     cohort.admit(1, row_P, scale)

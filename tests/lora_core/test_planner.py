@@ -8,6 +8,7 @@ import torch
 
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
+from lora_core.budget import Weights, fewer_bits
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Learner, Lesson, Trained
 from lora_core.errors import MemoryTooSmall
@@ -43,7 +44,20 @@ def test_where_not_even_one_slot_fits_the_numbers_are_told(base: BaseModel, bank
     with pytest.raises(MemoryTooSmall) as refused:
         plan(base, bank, 1 << 16, T, 16)
 
-    assert "0.1; lower row_tokens or rank, raise LORA_MEMORY" in str(refused.value)
+    assert "there are 0.1; 4bit would still need 0." in str(refused.value)
+    assert "lower row_tokens or rank, raise --memory or LORA_MEMORY" in str(refused.value)
+
+
+def test_the_bits_that_would_fit_are_told(base: BaseModel, bank: LoraBank) -> None:
+    """As many as possible; whether the base becomes another one is the reader's to decide."""
+    needed = min(predict(base, bank, 1, T, True, forget) for forget in (False, True))
+    in_8, in_4 = (size for _, size in fewer_bits(Weights.of(base), "", needed))
+
+    for budget, bits in ((needed - 1, "8bit"), (in_8 - 1, "4bit")):
+        with pytest.raises(MemoryTooSmall, match=f"in {bits} it would need about .*LORA_QUANTISE={bits}, another base"):
+            plan(base, bank, budget, T, 16)
+    with pytest.raises(MemoryTooSmall, match="4bit would still need"):
+        plan(base, bank, in_4 - 1, T, 16)
 
 
 @pytest.mark.slow

@@ -49,6 +49,25 @@ def test_failed_work_can_be_asked_for_again(engine: Engine, claim: Claim) -> Non
     assert (again.job_id, again.state, again.unchanged) == (job.id, "queued", False)
 
 
+def test_a_job_that_is_put_off_waits_without_an_attempt(engine: Engine, claim: Claim) -> None:
+    """A worker that is too small leaves it to others: for a while to nobody, unless it is asked for by name."""
+    (job,) = claim()
+    with transaction(engine) as session:
+        jobs.put_off(session, job, "needs 9 GiB", NOW + LEASE, NOW)
+
+    with transaction(engine) as session:
+        assert jobs.claim(session, "small", LEASE, 1, NOW) == []
+        assert jobs.waiting(session, NOW) == {}
+        assert session.get_one(Job, job.id).attempts == 0
+        assert session.get_one(Job, job.id).error == "needs 9 GiB"
+    with transaction(engine) as session:
+        (asked,) = jobs.claim(session, "large", LEASE, 1, NOW, [job.id])
+        assert asked.attempts == 1
+        jobs.put_off(session, asked, "needs 9 GiB", NOW + LEASE, NOW)
+    with transaction(engine) as session:
+        assert [one.id for one in jobs.claim(session, "large", LEASE, 1, NOW + 2 * LEASE)] == [job.id]
+
+
 def test_a_claim_takes_only_jobs_that_can_share_a_cohort(engine: Engine) -> None:
     """The oldest job decides the group; others wait for the next cohort."""
     with transaction(engine) as session:

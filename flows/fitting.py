@@ -1,0 +1,57 @@
+"""What fits into this worker's memory: the base to begin with, then as many slots and users as there is room for."""
+
+from collections.abc import Sequence
+
+from flows.candidates import Candidate, plan_training
+from flows.settings import FactorySettings
+from lora_core.base_model import (
+    BaseModel,
+    default_device,
+    default_dtype,
+    load_base,
+    locate,
+    outline,
+)
+from lora_core.budget import Weights, check_base_fits
+from lora_core.errors import MemoryTooSmall
+from lora_core.memory import tighten
+from lora_core.planner import Plan, free_bytes
+from registry.jobs import ClaimedJob
+
+
+def load_within_budget(settings: FactorySettings, job: ClaimedJob) -> BaseModel:
+    """A job's base.  Raises MemoryTooSmall, before it is read, where a stated budget is too small for it alone."""
+    device = settings.device or default_device()
+    if settings.memory:
+        known = outline(locate(job.base_name, job.base_revision))
+        width = default_dtype(device).itemsize
+        check_base_fits(Weights(known.parameters, known.sites, width), job.base_quantised, settings.memory)
+    return load_base(job.base_name, job.base_revision, device, quantise=job.base_quantised)
+
+
+def budget_bytes(settings: FactorySettings, base: BaseModel) -> int | None:
+    """What base and cohort may take together: as stated, else what a GPU has; None where nobody can tell."""
+    tighten(base.model.device)
+    return settings.memory or free_bytes(base.model.device)
+
+
+def plan_fitting(
+    base: BaseModel, candidates: Sequence[Candidate], budget: int, most_slots: int
+) -> tuple[Plan | None, dict[str, MemoryTooSmall]]:
+    """A plan for as many users as fit, and why the others do not, by label; those of the longest examples go first."""
+    try:
+        return plan_training(base, candidates, budget, most_slots), {}
+    except MemoryTooSmall as error:
+        trouble = error
+    shorter = sorted((one for one in candidates if one.longest < trouble.row_tokens), key=lambda one: one.longest)
+    found, fitting = None, 0
+    low, high = 1, len(shorter)
+    while low <= high:  # whoever has longer examples needs more
+        middle = (low + high) // 2
+        try:
+            found, fitting = plan_training(base, shorter[:middle], budget, most_slots), middle
+            low = middle + 1
+        except MemoryTooSmall:
+            high = middle - 1
+    kept = {candidate.label for candidate in shorter[:fitting]}
+    return found, {one.label: trouble for one in candidates if one.label not in kept}
