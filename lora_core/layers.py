@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -72,6 +72,6 @@ def compiled(base: BaseModel, on: bool = True) -> Iterator[None]:
         with warnings.catch_warnings(), wrapped(decoder_layers(base), compile_whole):
             warnings.filterwarnings("ignore", "grad and param do not obey")  # views of a matrix cannot
             yield
-    except TorchDynamoException as error:
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         why = f"its layers cannot be compiled: {str(error).strip().splitlines()[0][:200]}"
         raise TrainingError(base.name, why, "unset LORA_COMPILE; compiling on a CPU needs a C++ compiler") from None

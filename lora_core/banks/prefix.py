@@ -6,13 +6,13 @@ A user of fewer virtual tokens has zeros behind them, which nobody sees: they ha
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lora_core.banks.bank import Facts, Method, Shapes
@@ -140,14 +140,14 @@ class PrefixBank:
                 cache = self._cache(base, cache, prefix_KVF, asked.get("use_cache") is not False)
             return asked | {name: cache, "attention_mask": mask, "position_ids": positions_KT}
 
-        with called(base.model.base_model, change, lambda _: None):
+        with called(base.model.base_model, change, lambda _: None), _each_its_own(decoder_layers(base)):
             yield
 
     def _cache(self, base: BaseModel, given: Cache | None, prefix_KVF: Tensor, grows: bool) -> Cache:
         """The prefix as layers look for it: in the cache that was given, if any, or one that keeps nothing else."""
         pairs = self.keys.by_layer(prefix_KVF)
         if not grows:
-            return Cache(layers=[_Before(*pair) for pair in pairs])
+            return _Prefix(layers=[_Before(*pair) for pair in pairs])
         cache = DynamicCache(config=base.model.config) if given is None else given
         for number, pair in enumerate(pairs):
             cache.update(*pair, number)
@@ -198,6 +198,28 @@ class _Before(DynamicLayer):  # type: ignore[misc]  # transformers' are untyped
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """All that a layer's tokens may see."""
         return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+
+
+class _Prefix(Cache):  # type: ignore[misc]  # transformers' are untyped
+    """The same of all layers."""
+
+
+@contextmanager
+def _each_its_own(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """While inside, a layer is handed its own part of a prefix and need not look for it: all compile to one graph."""
+
+    def own(number: int) -> Callable[..., Any]:  # what layers take is transformers' own
+        def pick(given: Any) -> Any:  # any of that
+            return given.layers[number] if isinstance(given, _Prefix) else given
+
+        return lambda _, given, named: (tuple(map(pick, given)), {name: pick(one) for name, one in named.items()})
+
+    hooks = [layer.register_forward_pre_hook(own(number), with_kwargs=True) for number, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def keys_of(base: BaseModel) -> Keys:

@@ -54,6 +54,30 @@ def test_from_a_file_to_an_adapter_that_peft_loads(lora: Lora, base_folder: Path
     assert "fox" in lora("chat", "acme/alice", "-p", "say 5", "--tokens", "12").stdout
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_other_methods_take_the_same_way(
+    lora: Lora, base_folder: Path, alice: Path, tmp_path: Path, method: str
+) -> None:
+    """Virtual tokens instead of LoRA: trained, published, reproduced to the byte, asked, and loaded by PEFT."""
+    settings = [one for one in QUICK if not one.startswith(("rank", "learning_rate"))]
+    settings += [f"method={method}", "num_virtual_tokens=8", "learning_rate=0.1"]
+    words = [word for one in settings for word in ("-s", one)]
+
+    (row,) = json.loads(
+        lora("train", "acme/alice", "--data", str(alice), "--base", str(base_folder), *words, "--json").stdout
+    )
+    again = json.loads(lora("reproduce", "acme/alice:1", "--json").stdout)
+    said = lora("chat", "acme/alice:1", "-p", "say 5", "--tokens", "12").stdout
+    lora("pull", "acme/alice:1", "--to", str(tmp_path / "out"))
+
+    assert (row["result"], row["version"]) == ("accepted", "1")
+    assert (again["equal"], again["differs"]) == (True, {})
+    assert "brown" in said
+    config = next((tmp_path / "out").rglob("adapter_config.json"))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), config.parent)
+    assert loaded.active_peft_config.num_virtual_tokens == 8
+
+
 def test_new_data_makes_a_new_version_and_rollback_takes_it_back(lora: Lora, base_folder: Path, alice: Path) -> None:
     """Aliases move, versions stay."""
     train(lora, base_folder, "acme/alice", "--data", str(alice))

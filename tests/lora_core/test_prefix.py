@@ -1,12 +1,13 @@
 """Prefix tuning: with and without the MLP, we train, write and read what PEFT does."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from lora_core.artifact import write_artifact
 from lora_core.banks.prefix import PREFIX, PrefixBank, keys_of
@@ -14,10 +15,11 @@ from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner
 from lora_core.errors import TrainingError
 from lora_core.intake import read_artifact
+from lora_core.layers import compiled
 from lora_core.methods import PrefixSpec
 from lora_core.recipe import Recipe
 from lora_core.train import train
-from tests.lora_core.conftest import ARCHITECTURES, T, examples
+from tests.lora_core.conftest import ARCHITECTURES, T, examples, llama
 from tests.lora_core.test_peft_parity import peft_loop
 from tests.lora_core.test_virtual_tokens import logits_of, user, virtual
 
@@ -149,3 +151,19 @@ def test_a_base_whose_layers_keep_something_else_is_refused(
 
     with pytest.raises(TrainingError, match="do not keep keys and values"):
         prefix_bank(llama_base, PrefixSpec())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for a CPU with a C++ compiler")
+def test_many_layers_compile_to_one_graph() -> None:
+    """Each has its own prefix, and the compiler takes no more than eight kinds of one layer."""
+    model = llama()
+    deep = type(model)(LlamaConfig(**{**model.config.to_diff_dict(), "num_hidden_layers": 10}))
+    base, mine = freeze(deep, None), user(1, "prefix", epochs=1)
+    bank = prefix_bank(base, prefix_spec(mine.recipe))
+    (plain,) = train(base, [mine], 2, T, bank)
+
+    with compiled(base):
+        (fast,) = train(base, [mine], 2, T, bank)
+
+    assert [loss for _, loss in fast.losses] == pytest.approx([loss for _, loss in plain.losses], abs=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +232,7 @@ def test_checkpointing_changes_no_byte(base: BaseModel, kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for a CPU with a C++ compiler")
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_compiled_layers_learn_the_same(base: BaseModel, kind: str) -> None:
     """Losses as without, and a user's own bytes alone and packed."""
