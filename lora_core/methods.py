@@ -1,6 +1,6 @@
 """The settings of each parameter-efficient method: what a recipe holds under `method`.  No torch: recipes are text."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -122,6 +122,10 @@ class PrefixSpec(VirtualTokensSpec):
 MOST_WIDTH = 4096
 
 
+def _plain_name(activation: object) -> object:
+    return "silu" if activation == "swish" else activation
+
+
 class BottleneckSpec(MethodSpec):
     """Bottleneck adapter layers (Houlsby et al., 2019): h + up(act(down(h))) of what a block adds to the stream."""
 
@@ -129,7 +133,7 @@ class BottleneckSpec(MethodSpec):
     width: Annotated[int, Field(ge=1, le=MOST_WIDTH)] = 64
     reduction: Annotated[float, Field(ge=1)] | None = None  # instead: the base's hidden width over this
     placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"  # after attention and MLP, or after the MLP alone
-    activation: Annotated[Literal["relu", "gelu", "silu"], BeforeValidator(lambda name: _SAME.get(name, name))] = "relu"
+    activation: Annotated[Literal["relu", "gelu", "silu"], BeforeValidator(_plain_name)] = "relu"
     biases: bool = True
 
     @property
@@ -137,8 +141,6 @@ class BottleneckSpec(MethodSpec):
         """Width, places, and what an adapter layer is made of."""
         return (self.name, self.width, self.reduction, self.placement, self.activation, self.biases, self.layers)
 
-
-_SAME: Mapping[object, str] = {"swish": "silu"}
 
 AnyMethod = Annotated[LoraSpec | PromptSpec | PrefixSpec | BottleneckSpec, Field(discriminator="name")]
 METHOD_NAMES = ("lora", "prompt_tuning", "prefix_tuning", "bottleneck")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -76,6 +77,24 @@ def test_other_methods_take_the_same_way(
     config = next((tmp_path / "out").rglob("adapter_config.json"))
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), config.parent)
     assert loaded.active_peft_config.num_virtual_tokens == 8
+
+
+def test_adapter_layers_from_a_file_to_text(lora: Lora, base_folder: Path, alice: Path, tmp_path: Path) -> None:
+    """Another method, the same way: train, reproduce, chat, pull; and the card's own lines load it."""
+    settings = [word for one in QUICK if not one.startswith("rank") for word in ("--set", one)]
+    words = ("acme/alice", "--data", str(alice), "--base", str(base_folder), *settings, "--json")
+    (row,) = json.loads(lora("train", *words, "-s", "method=bottleneck", "-s", "width=16").stdout)
+
+    assert (row["result"], row["version"]) == ("accepted", "1")
+    assert json.loads(lora("reproduce", "acme/alice", "--json").stdout)["equal"]
+    assert "fox" in lora("chat", "acme/alice", "-p", "say 5", "--tokens", "12").stdout
+    folder = Path(json.loads(lora("pull", "acme/alice", "--to", str(tmp_path / "out"), "--json").stdout)["folder"])
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    here = re.sub(r"load_base\(.*\)", f"load_base({str(base_folder)!r})", code).replace(
+        "path/of/this/folder", str(folder)
+    )
+    done = subprocess.run([sys.executable, "-c", here], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip(), done.stderr
 
 
 def test_new_data_makes_a_new_version_and_rollback_takes_it_back(lora: Lora, base_folder: Path, alice: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from lora_core.curriculum import Learner
 from lora_core.data.packing import epoch_batches
 from lora_core.data.rendering import Rendered
 from lora_core.errors import TrainingError
-from lora_core.layers import checkpointed
+from lora_core.layers import checkpointed, compiled
 from lora_core.lower_layers import LowerLayers
 from lora_core.memory import predict
 from lora_core.methods import BottleneckSpec
@@ -355,3 +356,22 @@ def test_generation_with_a_cache_says_what_a_whole_pass_says(base: BaseModel) ->
 
     assert torch.equal(cached, whole)
     assert not torch.equal(cached[0], cached[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for a CPU with a C++ compiler")
+def test_compiled_layers_learn_the_same(base: BaseModel) -> None:
+    """Losses as without; equal bytes alone, among neighbours, and with checkpointing."""
+    short = {"row_tokens": 32, "max_length": 32}
+    mine, others = user(1, width=3, non_linearity="silu", **short), [user(seed, width=2, **short) for seed in (2, 3, 4)]
+    bank = bottleneck_bank(base, [spec(width=3, non_linearity="silu"), spec(width=2)])
+    plain = run(base, [mine], 3, bank)["user1"]
+
+    with compiled(base):
+        alone, packed = run(base, [mine], 3, bank)["user1"], run(base, [*others, mine], 3, bank)["user1"]
+        with checkpointed(base):
+            forgetful = run(base, [mine], 3, bank)["user1"]
+
+    assert [loss for _, loss in alone.losses] == pytest.approx([loss for _, loss in plain.losses], abs=1e-4)
+    assert torch.equal(alone.row_P, packed.row_P)
+    assert torch.equal(alone.row_P, forgetful.row_P)
