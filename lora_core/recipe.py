@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_core.errors import RecipeError
+from lora_core.search import SearchSpec
 
 
 class Frozen(BaseModel):
@@ -80,6 +81,7 @@ class Recipe(Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     holdout: HoldoutSpec = HoldoutSpec()
     gate: GateSpec = GateSpec()
+    search: SearchSpec | None = None  # several trials instead of one; the best is kept, and is a plain recipe
 
     @model_validator(mode="after")
     def _examples_fit_a_row(self) -> "Recipe":
@@ -92,7 +94,8 @@ class Recipe(Frozen):
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: equal recipes have equal digests, however they were spelt."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        settings = self.model_dump(mode="json", exclude=None if self.search else {"search"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 # How PEFT's LoraConfig and transformers' TrainingArguments, and people in a hurry, spell our keys.
@@ -114,6 +117,7 @@ SPELLINGS: Mapping[str, str] = {
 IMPLIED: Mapping[str, object] = {"bias": "none", "task_type": "CAUSAL_LM"}
 # PyYAML's constructors raise whatever Python does for values such as 2026-99-99, `!!int ""` or `!!timestamp x`.
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+BRANCHES = ("method", "holdout", "gate", "search")
 _SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads 1e-4 as text
 
 
@@ -133,7 +137,7 @@ def make_recipe(settings: Mapping[str, object], where: str = "recipe") -> Recipe
     for dotted, value in _spelled(settings, where).items():
         head, _, tail = dotted.rpartition(".")
         branch = tree.setdefault(head, {}) if head else tree
-        assert isinstance(branch, dict)  # only `method`, `holdout` and `gate` have leaves below them
+        assert isinstance(branch, dict)  # only BRANCHES have leaves below them
         branch[tail] = value
     try:
         return Recipe.model_validate(tree)
@@ -185,7 +189,9 @@ def _spelled(settings: Mapping[str, object], where: str) -> dict[str, object]:
 def _leaves(settings: Mapping[str, object], head: str = "") -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
     for key, value in settings.items():
-        if isinstance(value, Mapping) and not head and str(key) in ("method", "holdout", "gate"):
+        if key == "search" and value is None:
+            continue
+        if isinstance(value, Mapping) and not head and str(key) in BRANCHES and (value or key != "search"):
             found += _leaves(value, f"{key}.")
         else:
             found.append((f"{head}{key}", value))
@@ -197,6 +203,8 @@ def _value(name: str, value: object) -> object:
         return value.lower()
     if name in ("method.targets", "method.layers") and isinstance(value, str | int) and value != "all-linear":
         return tuple(str(value).split(","))
+    if name.startswith("search.") and isinstance(value, list):
+        return [_value("", inner) for inner in value]
     return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
 
 
@@ -218,7 +226,7 @@ def _problem(detail: Mapping[str, object]) -> str:
 def _model_leaves(model: type[BaseModel], head: str = "") -> list[str]:
     names: list[str] = []
     for name, field in model.model_fields.items():
-        inner = field.annotation
+        inner = SearchSpec if name == "search" else field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             names += _model_leaves(inner, f"{name}.")
         else:
@@ -226,4 +234,4 @@ def _model_leaves(model: type[BaseModel], head: str = "") -> list[str]:
     return names
 
 
-LEAVES = frozenset(_model_leaves(Recipe))
+LEAVES = frozenset(_model_leaves(Recipe)) | {"search"}
