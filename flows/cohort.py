@@ -31,7 +31,7 @@ from lora_core.errors import ArtifactRefused, BaseModelError, LoraError
 from lora_core.intake import LoraFiles, read_artifact
 from lora_core.memory import tighten
 from lora_core.planner import Plan, free_bytes, with_fewer
-from lora_core.recipe import make_recipe
+from lora_core.recipe import Recipe, make_recipe
 from lora_core.row_store import RowFolder, RowMemory, RowStore
 from lora_core.saves import Saves
 from lora_core.train import Pace
@@ -83,8 +83,7 @@ def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[Claimed
 def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
     """Load the base and every user's examples; a user with bad data drops out alone, with the reason."""
     first = claimed[0]
-    slots = min(factory.settings.slots, 1 << math.ceil(math.log2(len(claimed))))
-    cohort = Cohort(Plan(slots, make_recipe(first.recipe).row_tokens, compiled=factory.settings.compile))
+    cohort = Cohort(_usual_plan(factory, len(claimed), make_recipe(first.recipe)))
     try:
         device = factory.settings.device or None
         cohort.base = load_base(first.base_name, first.base_revision, device, quantise=first.base_quantised)
@@ -100,19 +99,24 @@ def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
             except (LoraError, ObjectMissing, ObjectDiffers) as error:
                 _drop(factory, cohort, job, str(error))
         if cohort.work:
-            cohort.plan = _planned(factory, cohort)
+            cohort.plan = planned(factory, cohort.base, cohort.candidates)
         _open_run(factory, cohort)
     return cohort
 
 
-def _planned(factory: Factory, cohort: Cohort) -> Plan:
-    """How many slots fit into memory, where it is known how much there is.  Raises MemoryTooSmall."""
-    tighten(cohort.base.model.device)
-    budget = factory.settings.memory or free_bytes(cohort.base.model.device)
+def planned(factory: Factory, base: BaseModel, candidates: Sequence[Candidate]) -> Plan:
+    """As many slots as are of use, and fit into memory where it is known how much there is.  Raises MemoryTooSmall."""
+    usual = _usual_plan(factory, sum(candidate.seats for candidate in candidates), candidates[0].recipe)
+    tighten(base.model.device)
+    budget = factory.settings.memory or free_bytes(base.model.device)
     if budget is None:
-        return cohort.plan
-    found = plan_training(cohort.base, cohort.candidates, budget, cohort.plan.slots)
-    return replace(found, compiled=cohort.plan.compiled)
+        return usual
+    return replace(plan_training(base, candidates, budget, usual.slots), compiled=usual.compiled)
+
+
+def _usual_plan(factory: Factory, seats: int, recipe: Recipe) -> Plan:
+    slots = min(factory.settings.slots, 1 << math.ceil(math.log2(seats)))
+    return Plan(slots, recipe.row_tokens, compiled=factory.settings.compile)
 
 
 def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None = None) -> None:
@@ -123,7 +127,7 @@ def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None
     for job, candidate in list(cohort.work.values()):
         trained = candidate.trained
         if trained is None or trained.outcome == "retired" or not finite(trained.row_P):
-            _drop(factory, cohort, job, trained.reason if trained else "was not trained")
+            _drop(factory, cohort, job, trained.reason if trained else candidate.trouble)
 
 
 def judge(factory: Factory, cohort: Cohort) -> None:
@@ -145,7 +149,8 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
         try:
             result = finished(cohort.base, cohort.run_id, bank, job, candidate)
             cohort.published[candidate.label] = publish(factory.engine, factory.store, job, result, now())
-            _saves(factory, cohort).drop(candidate.label)
+            for learner in candidate.learners:
+                _saves(factory, cohort).drop(learner.name)
         except LeaseLost as error:
             cohort.failed[candidate.label] = str(error)
             del cohort.work[job.id]
@@ -235,7 +240,8 @@ def _saves(factory: Factory, cohort: Cohort) -> Saves:
 def _states(factory: Factory, cohort: Cohort) -> RowStore | None:
     """Where states under the first adapted layer are kept, if any row of the cohort comes again over a few layers."""
     memory, disk = factory.settings.states, factory.settings.states_disk
-    if not (memory or disk) or not all(candidate.recipe.method.layers for candidate in cohort.candidates):
+    learners = [learner for candidate in cohort.candidates for learner in candidate.learners]
+    if not (memory or disk) or not all(learner.recipe.method.layers for learner in learners):
         return None
     kind = "compiled" if cohort.plan.compiled else "eager"  # which rounds otherwise
     folder = RowFolder(factory.settings.home_folder / "states" / kind, disk) if disk else None

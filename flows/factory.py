@@ -124,7 +124,10 @@ def request_training(session: Session, reference: Reference, base: Pinned, recip
 def group(base: Pinned, recipe: Recipe) -> str:
     """Jobs of one group can share a cohort: with equal base, row length and bank, neighbours change nobody's bytes."""
     method = recipe.method
+    shape: tuple[object, ...]
     shape = (base.digest, recipe.row_tokens, method.name, method.rank, method.targets, method.layers)
+    if recipe.search:
+        shape = (*shape, recipe.search.rank, recipe.search.layers)
     return hashlib.sha256(repr(shape).encode()).hexdigest()
 
 

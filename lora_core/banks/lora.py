@@ -99,6 +99,10 @@ class LoraBank:
         """How many numbers of a user's row are trained."""
         return sum(spec.rank * (site.inputs + site.outputs) for site in self.sites if adapts(spec, site))
 
+    def size(self, spec: LoraSpec) -> int:
+        """How many bytes a user's weights take in a file."""
+        return 4 * self.parameters(spec)  # cohorts keep them in fp32
+
     @contextmanager
     def attached(self, base: BaseModel, cohort: Cohort) -> Iterator[None]:
         """While inside, the base's forward pass reads row k of every batch under slot k's adapter."""
