@@ -38,6 +38,7 @@ bench: .venv/.dev-ready
 	$(BIN)/python benchmarks/full_slots.py
 	$(BIN)/python benchmarks/memory_law.py
 	$(BIN)/python benchmarks/lower_layers.py
+	$(BIN)/python benchmarks/tune_search.py
 
 bench-gpu: .venv/.dev-ready
 	$(BIN)/python benchmarks/gpu_efficiency.py
