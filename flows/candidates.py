@@ -23,8 +23,10 @@ from lora_core.errors import TemplateRefused, TrainingError
 from lora_core.evaluate import Asked, Scores, Trial, evaluate_all
 from lora_core.gate import Verdict, judge
 from lora_core.generate import TaskScore, generate, task_score
+from lora_core.halving import Halving, Report
 from lora_core.intake import AdapterFiles
 from lora_core.lower_layers import LowerLayers
+from lora_core.methods import AnyMethod
 from lora_core.planner import Plan, plan, train_planned
 from lora_core.recipe import Recipe
 from lora_core.row_store import RowStore
@@ -42,14 +44,17 @@ class Candidate:
     """One user's adapter in the making.  Fields fill up as it passes through the steps."""
 
     label: str  # tenant/user/adapter, for people
-    recipe: Recipe
+    recipe: Recipe  # a search's winner's, once it is found
     learner: Learner
     held_out: tuple[Example, ...]
     cut: int  # examples that were longer than max_length
     dropped: int  # examples that had nothing to learn in that length, or that the base's template refuses
     live: AdapterFiles | None = None  # the version that `latest` points to now
     live_number: int | None = None
+    search: Halving | None = None  # where its recipe asks for one
+    trials: list[Report] = field(default_factory=list)  # what became of the search's
     trained: Trained | None = None
+    trouble: str = "was not trained"  # why it was not
     plan: Plan | None = None  # by which it was trained
     scores: dict[str, Scores] = field(default_factory=dict)  # base, previous, candidate
     tasks: dict[str, TaskScore] = field(default_factory=dict)  # base, candidate
@@ -59,6 +64,16 @@ class Candidate:
     def longest(self) -> int:
         """Tokens of its longest example."""
         return max(len(rendered.tokens) for rendered in (*self.learner.train, *self.learner.held_out))
+
+    @property
+    def learners(self) -> list[Learner]:
+        """Who is trained for it: one, or its search's trials."""
+        return list(self.search.trials.values()) if self.search else [self.learner]
+
+    @property
+    def seats(self) -> int:
+        """How many slots it makes good use of: as many as go on after a search's first rung."""
+        return self.search.spec.places(len(self.learners)) if self.search else 1
 
 
 def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel) -> Candidate:
@@ -73,7 +88,13 @@ def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseMod
     cut = sum(rendered.truncated for rendered in (*learned, *judged))
     dropped = len(snapshot.examples) - len(learned) - len(judged)
     learner = Learner(label, recipe, newest(learned, recipe.max_tokens), judged)
-    return Candidate(label, recipe, learner, halves.held_out, cut, dropped)
+    search = Halving(learner, lambda spec: _file_bytes(base, spec)) if recipe.search else None
+    return Candidate(label, recipe, learner, halves.held_out, cut, dropped, search=search)
+
+
+def _file_bytes(base: BaseModel, spec: AnyMethod) -> int:
+    """About how large a file of weights is: cohorts keep them in fp32."""
+    return 4 * make_bank(base, [spec]).parameters(spec)
 
 
 def train_candidates(
@@ -88,20 +109,36 @@ def train_candidates(
 
     Its recipes share base, row length and bank, so neighbours change nobody's bytes.
     """
-    by_label = {candidate.label: candidate for candidate in candidates}
     bank = training_bank(base, candidates)
-    learners = [candidate.learner for candidate in candidates]
+    learners = [learner for candidate in candidates for learner in candidate.learners]
     compute = LowerLayers(base, bank, states).read_rows if states else None
+    found: dict[str, tuple[Trained, Plan]] = {}
     for trained, used in train_planned(base, learners, planned, bank, watch, compute, saves):
-        by_label[trained.name].trained, by_label[trained.name].plan = trained, used
+        found[trained.name] = trained, used
         planned = used
+    for candidate in candidates:
+        _take(candidate, found)
     return planned
+
+
+def _take(candidate: Candidate, found: Mapping[str, tuple[Trained, Plan]]) -> None:
+    """What became of a candidate; of a search its winner, under the winner's own recipe."""
+    name = candidate.label
+    if candidate.search:
+        try:
+            candidate.trials = candidate.search.reports({trial: trained for trial, (trained, _) in found.items()})
+        except TrainingError as error:
+            candidate.trouble = str(error)
+            return
+        winner = next(report.learner for report in candidate.trials if report.won)
+        candidate.recipe, name = winner.recipe, winner.name
+    candidate.trained, candidate.plan = found[name]
 
 
 def plan_training(base: BaseModel, candidates: Sequence[Candidate], budget_bytes: int, most_slots: int) -> Plan:
     """As many slots as fit into memory.  Rows are shortened at need if no recipe counts its batch in rows."""
     row_tokens = candidates[0].recipe.row_tokens
-    recipes = [candidate.recipe for candidate in candidates]
+    recipes = [learner.recipe for candidate in candidates for learner in candidate.learners]
     fixed = any(recipe.batch_rows for recipe in recipes)
     shortest_row = None if fixed else max(candidate.longest for candidate in candidates)
     drops = any(recipe.method.dropout for recipe in recipes)
@@ -109,8 +146,8 @@ def plan_training(base: BaseModel, candidates: Sequence[Candidate], budget_bytes
 
 
 def training_bank(base: BaseModel, candidates: Iterable[Candidate]) -> Bank:
-    """The bank that holds every user of the cohort."""
-    return make_bank(base, [candidate.recipe.method for candidate in candidates])
+    """The bank that holds every user of the cohort, and every trial."""
+    return make_bank(base, [learner.recipe.method for candidate in candidates for learner in candidate.learners])
 
 
 def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: int, row_tokens: int) -> None:

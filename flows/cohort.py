@@ -24,7 +24,7 @@ from flows.candidates import (
 )
 from flows.factory import Factory, now
 from flows.finished import computed_on, finished
-from flows.fitting import budget_bytes, load_within_budget, plan_fitting
+from flows.fitting import budget_bytes, load_within_budget, plan_fitting, usual_plan
 from lora_core.base_model import BaseModel, check_device
 from lora_core.data.snapshot import load_snapshot
 from lora_core.errors import ArtifactRefused, BaseModelError, LoraError, MemoryTooSmall
@@ -83,8 +83,7 @@ def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[Claimed
 def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
     """Load the base and every user's examples; a user with bad data drops out alone, with the reason."""
     first = claimed[0]
-    slots = min(factory.settings.slots, 1 << math.ceil(math.log2(len(claimed))))
-    cohort = Cohort(Plan(slots, make_recipe(first.recipe).row_tokens, compiled=factory.settings.compile))
+    cohort = Cohort(usual_plan(factory.settings, len(claimed), make_recipe(first.recipe)))
     try:
         cohort.base = load_within_budget(factory.settings, first)
         if cohort.base.digest != first.base_digest:
@@ -114,6 +113,8 @@ def _admit(factory: Factory, cohort: Cohort, claimed: Sequence[ClaimedJob]) -> N
 
 def _fit_into_memory(factory: Factory, cohort: Cohort) -> None:
     """Plan as many slots as fit, where it is known how much memory there is; who does not fit is put off alone."""
+    seats = sum(candidate.seats for candidate in cohort.candidates)
+    cohort.plan = usual_plan(factory.settings, seats, cohort.candidates[0].recipe)
     budget = budget_bytes(factory.settings, cohort.base)
     if budget is None:
         return
@@ -133,7 +134,7 @@ def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None
     for job, candidate in list(cohort.work.values()):
         trained = candidate.trained
         if trained is None or trained.outcome == "retired" or not finite(trained.row_P):
-            _drop(factory, cohort, job, trained.reason if trained else "was not trained")
+            _drop(factory, cohort, job, trained.reason if trained else candidate.trouble)
 
 
 def judge(factory: Factory, cohort: Cohort) -> None:
@@ -155,7 +156,8 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
         try:
             result = finished(cohort.base, cohort.run_id, bank, job, candidate)
             cohort.published[candidate.label] = publish(factory.engine, factory.store, job, result, now())
-            _saves(factory, cohort).drop(candidate.label)
+            for learner in candidate.learners:
+                _saves(factory, cohort).drop(learner.name)
         except LeaseLost as error:
             cohort.failed[candidate.label] = str(error)
             del cohort.work[job.id]
@@ -254,7 +256,8 @@ def _saves(factory: Factory, cohort: Cohort) -> Saves:
 def _states(factory: Factory, cohort: Cohort) -> RowStore | None:
     """Where states under the first adapted layer are kept, if any row of the cohort comes again over a few layers."""
     memory, disk = factory.settings.states, factory.settings.states_disk
-    if not (memory or disk) or not all(candidate.recipe.method.layers for candidate in cohort.candidates):
+    learners = [learner for candidate in cohort.candidates for learner in candidate.learners]
+    if not (memory or disk) or not all(learner.recipe.method.layers for learner in learners):
         return None
     kind = "compiled" if cohort.plan.compiled else "eager"  # which rounds otherwise
     folder = RowFolder(factory.settings.home_folder / "states" / kind, disk) if disk else None

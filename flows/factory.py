@@ -130,7 +130,9 @@ def request_training(session: Session, reference: Reference, base: Pinned, recip
 
 def group(base: Pinned, recipe: Recipe) -> str:
     """Jobs of one group can share a cohort: with equal base, row length and bank, neighbours change nobody's bytes."""
-    shape = (base.digest, recipe.row_tokens, *recipe.method.shape)
+    shape: tuple[object, ...] = (base.digest, recipe.row_tokens, *recipe.method.shape)
+    if recipe.search:
+        shape = (*shape, recipe.search.rank, recipe.search.layers)
     return hashlib.sha256(repr(shape).encode()).hexdigest()
 
 

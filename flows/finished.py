@@ -1,5 +1,6 @@
 """What a trained and judged candidate comes to: files, scores and facts.  The same in, the same out."""
 
+import math
 import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,7 @@ from flows.candidates import Candidate
 from lora_core.artifact import public_name, write_artifact
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
+from lora_core.halving import Report
 from registry.jobs import ClaimedJob
 from registry.names import RunId
 from registry.publishing import Finished
@@ -29,7 +31,7 @@ def finished(base: BaseModel, run_id: RunId, bank: Bank, job: ClaimedJob, candid
         name: figures.summary() | {f"answer_{key}": value for key, value in _task(candidate, name).items()}
         for name, figures in candidate.scores.items()
     }
-    facts = {
+    facts: dict[str, object] = {
         "base": {"name": public_name(base.name, base.digest), "digest": job.base_digest,
                  "quantised": job.base_quantised},
         "dataset": {"digest": job.dataset_digest, "cut": candidate.cut, "dropped": candidate.dropped},
@@ -43,11 +45,25 @@ def finished(base: BaseModel, run_id: RunId, bank: Bank, job: ClaimedJob, candid
         "device": computed_on(base),
         "versions": code_versions(),
     }  # fmt: skip
+    if candidate.search:
+        tried = [trial_facts(report) for report in candidate.trials]
+        facts["search"] = {"spec": candidate.search.spec.model_dump(mode="json"), "trials": tried}
     files = write_artifact(base, spec, tensors, facts)
     return Finished(
         files, verdict.accepted, verdict.reason, bank.parameters(spec), scores, run_id,
         code_versions()["lora-factory"],
     )  # fmt: skip
+
+
+def trial_facts(report: Report) -> dict[str, object]:
+    """One trial of a search: what it was, how far it came and how good it was, and whether it won."""
+    recipe, trained = report.learner.recipe, report.trained
+    return {
+        "rank": getattr(recipe.method, "rank", None), "layers": recipe.method.layers,
+        "learning_rate": recipe.learning_rate,
+        "rung": report.rung, "outcome": trained.outcome, "steps": trained.steps, "tokens": trained.tokens,
+        "loss": report.loss if math.isfinite(report.loss) else None, "bytes": report.size, "won": report.won,
+    }  # fmt: skip
 
 
 def _task(candidate: Candidate, subject: str) -> dict[str, float]:

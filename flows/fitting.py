@@ -1,6 +1,8 @@
 """What fits into this worker's memory: the base to begin with, then as many slots and users as there is room for."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from flows.candidates import Candidate, plan_training
 from flows.settings import FactorySettings
@@ -16,6 +18,7 @@ from lora_core.budget import Weights, check_base_fits
 from lora_core.errors import MemoryTooSmall
 from lora_core.memory import tighten
 from lora_core.planner import Plan, free_bytes
+from lora_core.recipe import Recipe
 from registry.jobs import ClaimedJob
 
 
@@ -27,6 +30,12 @@ def load_within_budget(settings: FactorySettings, job: ClaimedJob) -> BaseModel:
         width = default_dtype(device).itemsize
         check_base_fits(Weights(known.parameters, known.sites, width), job.base_quantised, settings.memory)
     return load_base(job.base_name, job.base_revision, device, quantise=job.base_quantised)
+
+
+def usual_plan(settings: FactorySettings, seats: int, recipe: Recipe) -> Plan:
+    """As many slots as are of use for so many seats, a power of two where that is below the setting."""
+    slots = min(settings.slots, 1 << math.ceil(math.log2(seats)))
+    return Plan(slots, recipe.row_tokens, compiled=settings.compile)
 
 
 def budget_bytes(settings: FactorySettings, base: BaseModel) -> int | None:
@@ -55,3 +64,12 @@ def plan_fitting(
             high = middle - 1
     kept = {candidate.label for candidate in shorter[:fitting]}
     return found, {one.label: trouble for one in candidates if one.label not in kept}
+
+
+def planned(settings: FactorySettings, base: BaseModel, candidate: Candidate) -> Plan:
+    """One user's plan, and that of its search.  Raises MemoryTooSmall."""
+    usual = usual_plan(settings, candidate.seats, candidate.recipe)
+    budget = budget_bytes(settings, base)
+    if budget is None:
+        return usual
+    return replace(plan_training(base, [candidate], budget, usual.slots), compiled=usual.compiled)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flows.candidates import make_candidate
 from flows.errors import Unready
@@ -13,8 +14,10 @@ from lora_core.artifact import MANIFEST, WEIGHTS, safetensors_bytes
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data.snapshot import load_snapshot
+from lora_core.halving import trials
 from lora_core.planner import Plan, train_planned
-from lora_core.recipe import make_recipe
+from lora_core.recipe import Recipe, make_recipe
+from lora_core.search import SearchSpec
 from registry import queries
 from registry.names import Reference
 from registry.session import reading
@@ -51,17 +54,24 @@ def reproduce(factory: Factory, text: str) -> Reproduction:
     if base.digest != made_on.digest:
         raise Unready(f"the files of {made_on.name} have changed since {text} was trained", "bring them back")
 
-    recipe = make_recipe(version.recipe)
+    recipe = make_recipe(manifest["recipe"])  # of a search the winner's; the registry keeps what was asked for
     snapshot = load_snapshot(factory.store.get(dataset.key), dataset.digest)
     learner = make_candidate(reference.label, recipe, snapshot, base).learner
     shape = manifest["cohort"]
-    bank = make_bank(base, [recipe.method], shape["rank"])
+    bank = make_bank(base, [one.method for one in _tried(recipe, manifest)], shape["rank"])
     planned = Plan(shape["slots"], shape["row_tokens"], compiled=shape.get("compiled", False))
     ((trained, _),) = train_planned(base, [learner], planned, bank)
 
     again = hashlib.sha256(safetensors_bytes(bank.to_tensors(trained.row_P, recipe.method))).hexdigest()
     published = manifest["files"][WEIGHTS]["sha256"]
     return Reproduction(f"{reference.label}:{version.number}", published, again, _differences(manifest, base))
+
+
+def _tried(recipe: Recipe, manifest: Mapping[str, Any]) -> list[Recipe]:  # JSON
+    """The recipes that shared the bank: a search's trials."""
+    if "search" not in manifest:
+        return [recipe]
+    return trials(recipe.model_copy(update={"search": SearchSpec.model_validate(manifest["search"]["spec"])}))
 
 
 def _differences(manifest: Mapping[str, Mapping[str, str]], base: BaseModel) -> dict[str, tuple[str, str]]:

@@ -1,7 +1,7 @@
 """One user's way through training, as a stream of assignments: what it reads next, and what it does with the answer.
 
-The stream depends on the user's own examples, recipe and losses alone, never on who else is in the cohort, nor on when
-its rows are read.
+The stream depends on the user's own examples, recipe and losses alone, and on its referee's verdicts if it has one;
+never on who else is in the cohort, nor on when its rows are read.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 from torch import Tensor
@@ -19,8 +19,9 @@ from lora_core.data.rendering import Rendered
 from lora_core.errors import LoraError
 from lora_core.optim import RowStep, rate_at
 from lora_core.recipe import Recipe
+from lora_core.referee import Dropped, Referee
 
-Outcome = Literal["finished", "stopped early", "retired"]
+Outcome = Literal["finished", "stopped early", "dropped", "retired"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class Learner:
     held_out: tuple[Rendered, ...] = ()
     start: Tensor | None = None  # row P to go on from; None starts afresh from the recipe's seed
     priority: int = 0  # the higher goes first
+    referee: Referee | None = None  # may stop it half-way
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what decides its course: recipe, examples and start."""
+        """SHA-256 of what decides its course: recipe, examples, start and referee."""
         examples = [[one.tokens, one.trained] for half in (self.train, self.held_out) for one in half]
         start = "" if self.start is None else hashlib.sha256(self.start.numpy().tobytes()).hexdigest()
-        parts = (self.recipe.digest, len(self.train), examples, start)
+        parts = (self.recipe.digest, len(self.train), examples, start, self.referee.digest if self.referee else "")
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -56,10 +58,14 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Lessons that need not wait for each other's answers, and how to step after the last; None only measures."""
+    """Lessons that need not wait for each other's answers, and how to step after the last; None only measures.
+
+    One with a question has no lessons: whoever asks waits, without a slot, until there is an answer.
+    """
 
     lessons: tuple[Lesson, ...]
     step: RowStep | None = None
+    question: Callable[[], bool | None] | None = None
 
 
 @dataclass
@@ -88,7 +94,8 @@ class NotFinite(LoraError):
         return "{} is not finite after step {}; lower learning_rate or look for odd rows in the data".format(*self.args)
 
 
-Heard = tuple[list[float], float]  # each lesson's summed loss, and the norm of the gradient they gave together
+# Each lesson's summed loss, or a question's one answer; and the norm of the gradient that the lessons gave together.
+Heard = tuple[list[float], float]
 Stream = Generator[Assignment, Heard, Trained]
 
 
@@ -125,22 +132,53 @@ class Student:
         Send each assignment's answer back in.  A learner without anything to learn from is retired at once.
         """
         try:
-            yield from self._examine()
-            for epoch in range(self.recipe.epochs):
-                yield from self._epoch(epoch)
-                yield from self._examine()
-                if self.result.steps == self.planned:
-                    break
-                if self._stale():
-                    self.result.outcome = "stopped early"
-                    break
+            yield from self._epochs()
         except NotFinite as trouble:
             self.result.outcome, self.result.reason = "retired", str(trouble)
+        except Dropped as verdict:
+            self.result.outcome, self.result.reason = "dropped", str(verdict)
         if not self.learner.train:
             self.result.outcome, self.result.reason = "retired", "there is nothing to learn from; add examples"
         if not self.result.held_out:
             self._keep_last()
+        if self.learner.referee:
+            yield from self._end(self.learner.referee)
         return self.result
+
+    def _epochs(self) -> Generator[Assignment, Heard, None]:
+        yield from self._examine()
+        for epoch in range(self.recipe.epochs):
+            yield from self._epoch(epoch)
+            yield from self._examine()
+            if self.result.steps == self.planned:
+                break
+            if self._stale():
+                self.result.outcome = "stopped early"
+                break
+
+    def _end(self, referee: Referee) -> Generator[Assignment, Heard, None]:
+        """Tell how good the result is; it is measured where no examination has done that."""
+        loss: float | None = self.best
+        if self.result.outcome in ("dropped", "retired"):
+            loss = None
+        elif not self.result.held_out:
+            try:
+                loss = yield from self._measure()
+            except NotFinite:  # a last step that broke the row: the row before it was never measured
+                loss = None
+        referee.tell_end(self.learner.name, loss)
+
+    def _compete(self, referee: Referee) -> Generator[Assignment, Heard, None]:
+        """At a rung: tell how good the row is, and ask whether to go on.  Raises Dropped."""
+        for rung, steps in enumerate(referee.rungs(self.planned)):
+            if steps == self.result.steps < self.planned:
+                loss = yield from self._measure()
+                examined = (before for step, before in self.result.held_out if step)  # not the base
+                referee.tell(self.learner.name, rung, min([loss, *examined]))
+                question = partial(referee.goes_on, self.learner.name, rung)
+                (goes_on,), _ = yield Assignment((), question=question)
+                if not goes_on:
+                    raise Dropped(steps)
 
     def _keep_last(self) -> None:
         """The row as it is now is the result, unless the last step itself broke it."""
@@ -153,6 +191,8 @@ class Student:
             if self.result.steps == self.planned:
                 return
             yield from self._batch(rows)
+            if self.learner.referee:
+                yield from self._compete(self.learner.referee)
 
     def _batches(self, epoch: int) -> Generator[list[Row], None, None]:
         """The rows of each optimiser step of an epoch."""
@@ -171,7 +211,7 @@ class Student:
 
     @cached_property
     def _held_out_rows(self) -> list[Row]:
-        judged = self.recipe.patience is not None
+        judged = self.recipe.patience is not None or self.learner.referee
         return pack(list(enumerate(self.learner.held_out)), self.row_tokens) if judged else []
 
     def _recurring_rows(self, trains: bool) -> Sequence[Row]:
@@ -194,27 +234,39 @@ class Student:
         """One optimiser step: the mean loss over all of the batch's rows."""
         step = self.result.steps + 1
         share = 1 / max(1, sum(row.counted for row in rows))
-        total = yield from self._read(rows, share, RowStep(step, rate_at(self.recipe, step, self.planned), self.recipe))
+        rate = rate_at(self.recipe, step, self.planned)
+        total = yield from self._learn(rows, share, RowStep(step, rate, self.recipe))
         self.result.tokens += sum(row.used for row in rows)
         self.result.steps = step
         self.result.losses.append((step, total * share))
 
     def _examine(self) -> Generator[Assignment, Heard, None]:
         """Held-out loss of the row as it is now; the best row is kept."""
-        rows = self._held_out_rows
-        if not rows:
+        if not self._held_out_rows or self.recipe.patience is None:
             return
-        total = yield from self._read(rows, 0.0, None)
-        loss = total / max(1, sum(row.counted for row in rows))
+        loss = yield from self._measure()
+        self.lessons += len(self._held_out_rows)
         self.result.held_out.append((self.result.steps, loss))
         if loss < self.best:
             self.best, self.result.row_P, self.result.best_step = loss, self.row_now(), self.result.steps
 
-    def _read(self, rows: Sequence[Row], weight: float, step: RowStep | None) -> Generator[Assignment, Heard, float]:
+    def _measure(self) -> Generator[Assignment, Heard, float]:
+        """Held-out loss of the row as it is now.  Nothing of what comes later depends on it: no lesson is counted."""
+        rows = self._held_out_rows
+        total = yield from self._read(rows, 0.0, None, [0] * len(rows))
+        return total / max(1, sum(row.counted for row in rows))
+
+    def _learn(self, rows: Sequence[Row], share: float, step: RowStep) -> Generator[Assignment, Heard, float]:
+        """Have rows read to learn from; their summed loss."""
+        first, self.lessons = self.lessons, self.lessons + len(rows)
+        keys = [dropout_key(self.recipe.seed, first + number) for number in range(len(rows))]
+        return (yield from self._read(rows, share, step, keys))
+
+    def _read(
+        self, rows: Sequence[Row], weight: float, step: RowStep | None, keys: Sequence[int]
+    ) -> Generator[Assignment, Heard, float]:
         """Have rows read; their summed loss."""
         dropout = self.recipe.method.dropout if weight else 0.0
-        first, self.lessons = self.lessons, self.lessons + len(rows)
-        keys = (dropout_key(self.recipe.seed, first + number) for number in range(len(rows)))
         recurring = self._recurring_rows(bool(weight))
         lessons = tuple(Lesson(row, weight, dropout, key, recurring) for row, key in zip(rows, keys, strict=True))
         losses, norm = yield Assignment(lessons, step)

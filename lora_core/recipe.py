@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from lora_core.errors import RecipeError
 from lora_core.methods import AnyMethod, Frozen, LoraSpec
+from lora_core.search import SearchSpec
 
 
 class HoldoutSpec(Frozen):
@@ -58,6 +59,7 @@ class Recipe(Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     holdout: HoldoutSpec = HoldoutSpec()
     gate: GateSpec = GateSpec()
+    search: SearchSpec | None = None  # several trials instead of one; the best is kept, and is a plain recipe
 
     @model_validator(mode="after")
     def _examples_fit_a_row(self) -> "Recipe":
@@ -70,7 +72,8 @@ class Recipe(Frozen):
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: equal recipes have equal digests, however they were spelt."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        settings = self.model_dump(mode="json", exclude=None if self.search else {"search"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 # How PEFT's LoraConfig and transformers' TrainingArguments, and people in a hurry, spell our keys.
@@ -97,6 +100,7 @@ SPELLINGS: Mapping[str, str] = {
 IMPLIED: Mapping[str, object] = {"bias": "none", "task_type": "CAUSAL_LM"}
 # PyYAML's constructors raise whatever Python does for values such as 2026-99-99, `!!int ""` or `!!timestamp x`.
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+BRANCHES = ("method", "holdout", "gate", "search")
 _SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads 1e-4 as text
 
 
@@ -116,7 +120,7 @@ def make_recipe(settings: Mapping[str, object], where: str = "recipe") -> Recipe
     for dotted, value in _spelled(settings, where).items():
         head, _, tail = dotted.rpartition(".")
         branch = tree.setdefault(head, {}) if head else tree
-        assert isinstance(branch, dict)  # only `method`, `holdout` and `gate` have leaves below them
+        assert isinstance(branch, dict)  # only BRANCHES have leaves below them
         branch[tail] = value
     try:
         return Recipe.model_validate(tree)
@@ -168,7 +172,9 @@ def _spelled(settings: Mapping[str, object], where: str) -> dict[str, object]:
 def _leaves(settings: Mapping[str, object], head: str = "") -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
     for key, value in settings.items():
-        if isinstance(value, Mapping) and not head and str(key) in ("method", "holdout", "gate"):
+        if key == "search" and value is None:
+            continue
+        if isinstance(value, Mapping) and not head and str(key) in BRANCHES and (value or key != "search"):
             found += _leaves(value, f"{key}.")
         else:
             found.append((f"{head}{key}", value))
@@ -180,6 +186,8 @@ def _value(name: str, value: object) -> object:
         return value.lower()
     if name in ("method.targets", "method.layers") and isinstance(value, str | int) and value != "all-linear":
         return tuple(str(value).split(","))
+    if name.startswith("search.") and isinstance(value, list):
+        return [_value("", inner) for inner in value]
     return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
 
 
@@ -214,4 +222,4 @@ def _is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-LEAVES = frozenset(_model_leaves(Recipe))
+LEAVES = frozenset(_model_leaves(Recipe)) | {"search"}

@@ -56,6 +56,16 @@ class Seat:
         aside = self.aside if self.slot < 0 else cohort.take(self.slot)
         return Progress(aside, self.student.result.row_P, self.heard, self.losses)
 
+    @property
+    def asks(self) -> bool:
+        """Whether it can only go on with an answer: it needs no slot till then."""
+        return self.assignment.question is not None
+
+    def answer(self) -> float | None:
+        """The answer to its question; None while there is none, or no question."""
+        answer = self.assignment.question and self.assignment.question()
+        return None if answer is None else float(answer)
+
     def hear(self, norm: float) -> Trained | None:
         """Answer the assignment and go to the next; the result once there is no next."""
         if self.result is None:
@@ -114,17 +124,23 @@ class Room:
         return len(self._waiting) > before
 
     def seat(self) -> None:
-        """Free slots to whose turn it is; then users of a few rows, or of higher priority, in others' place."""
+        """Free slots to whose turn it is; then users of a few rows, or of higher priority, in others' place.
+
+        Raises ValueError where everybody waits for an answer that nobody here can bring about.
+        """
         slots = self.cohort.slots
+        waiting = [seat for seat in self._waiting if not seat.asks]
+        if not waiting and not self._seated and all(seat.answer() is None for seat in self._waiting):
+            raise ValueError("learners wait for the results of others that are not trained with them")
         free = [slot for slot in range(slots) if slot not in self._seated]
         seated = list(self._seated.values())
         standings = [seat.standing(self.clock) for seat in seated]
-        if free and self._waiting:
-            turns = seating.turns(len(free), standings, [seat.standing(self.clock) for seat in self._waiting], slots)
-            for slot, seat in zip(free, [self._waiting[number] for number in turns], strict=False):
+        if free and waiting:
+            turns = seating.turns(len(free), standings, [seat.standing(self.clock) for seat in waiting], slots)
+            for slot, seat in zip(free, [waiting[number] for number in turns], strict=False):
                 self._sit(slot, seat)
-        elif self._waiting:
-            comers = [seat for seat in self._waiting if seating.urgent(seat.standing(self.clock), standings)]
+        elif waiting:
+            comers = [seat for seat in waiting if seating.urgent(seat.standing(self.clock), standings)]
             for victim, comer in seating.swaps(standings, [seat.standing(self.clock) for seat in comers], slots):
                 slot = seated[victim].slot
                 self._rise(seated[victim])
@@ -154,9 +170,22 @@ class Room:
         norms = self._step(ready)
         for seat in ready:
             if trained := seat.hear(norms[seat.slot]):
-                del self._seated[seat.slot]
-                self.cohort.clear(seat.slot)
+                self._leave(seat)
                 yield trained
+        yield from self._answer()
+        for seat in [seat for seat in self._seated.values() if seat.asks]:
+            self._rise(seat)
+
+    def _answer(self) -> Iterator[Trained]:
+        """Give everybody who asks the answer, if there is one by now."""
+        for seat in [seat for seat in (*self._seated.values(), *self._waiting) if seat.asks]:
+            if (answer := seat.answer()) is not None:
+                seat.losses = [answer]
+                if seat.slot < 0:
+                    seat.since = self.clock  # only from now on does it wait for a slot
+                if trained := seat.hear(0.0):
+                    self._leave(seat)
+                    yield trained
 
     def save(self) -> None:
         """Keep everybody's progress who has begun."""
@@ -193,6 +222,13 @@ class Room:
         seat.student.result.waited = max(seat.student.result.waited, standing.waited)
         seat.slot, seat.since = slot, self.clock
         seat.hold_until = self.clock + seating.HOLD if standing.starved else 0
+
+    def _leave(self, seat: Seat) -> None:
+        if seat.slot < 0:
+            self._waiting.remove(seat)
+        else:
+            del self._seated[seat.slot]
+            self.cohort.clear(seat.slot)
 
     def _rise(self, seat: Seat) -> None:
         seat.aside = self.cohort.take(seat.slot)

@@ -72,10 +72,10 @@ def train(
         add_data(factory, wanted[0], data)
     with transaction(factory.engine) as session:
         jobs = {one.label: request_training(session, one, pinned, settled) for one in wanted}
-    rows = _drain(factory, [job.job_id for job in jobs.values() if not job.unchanged], quiet=as_json)
+    rows = drain(factory, [job.job_id for job in jobs.values() if not job.unchanged], quiet=as_json)
     for label in jobs.keys() - {row["user"] for row in rows}:
-        rows.append(_not_trained(factory, label, jobs[label]))
-    _finish(sorted(rows, key=lambda row: row["user"]), as_json)
+        rows.append(not_trained(factory, label, jobs[label]))
+    finish(sorted(rows, key=lambda row: row["user"]), as_json)
 
 
 def work(
@@ -96,7 +96,7 @@ def work(
         try:
             for trouble in enqueue_due(factory):
                 fail(f"not queued: {trouble}", 0)
-            rows = _drain(factory, None, quiet=as_json)
+            rows = drain(factory, None, quiet=as_json)
             sweep(factory)
         except (RegistryError, LoraError, FlowError) as error:
             if once:
@@ -104,20 +104,20 @@ def work(
             fail(f"{error}; looking again in {every:g} s", 0)
             rows = []
         if once:
-            return _finish(rows, as_json)
+            return finish(rows, as_json)
         if rows:
-            _show(rows, as_json)
+            show(rows, as_json)
         time.sleep(every)
 
 
-def _drain(factory: Factory, only: list[JobId] | None, quiet: bool) -> list[dict[str, str]]:
+def drain(factory: Factory, only: list[JobId] | None, quiet: bool) -> list[dict[str, str]]:
     """Cohort after cohort until nobody waits; one row a user."""
     from flows import report
     from flows.work import run_cohort
 
     rows: list[dict[str, str]] = []
     while only is None or only:
-        with _progress(quiet) as watch:
+        with progress_bar(quiet) as watch:
             cohort: Cohort | None = run_cohort(factory, only, watch)
         if cohort is None:
             break
@@ -128,7 +128,7 @@ def _drain(factory: Factory, only: list[JobId] | None, quiet: bool) -> list[dict
 
 
 @contextmanager
-def _progress(quiet: bool) -> "Iterator[Callable[[Pace], None]]":
+def progress_bar(quiet: bool) -> "Iterator[Callable[[Pace], None]]":
     """A bar that says how far the cohort is."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=quiet, transient=True) as progress:
@@ -136,15 +136,14 @@ def _progress(quiet: bool) -> "Iterator[Callable[[Pace], None]]":
 
         def watch(pace: "Pace") -> None:
             total = pace.finished + len(pace.training) + pace.waiting
-            words = (
-                f"{pace.finished}/{total} users, step {pace.micro_steps}, {pace.tokens / pace.room:.0%} of room used"
-            )
+            room = f"{pace.tokens / pace.room:.0%} of room used"
+            words = f"{pace.finished}/{total} trained, step {pace.micro_steps}, {room}"
             progress.update(bar, completed=pace.finished, total=total, words=words)
 
         yield watch
 
 
-def _not_trained(factory: Factory, label: str, job: Enqueued) -> dict[str, str]:
+def not_trained(factory: Factory, label: str, job: Enqueued) -> dict[str, str]:
     """A row for a job that no cohort here took: over before, or in other hands."""
     if job.unchanged:
         return {"user": label, "result": "unchanged", "version": str(job.number)}
@@ -156,7 +155,7 @@ def _not_trained(factory: Factory, label: str, job: Enqueued) -> dict[str, str]:
     return {"user": label, "result": "not trained here", "why": why}
 
 
-def _show(rows: list[dict[str, str]], as_json: bool) -> None:
+def show(rows: list[dict[str, str]], as_json: bool) -> None:
     """Everybody in a table, and below it why somebody's adapter did not become the latest."""
     shown = rows if as_json else [{key: text for key, text in row.items() if key != "why"} for row in rows]
     answer(shown, as_json, "nobody waits")
@@ -165,9 +164,9 @@ def _show(rows: list[dict[str, str]], as_json: bool) -> None:
             say(f"{row['user']}: {row['result']}: {row['why']}")
 
 
-def _finish(rows: list[dict[str, str]], as_json: bool) -> None:
+def finish(rows: list[dict[str, str]], as_json: bool) -> None:
     """Show what became of everybody; exit code 1 when nobody, 4 when only some were trained and judged."""
-    _show(rows, as_json)
+    show(rows, as_json)
     done = [row["result"] in (*GOOD, "refused") for row in rows]
     if not all(done):
         raise typer.Exit(4 if any(done) else 1)

@@ -1,0 +1,138 @@
+"""What a search by successive halving finds, and what it costs, over the same grid trained to the end.
+
+For each of the demo's users the grid that `lora tune` searches by default, on the demo's base: halved, in full with
+the same slots, and in full by a plain PEFT loop, one trial after the other, with the same batches, schedule,
+examinations and early stop.  Gap: how far the best held-out loss that halving found lies above the full grid's.
+Tokens: of examples trained on, over the full grid's.  Seconds: the three take turns, user by user; a short turn of
+each warms up.  Absolute times are not for comparing machines.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.measuring import machine_facts, ratios, save, say, spread, timed
+from benchmarks.peft_loop import train_with_peft
+from flows.candidates import make_candidate
+from flows.demo.people import write_people
+from flows.demo.run import recipe as demo_recipe
+from flows.demo.tiny_base import make_base
+from lora_core.banks.table import make_bank
+from lora_core.base_model import BaseModel, load_base
+from lora_core.curriculum import Learner, Trained
+from lora_core.data.snapshot import SkipPolicy, take_snapshot
+from lora_core.halving import Halving, around
+from lora_core.recipe import Recipe
+from lora_core.train import train
+
+CPU = torch.device("cpu")
+GOALS = {"gap": 0.005, "tokens": 0.40, "speed": 5.0}
+
+
+@dataclass
+class Measured:
+    """What is kept of a user: best held-out losses, tokens trained on and seconds, by side; the winner's loss."""
+
+    user: str
+    trials: int
+    slots: int
+    losses: dict[str, float]
+    tokens: dict[str, int]
+    seconds: dict[str, float]
+    winner: float
+
+    @property
+    def gap(self) -> float:
+        """How far above the full grid's best loss halving's lies, in its share."""
+        return self.losses["halving"] / self.losses["grid"] - 1
+
+
+def measure(base: BaseModel, user: Learner, slots: int) -> Measured:
+    """All three sides on one user."""
+    search = Halving(user, lambda spec: getattr(spec, "rank", 0))
+    trials = list(search.trials.values())
+    plain = [replace(trial, referee=None) for trial in trials]
+    trained: dict[str, list[Trained]] = {}
+    peft: list[float] = []
+    sides = {
+        "halving": lambda: trained.update(halving=run(base, trials, slots)),
+        "grid": lambda: trained.update(grid=run(base, plain, slots)),
+        "peft": lambda: peft.extend(train_with_peft(base, trial) for trial in plain),
+    }
+    seconds = {name: timed(side, CPU) for name, side in sides.items()}
+    reports = search.reports({one.name: one for one in trained["halving"]})
+    losses = {
+        "halving": min(report.loss for report in reports if report.ended),
+        "grid": min(best(one) for one in trained["grid"] if one.outcome != "retired"),
+        "peft": min(peft),
+    }
+    tokens = {name: sum(one.tokens for one in results) for name, results in trained.items()}
+    winner = next(report.loss for report in reports if report.won)
+    return Measured(user.name, len(trials), slots, losses, tokens, seconds, winner)
+
+
+def run(base: BaseModel, learners: Sequence[Learner], slots: int) -> list[Trained]:
+    """Trials packed, in the bank that holds them all."""
+    bank = make_bank(base, [learner.recipe.method for learner in learners])
+    return list(train(base, learners, slots, learners[0].recipe.row_tokens, bank))
+
+
+def best(trained: Trained) -> float:
+    """Its lowest held-out loss: that of the row that is kept."""
+    return min(loss for _, loss in trained.held_out)
+
+
+def users(base: BaseModel, recipe: Recipe, home: Path) -> list[Learner]:
+    """The demo's."""
+    snapshots = [(one.user, take_snapshot([str(one.file)], SkipPolicy(0.1))[0]) for one in write_people(home)]
+    return [make_candidate(name, recipe, snapshot, base).learner for name, snapshot in snapshots]
+
+
+def show(result: Measured) -> str:
+    """One line of the table."""
+    losses, seconds = result.losses, result.seconds
+    return (
+        f"{result.user:>6} {losses['grid']:>8.5f} {losses['halving']:>8.5f} {losses['peft']:>8.5f} {result.gap:>7.2%} "
+        f"{result.tokens['halving'] / result.tokens['grid']:>7.1%} "
+        + " ".join(f"{seconds[name]:>8.1f}" for name in ("halving", "grid", "peft"))
+        + f" {seconds['peft'] / seconds['halving']:>7.1f}x"
+    )
+
+
+def main() -> None:
+    """Print the table and keep the raw samples."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="the demo's base where it is made already")
+    parser.add_argument("--users", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--save", type=Path, help="write raw samples as JSON")
+    options = parser.parse_args()
+    machine = machine_facts(CPU)
+    say(machine)
+    with tempfile.TemporaryDirectory() as home:
+        base = load_base(str(options.base or make_base(Path(home) / "base")), None, "cpu")
+        chosen = users(base, around(demo_recipe()), Path(home) / "people")[: options.users]
+    short = chosen[0].recipe.model_copy(update={"epochs": 1, "max_steps": 8})
+    measure(base, replace(chosen[0], recipe=short), options.slots)  # warms up
+    say(f"{'user':>6} {'grid':>8} {'halving':>8} {'peft':>8} {'gap':>7} {'tokens':>7} "
+        f"{'s halv.':>8} {'s grid':>8} {'s peft':>8} {'peft/h.':>8}")  # fmt: skip
+    results = []
+    for user in chosen:
+        results.append(measure(base, user, options.slots))
+        say(show(results[-1]))
+    times = {name: [one.seconds[name] for one in results] for name in ("halving", "grid", "peft")}
+    share = [one.tokens["halving"] / one.tokens["grid"] for one in results]
+    say(f"gap at most {max(one.gap for one in results):.2%} [{GOALS['gap']:.1%}]; "
+        f"tokens at most {max(share):.1%} [{GOALS['tokens']:.0%}]; "
+        f"PEFT / halving {spread(ratios(times['peft'], times['halving']))} [{GOALS['speed']}]; "
+        f"grid / halving {spread(ratios(times['grid'], times['halving']))}")  # fmt: skip
+    if options.save:
+        save(options.save, machine, [asdict(one) for one in results])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""A search is one user's trials in one pack: each learns as if alone, and the best go on."""
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_core.banks.lora import LoraBank
+from lora_core.base_model import BaseModel
+from lora_core.curriculum import Learner, Trained
+from lora_core.errors import RecipeError, TrainingError
+from lora_core.halving import Halving, Report, around, trials
+from lora_core.methods import AnyMethod, LoraSpec
+from lora_core.recipe import Recipe, make_recipe
+from lora_core.saves import Saves
+from lora_core.train import train
+from tests.lora_core.conftest import T, examples, learner, lora_of, recipe
+
+K = 4
+GRID: dict[str, object] = {
+    "search.rank": [2, 8],
+    "search.learning_rate": [1e-3, 5e-3, 2e-2],
+    "search.layers": [None, [1]],
+}
+
+
+def searcher(seed: int = 1, settings: Mapping[str, object] | None = None, **more: object) -> Learner:
+    """A user who searches over twelve trials."""
+    chosen = {**GRID, "epochs": 4, **(settings or {}), **more}
+    return Learner(f"user{seed}", recipe(seed=seed, **chosen), examples(seed, 12), examples(seed + 1000, 5))
+
+
+def halving(of: Learner) -> Halving:
+    """Its trials; a rank takes a kilobyte."""
+    return Halving(of, lambda spec: 1000 * getattr(spec, "rank", 0))
+
+
+def run(base: BaseModel, learners: Sequence[Learner], slots: int = K, saves: Saves | None = None) -> dict[str, Trained]:
+    """Train them packed, in a bank that is wide enough for all tests; results by name."""
+    return {one.name: one for one in train(base, learners, slots, T, LoraBank(base.sites, 8), saves=saves)}
+
+
+def searched(base: BaseModel, of: Learner, others: Sequence[Learner] = (), slots: int = K) -> list[Report]:
+    """What became of each trial, beside others."""
+    search = halving(of)
+    return search.reports(run(base, [*others, *search.trials.values()], slots))
+
+
+@pytest.mark.parametrize("patience", [None, 3])
+def test_a_trial_learns_what_its_plain_recipe_learns_alone(base: BaseModel, patience: int | None) -> None:
+    """To the bit, dropout on, although it is measured more often and set aside at each rung: the winner reproduces."""
+    reports = searched(base, searcher(patience=patience))
+
+    for report in [report for report in reports if report.rung == 2]:
+        alone = run(base, [replace(report.learner, referee=None)])[report.learner.name]
+        assert report.trained.losses == alone.losses[: report.trained.steps]
+        if report.ended:
+            assert torch.equal(report.trained.row_P, alone.row_P)
+            assert (report.trained.held_out, report.trained.outcome) == (alone.held_out, alone.outcome)
+    assert [report.learner.recipe.search for report in reports] == [None] * 12
+
+
+def test_a_dropped_trial_is_the_plain_one_as_it_was_at_that_step(llama_base: BaseModel) -> None:
+    """Its row is that of a training that was to stop there."""
+    reports = searched(llama_base, searcher(schedule="constant", warmup=0))
+
+    for report in reports[::3]:
+        if report.trained.outcome == "dropped":
+            short = Recipe.model_validate(report.learner.recipe.model_dump() | {"max_steps": report.trained.steps})
+            alone = run(llama_base, [replace(report.learner, referee=None, recipe=short)])[report.learner.name]
+            assert torch.equal(report.trained.row_P, alone.row_P)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_neighbours_change_neither_bytes_nor_verdicts(llama_base: BaseModel, seed: int) -> None:
+    """Other users, another search, any order of seats."""
+    generator = random.Random(seed)
+    one, other = halving(searcher(seed)), halving(searcher(seed + 50, patience=2))
+    crowd = [*one.trials.values(), *other.trials.values(), *(learner(seed + 10 + n, count=n + 1) for n in range(4))]
+    generator.shuffle(crowd)
+
+    packed = one.reports(run(llama_base, crowd))
+
+    for found, expected in zip(packed, searched(llama_base, searcher(seed)), strict=True):
+        assert torch.equal(found.trained.row_P, expected.trained.row_P)
+        assert (found.won, found.rung, found.loss) == (expected.won, expected.rung, expected.loss)
+
+
+class Killed(Exception):
+    """The process ended here."""
+
+
+@pytest.mark.parametrize("steps", [3, 12, 20])
+def test_a_search_that_was_killed_ends_the_same(llama_base: BaseModel, tmp_path: Path, steps: int) -> None:
+    """Verdicts that were heard stay; those that were not are found again."""
+    left = [steps]
+
+    def die() -> bool:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return True
+
+    with pytest.raises(Killed):
+        run(llama_base, list(halving(searcher()).trials.values()), saves=Saves(tmp_path, "shape", die))
+    again = halving(searcher())
+    saves = Saves(tmp_path, "shape", lambda: False)
+    resumed = again.reports(run(llama_base, list(again.trials.values()), saves=saves))
+
+    for found, expected in zip(resumed, searched(llama_base, searcher()), strict=True):
+        assert torch.equal(found.trained.row_P, expected.trained.row_P)
+        assert (found.won, found.rung, found.loss) == (expected.won, expected.rung, expected.loss)
+
+
+def test_a_save_of_another_search_is_not_used(tmp_path: Path) -> None:
+    """Its verdicts came elsewhere in the stream."""
+    early, late = (next(iter(halving(searcher(settings={"search.rungs": [at]})).trials.values())) for at in (0.2, 0.5))
+
+    assert early.recipe == late.recipe
+    assert early.digest != late.digest
+
+
+def test_the_lowest_losses_go_on_and_the_tokens_are_few(llama_base: BaseModel) -> None:
+    """Twelve, then four, then two; together at most two fifths of what the grid would read."""
+    reports = searched(llama_base, searcher())
+
+    planned = 12 * max(report.trained.tokens for report in reports)
+    assert sum(report.trained.tokens for report in reports) <= 0.4 * planned
+    assert sorted(report.rung for report in reports) == [1] * 8 + [2] * 4
+    assert sum(report.ended for report in reports) == 2
+    assert (
+        max(report.loss for report in reports if report.rung == 2)
+        <= min(report.loss for report in reports if report.rung == 1) + 0.05
+    )
+
+
+def tell_all(search: Halving, rung: int, losses: Sequence[float]) -> list[bool | None]:
+    """Tell the losses of all trials in the order of the grid; who goes on."""
+    for name, loss in zip(search.trials, losses, strict=True):
+        assert search.goes_on(name, rung) is None  # not before everybody is known
+        search.tell(name, rung, loss)
+    return [search.goes_on(name, rung) for name in search.trials]
+
+
+def test_equals_go_on_by_fewest_bytes_then_in_the_order_of_the_grid() -> None:
+    """A tie must not be broken by who came first."""
+    search = halving(
+        searcher(settings={"search.rank": [8, 2], "search.learning_rate": [1e-3, 2e-3], "search.layers": []})
+    )
+
+    assert tell_all(search, 0, [1.0, 1.0, 1.0, 1.0]) == [False, False, True, True]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_verdicts_do_not_depend_on_the_order_of_what_is_told(seed: int) -> None:
+    """Nor on who ended by itself or failed before somebody else was told of."""
+    generator = random.Random(seed)
+    search, shuffled = halving(searcher()), halving(searcher())
+    news = [
+        (name, generator.choice(["told", "told", "ended", "failed"]), generator.choice([1.0, 2.0, generator.random()]))
+        for name in search.trials
+    ]
+
+    for one, order in ((search, news), (shuffled, generator.sample(news, len(news)))):
+        for name, what, loss in order:
+            one.tell(name, 0, loss) if what == "told" else one.tell_end(name, loss if what == "ended" else None)
+
+    verdicts = [search.goes_on(name, 0) for name in search.trials]
+    assert verdicts == [shuffled.goes_on(name, 0) for name in search.trials]
+    kept = [loss for (_, what, loss), goes in zip(news, verdicts, strict=True) if goes]
+    lost = [loss for (_, what, loss), goes in zip(news, verdicts, strict=True) if not goes and what != "failed"]
+    assert len(kept) == min(4, sum(what != "failed" for _, what, _ in news))
+    assert max(kept) <= min(lost, default=math.inf)
+
+
+def test_the_winner_has_the_fewest_bytes_of_those_near_the_best(llama_base: BaseModel) -> None:
+    """With a wide tolerance the smaller of the two that were trained to the end; with none the best."""
+    found = {}
+    for tolerance in (0.0, 1.0):
+        reports = searched(llama_base, searcher(settings={"search.tolerance": tolerance, "search.finalists": 12}))
+        found[tolerance] = next(report for report in reports if report.won)
+        assert sum(report.won for report in reports) == 1
+
+    assert found[0.0].loss == min(report.loss for report in reports)
+    assert found[1.0].size == 2000
+
+
+def test_a_trial_that_fails_leaves_the_others_alone(llama_base: BaseModel) -> None:
+    """An absurd rate is retired, takes nobody's place, and cannot win."""
+    absurd = {"search.learning_rate": [5e-3, 1e38], "clip": 1e30, "warmup": 0, "schedule": "constant"}
+
+    reports = searched(llama_base, searcher(settings=absurd))
+
+    failed = [report for report in reports if report.trained.outcome == "retired"]
+    assert {report.learner.recipe.learning_rate for report in failed} == {1e38}
+    assert [report.won for report in failed] == [False] * len(failed)
+    assert sum(report.won for report in reports) == 1
+
+
+def test_a_search_of_which_every_trial_fails_says_why(llama_base: BaseModel) -> None:
+    """Whose, how, and what to do."""
+    absurd = {"search.learning_rate": [1e37, 1e38], "clip": 1e30, "warmup": 0, "schedule": "constant"}
+
+    with pytest.raises(TrainingError, match=r"user1: every trial .* not finite .*lower search.learning_rate"):
+        searched(llama_base, searcher(settings=absurd))
+
+
+def test_a_search_of_one_trial_is_a_plain_training(llama_base: BaseModel) -> None:
+    """It wins."""
+    one = {"search.rank": [4], "search.learning_rate": [], "search.layers": []}
+
+    (report,) = searched(llama_base, searcher(settings=one))
+
+    assert report.won
+    assert torch.equal(report.trained.row_P, run(llama_base, [learner(1, 12, 5, epochs=4)])["user1"].row_P)
+
+
+def test_a_trial_without_its_rivals_does_not_wait_for_ever(llama_base: BaseModel) -> None:
+    """A mistake of the caller's is told."""
+    first, *_ = halving(searcher()).trials.values()
+
+    with pytest.raises(ValueError, match="not trained with them"):
+        run(llama_base, [first])
+
+
+def test_a_user_without_held_out_examples_cannot_search() -> None:
+    """There is nothing to choose by."""
+    with pytest.raises(TrainingError, match="held-out"):
+        halving(replace(searcher(), held_out=()))
+
+
+def test_trials_are_the_grid_as_plain_recipes() -> None:
+    """Every point once; what the grid does not name is the recipe's own."""
+    grid = trials(recipe(**GRID))
+
+    points = {(lora_of(one).rank, one.learning_rate, one.method.layers) for one in grid}
+    assert points == {(r, rate, layers) for r in (2, 8) for rate in (1e-3, 5e-3, 2e-2) for layers in (None, (1,))}
+    assert {one.method.dropout for one in grid} == {0.1}
+    assert trials(recipe()) == [recipe()]
+
+
+def test_without_a_search_the_recipe_s_own_rank_and_rate_are_searched_around() -> None:
+    """A quarter to the whole of the rank; half to two and a half times the rate."""
+    spec = around(make_recipe({})).search
+
+    assert spec
+    assert (spec.rank, spec.learning_rate) == ((4, 8, 16), (1e-4, 2e-4, 5e-4))
+    assert around(recipe(**GRID)) == recipe(**GRID)
+
+
+WRONG = {
+    "nothing to search": {},
+    "rank names a value twice": {"rank": [4, 4]},
+    "do not rise": {"rank": [4], "rungs": [0.5, 0.2]},
+    "less than 1": {"rank": [4], "rungs": [1.0]},
+    "empty range": {"layers": [[]]},
+    "greater than or equal to 1": {"rank": [0]},
+    "600 trials and may make 256": {"rank": list(range(1, 201)), "learning_rate": [1e-4, 2e-4, 3e-4]},
+    "did you mean search.rank": {"rnk": [4]},
+    "valid tuple": {"rank": 8},
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_search_that_makes_no_sense_is_refused_with_the_reason(words: str) -> None:
+    """Before anything is trained."""
+    with pytest.raises(RecipeError, match=words):
+        make_recipe({"search": WRONG[words]})
+
+
+def test_a_search_is_read_and_stored_like_the_rest_of_a_recipe() -> None:
+    """Scientific numbers too; and a recipe without one has the digest that it always had."""
+    asked = make_recipe({"search": {"rank": [4, 8], "learning_rate": ["1e-4", 2e-4], "layers": [None, [0, 1]]}})
+
+    assert asked.search
+    assert (asked.search.learning_rate, asked.search.layers) == ((1e-4, 2e-4), (None, (0, 1)))
+    assert make_recipe(asked.model_dump(mode="json")) == asked
+    assert asked.digest != make_recipe({}).digest
+    plain = make_recipe({}).model_dump(mode="json", exclude={"search"})
+    assert make_recipe({}).digest == hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def test_the_size_of_a_trial_is_asked_of_its_method() -> None:
+    """Bytes are the bank's business."""
+    asked: list[int] = []
+
+    def size(spec: AnyMethod) -> int:
+        assert isinstance(spec, LoraSpec)
+        asked.append(spec.rank)
+        return spec.rank
+
+    Halving(searcher(), size)
+
+    assert asked == [2] * 6 + [8] * 6
