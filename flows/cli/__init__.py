@@ -11,7 +11,19 @@ import warnings
 
 import typer
 
-from flows.cli import chatting, dataset, fleet, leave, reading, scheduling, system, training, tuning, versions
+from flows.cli import (
+    chatting,
+    comparing,
+    dataset,
+    fleet,
+    leave,
+    reading,
+    scheduling,
+    system,
+    training,
+    tuning,
+    versions,
+)
 from flows.cli.printing import fail
 from flows.errors import FlowError
 from lora_core.errors import LoraError
@@ -27,7 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
-for group in (system, training, tuning, reading, versions, fleet, leave, chatting):
+for group in (system, training, tuning, reading, versions, fleet, leave, chatting, comparing):
     group.register(app)
 
 
