@@ -26,8 +26,8 @@ FULL = "full fine-tuning"
 # et al., 2021), all weights at once smaller ones (Schulman et al., 2025: a tenth).
 USUAL = (1 / 3, 1.0, 3.0)
 FACTORS: Mapping[str, tuple[float, ...]] = {
-    "prompt": (3.0, 10.0, 30.0),
-    "prefix": (1.0, 3.0, 10.0),
+    "prompt_tuning": (3.0, 10.0, 30.0),
+    "prefix_tuning": (1.0, 3.0, 10.0),
     FULL: (0.03, 0.1, 0.3),
 }
 

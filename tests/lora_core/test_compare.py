@@ -1,0 +1,83 @@
+"""Methods side by side: every one is really trained, and what is said of them is drawn from it."""
+
+from dataclasses import replace
+
+import pytest
+
+from flows.comparison import contenders
+from lora_core.banks.table import METHODS
+from lora_core.base_model import BaseModel
+from lora_core.compare import FULL, Compared, advice, bare, compare, rates
+from lora_core.errors import TrainingError
+from lora_core.worked_examples import gpt2, one_matrix, remarks
+from tests.lora_core.conftest import learner
+
+EASY = {"epochs": 3, "patience": 3, "learning_rate": 5e-3, "dropout": 0}
+
+
+def test_every_method_and_full_fine_tuning_are_compared_on_the_same_examples(base: BaseModel) -> None:
+    """Sizes are those of the files, shares those of the base; nobody is worse than the base, whose row is a choice."""
+    user = replace(learner(1, count=12, held_out=4, **EASY), name="acme/alice")
+    told: list[str] = []
+
+    results = list(compare(base, user, contenders(), told.append))
+
+    before = bare(base, user).loss
+    assert [one.method for one in results] == told == [*contenders(), FULL]
+    assert {spec.name for spec in contenders().values()} == set(METHODS)
+    for one in results:
+        assert one.loss <= before + 1e-6
+        assert one.share == one.parameters / base.parameters
+        assert one.fit == 4 * base.parameters // one.file_bytes
+        assert one.peak_bytes > 4 * base.parameters
+    *adapters, full = results
+    assert all(one.peak_bytes < full.peak_bytes for one in adapters)
+    assert full.parameters == base.parameters
+    assert any("Quality first" in line or "No adapter learnt" in line for line in advice(results, before))
+
+
+def compared(method: str, loss: float, file_bytes: int) -> Compared:
+    """A result with little to it."""
+    return Compared(method, 1e-3, loss, 0.5, 10, 0.1, 100, 1.0, file_bytes, 1000 // file_bytes)
+
+
+def test_advice_takes_the_smallest_of_those_that_are_about_as_good() -> None:
+    """Within 5 % of the best gain."""
+    results = [
+        compared("big", 1.0, 100),
+        compared("small", 1.04, 10),
+        compared("tiny", 1.9, 1),
+        compared(FULL, 0.9, 1000),
+    ]
+
+    lines = advice(results, 2.0)
+
+    assert lines[0].startswith("Quality first: big")
+    assert lines[1].startswith("Space first: small")
+    assert "91%" in lines[-1]
+    assert advice([compared("big", 3.0, 100)], 2.0) == [
+        "No adapter learnt anything from this data: add examples, or try other rates."
+    ]
+
+
+def test_what_cannot_be_compared_is_refused(llama_base: BaseModel) -> None:
+    """There is nothing to judge by."""
+    with pytest.raises(TrainingError, match="held-out"):
+        list(compare(llama_base, learner(1), contenders(), lambda _: None))
+
+
+def test_rates_are_the_methods_own() -> None:
+    """All weights at once want smaller steps, virtual tokens larger ones."""
+    recipe = learner(1).recipe
+
+    assert max(rates(FULL, recipe)) < recipe.learning_rate < min(rates("prompt_tuning", recipe))
+
+
+def test_the_textbooks_figures_come_from_real_shapes() -> None:
+    """d = 768, r = 8; GPT-2 small with c_attn and c_proj."""
+    matrix, model = one_matrix(), gpt2()
+
+    assert (matrix.trained, matrix.of, f"{matrix.share:.2%}") == (12_288, 589_824, "2.08%")
+    assert (model.trained, model.of) == (811_008, 124_439_808)
+    assert model.file_bytes > 4 * model.trained
+    assert "153" in remarks()[-1]
