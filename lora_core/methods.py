@@ -3,7 +3,15 @@
 from collections.abc import Hashable, Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 class Frozen(BaseModel):
@@ -44,6 +52,7 @@ class LoraSpec(MethodSpec):
     alpha: Annotated[float, Field(gt=0, le=4096)] = 32.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski, 2023)
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1024)] = 1.0  # B's rate over A's (Hayou et al., 2024)
 
     @property
     def scale(self) -> float:
@@ -54,6 +63,16 @@ class LoraSpec(MethodSpec):
     def shape(self) -> tuple[Hashable, ...]:
         """Rank, and which linears."""
         return (self.name, self.rank, self.targets, self.layers)
+
+    @model_serializer(mode="wrap")
+    def _says_what_is_asked_for(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """A variant that is not used is not named: a recipe from before there was the variant keeps its digest."""
+        fields = type(self).model_fields
+        unused = {name for name in LORA_VARIANTS if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in dump(self).items() if name not in unused}
+
+
+LORA_VARIANTS = ("loraplus_lr_ratio",)
 
 
 class VirtualTokensSpec(MethodSpec):

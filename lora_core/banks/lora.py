@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from lora_core.base_model import BaseModel, Site
 from lora_core.cohort import Cohort
 from lora_core.errors import TrainingError
 from lora_core.methods import LoraSpec
+from lora_core.optim import Stretch
 
 PREFIX = "base_model.model."  # PEFT's: LoraModel around the model
 
@@ -61,6 +63,19 @@ class LoraBank:
                 start = torch.empty(spec.rank, site.inputs).uniform_(-bound, bound, generator=generator)
                 down_RI[0, : spec.rank] = start
         return row_P
+
+    def stretches(self, spec: LoraSpec) -> Sequence[Stretch]:
+        """Downs at the recipe's rate, ups at theirs (LoRA+; Hayou et al., 2024); none where the two are one."""
+        runs = [run for group in self.groups for run in self._runs(group, spec)]
+        ends = list(accumulate(size for size, _ in runs))
+        if all(times == 1 for _, times in runs):
+            return ()
+        return [Stretch(end - size, end, times) for end, (size, times) in zip(ends, runs, strict=True)]
+
+    def _runs(self, group: Sequence[Site], spec: LoraSpec) -> list[tuple[int, float]]:
+        """How many numbers of a group's, one after the other, step at which multiple of the rate."""
+        inputs, outputs = sum(site.inputs for site in group), sum(site.outputs for site in group)
+        return [(self.rank * inputs, 1.0), (self.rank * outputs, spec.loraplus_lr_ratio)]
 
     def group_factors(self, matrix_KP: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         """Each group's (down_KSI, up_KRO of each site) as views into the cohort matrix; S is R times the sites."""

@@ -1,0 +1,117 @@
+"""LoRA's variants: what PEFT trains, in rows that change no neighbour's bytes."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft.optimizers import create_loraplus_optimizer
+
+from lora_core.banks.lora import lora_bank
+from lora_core.banks.table import make_bank
+from lora_core.base_model import BaseModel, freeze
+from lora_core.curriculum import Learner, Trained
+from lora_core.recipe import Recipe, make_recipe
+from tests.lora_core.conftest import ARCHITECTURES, examples, learner, lora_of, recipe
+from tests.lora_core.test_exact import killed_and_resumed
+from tests.lora_core.test_exact import run as run_rows
+from tests.lora_core.test_peft_parity import load_row, peft_loop, peft_model
+from tests.lora_core.test_train import run
+
+STEPS = 100
+VARIANTS: list[dict[str, object]] = [{"loraplus_lr_ratio": 16}]
+
+
+def parity_recipe(**settings: object) -> Recipe:
+    """A hundred steps with a schedule, decay and clipping."""
+    defaults: dict[str, object] = {
+        "dropout": 0, "epochs": 25, "batch_size": 4, "learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.1,
+        "weight_decay": 0.01,
+    }  # fmt: skip
+    return recipe(**{**defaults, **settings})
+
+
+def beside_neighbours(base: BaseModel, settings: Recipe, count: int = 16) -> Trained:
+    """One user trained between two plain ones."""
+    plain = [Learner(f"n{seed}", recipe(seed=seed, epochs=25), examples(seed, count)) for seed in (7, 8)]
+    return run(base, [plain[0], Learner("me", settings, examples(3, count)), plain[1]], slots=3)["me"]
+
+
+def furthest(trained: Trained, expected: list[float]) -> float:
+    """The largest difference of two runs' losses."""
+    assert len(trained.losses) == len(expected) == STEPS
+    return max(abs(ours - theirs) for (_, ours), theirs in zip(trained.losses, expected, strict=True))
+
+
+def test_loraplus_loses_what_pefts_optimiser_loses(base: BaseModel) -> None:
+    """Every loss within 1e-5 over 100 steps: B's rate and decay are a multiple of A's."""
+    settings = parity_recipe(loraplus_lr_ratio=8)
+    spec, bank = lora_of(settings), lora_bank(base, [lora_of(settings)])
+    theirs = peft_model(ARCHITECTURES[base.name]().eval(), spec).eval()
+    load_row(theirs, bank.to_tensors(bank.start_row(spec, settings.seed), spec))
+    optimiser = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=8, loraplus_weight_decay=settings.weight_decay
+    )
+
+    expected = peft_loop(theirs, examples(3, count=16), settings, STEPS, optimiser)
+
+    assert furthest(beside_neighbours(base, settings), expected) < 1e-5
+    assert furthest(beside_neighbours(base, parity_recipe()), expected) > 1e-2
+
+
+def test_stretches_of_one_rate_step_as_the_whole_row(base: BaseModel) -> None:
+    """A ratio of 1 is plain LoRA: no stretches, the same call, the same bytes."""
+    bank = make_bank(base, [recipe().method])
+    plain, one = learner(1), learner(1, loraplus_lr_ratio=1)
+
+    assert bank.stretches(one.recipe.method) == ()
+    assert plain.digest == one.digest
+    assert torch.equal(run(base, [plain], 2)["user1"].row_P, run(base, [one], 2)["user1"].row_P)
+
+
+def user(number: int, count: int, settings: Mapping[str, object], held_out: int = 0) -> Learner:
+    """A user of any variant."""
+    return replace(learner(number, count, held_out), recipe=recipe(seed=number, **settings))
+
+
+def random_user(generator: random.Random, number: int) -> Learner:
+    """A plain user or one of any variant, of any size."""
+    settings = {
+        "rank": generator.choice([2, 4]),
+        "dropout": generator.choice([0, 0.2]),
+        "weight_decay": generator.choice([0, 0.1]),
+        "patience": generator.choice([None, 1]),
+        **generator.choice([{}, *VARIANTS]),
+    }
+    return user(number, generator.randrange(3, 12), settings, generator.choice([0, 3]))
+
+
+@pytest.mark.parametrize("pack", range(8))
+def test_variants_and_plain_users_change_nobody(tmp_path: Path, pack: int) -> None:
+    """Alone, packed, or killed and resumed: the same rows and losses, to the bit."""
+    generator = random.Random(pack)
+    base = freeze(list(ARCHITECTURES.values())[pack % 2](), None)
+    cohort = [random_user(generator, number) for number in range(4)]
+    cohort += [user(9, 8, VARIANTS[pack // 2 % len(VARIANTS)])]
+    bank = make_bank(base, [one.recipe.method for one in cohort])
+    one = generator.choice(cohort)
+
+    alone = run_rows(base, [one], 3, bank)[one.name]
+    packed = run_rows(base, cohort[:2], 3, bank, cohort[2:])[one.name]
+    resumed = killed_and_resumed(base, cohort, 3, bank, tmp_path, generator.randrange(1, 12))[one.name]
+
+    for other in (packed, resumed):
+        assert torch.equal(alone.row_P, other.row_P)
+        assert (alone.losses, alone.held_out) == (other.losses, other.held_out)
+
+
+def test_recipes_without_variants_keep_their_digest() -> None:
+    """What is not used is not named in a stored recipe; what is used comes back."""
+    assert make_recipe({}).digest == "bf49e9ebce07345d835e4ba8a3653c3b4920cc8e6962b3a137cd82d86a459f8c"
+    assert "loraplus_lr_ratio" not in make_recipe({"loraplus_lr_ratio": 1}).model_dump(mode="json")["method"]
+    for variant in VARIANTS:
+        one = make_recipe(variant)
+        assert make_recipe(one.model_dump(mode="json")) == one
+        assert one.digest != make_recipe({}).digest
