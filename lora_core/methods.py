@@ -44,15 +44,19 @@ class MethodSpec(Frozen):
         raise NotImplementedError
 
 
+MOST_RANK, MOST_ALPHA = 512, 4096
+
+
 class LoraSpec(MethodSpec):
     """Low-rank adaptation (Hu et al., 2021): a delta B A of rank r on each target."""
 
     name: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1, le=512)] = 16
-    alpha: Annotated[float, Field(gt=0, le=4096)] = 32.0
+    rank: Annotated[int, Field(ge=1, le=MOST_RANK)] = 16
+    alpha: Annotated[float, Field(gt=0, le=MOST_ALPHA)] = 32.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski, 2023)
     loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1024)] = 1.0  # B's rate over A's (Hayou et al., 2024)
+    init_lora_weights: Literal[True, "pissa"] = True  # True: no delta; pissa: the weights' principal part
 
     @property
     def scale(self) -> float:
@@ -61,8 +65,20 @@ class LoraSpec(MethodSpec):
 
     @property
     def shape(self) -> tuple[Hashable, ...]:
-        """Rank, and which linears."""
-        return (self.name, self.rank, self.targets, self.layers)
+        """Rank in the row, and which linears."""
+        return (self.name, self.row_rank, self.targets, self.layers)
+
+    @property
+    def row_rank(self) -> int:
+        """The rank that a bank must have, and files: twice the trained one where the start is taken off again."""
+        return self.rank if self.init_lora_weights is True else 2 * self.rank
+
+    @model_validator(mode="after")
+    def _has_room_for_its_start(self) -> Self:
+        if self.init_lora_weights == "pissa" and (self.rank > MOST_RANK // 2 or self.alpha > MOST_ALPHA // 2):
+            most = f"rank {MOST_RANK // 2} and alpha {MOST_ALPHA // 2}"
+            raise ValueError(f"a pissa start is kept beside what it becomes: at most {most}")
+        return self
 
     @model_serializer(mode="wrap")
     def _says_what_is_asked_for(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
@@ -72,7 +88,7 @@ class LoraSpec(MethodSpec):
         return {name: value for name, value in dump(self).items() if name not in unused}
 
 
-LORA_VARIANTS = ("loraplus_lr_ratio",)
+LORA_VARIANTS = ("loraplus_lr_ratio", "init_lora_weights")
 
 
 class VirtualTokensSpec(MethodSpec):

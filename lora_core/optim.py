@@ -74,6 +74,13 @@ def step_rows(cohort: Cohort, due: Sequence[RowStep | None], norms: Sequence[flo
     cohort.refresh()
 
 
+def clear_fixed(cohort: Cohort, slot: int, stretches: Sequence[Stretch]) -> None:
+    """Zero the gradient of a row's numbers that do not train: it is no part of the row's norm."""
+    fixed = [cohort.gradient_KP[slot, one.start : one.stop] for one in stretches if not one.times]
+    if fixed:
+        torch._foreach_zero_(fixed)
+
+
 def _by_rate(stretches: Sequence[Stretch]) -> dict[float, list[slice]]:
     """The parts of a row that step, by the multiple of its rate."""
     parts: dict[float, list[slice]] = {} if stretches else {1.0: [slice(None)]}

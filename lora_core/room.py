@@ -11,7 +11,7 @@ from lora_core import seating
 from lora_core.banks.bank import Bank
 from lora_core.cohort import Aside, Cohort
 from lora_core.curriculum import Assignment, Heard, Learner, Lesson, Student, Trained
-from lora_core.optim import RowStep, Stretch, gradient_norms, step_rows
+from lora_core.optim import RowStep, Stretch, clear_fixed, gradient_norms, step_rows
 from lora_core.saves import Progress, Saves
 from lora_core.seating import Standing
 
@@ -179,6 +179,8 @@ class Room:
         norms = [0.0] * self.cohort.slots
         stepping = [seat for seat in ready if seat.assignment.step]
         if stepping:
+            for seat in stepping:
+                clear_fixed(self.cohort, seat.slot, seat.stretches)
             found = gradient_norms(self.cohort).tolist()
             due: list[RowStep | None] = [None] * self.cohort.slots
             for seat in stepping:

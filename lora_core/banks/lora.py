@@ -7,7 +7,7 @@ A user of lower rank, or without some site, has zeros there: zero rows and colum
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_core.banks.lora_sites import LoraGroup, LoraSite
+from lora_core.banks.lora_starts import Principals
 from lora_core.base_model import BaseModel, Site
 from lora_core.cohort import Cohort
 from lora_core.errors import TrainingError
@@ -34,6 +35,7 @@ class LoraBank:
 
     sites: tuple[Site, ...]
     rank: int
+    principals: Principals | None = field(default=None, repr=False, compare=False)  # of users who start from them
 
     @property
     def width(self) -> int:
@@ -54,7 +56,12 @@ class LoraBank:
         return list(groups.values())
 
     def start_row(self, spec: LoraSpec, seed: int) -> Tensor:
-        """How a user starts, shape P: down uniform in +-1/sqrt(I) (as in PEFT), up zero, so the delta is zero."""
+        """How a user starts, shape P: down uniform in +-1/sqrt(I) (as in PEFT), up zero, so the delta is zero.
+
+        Or from the principal parts of the weights, taken off again by as many rows that do not train.
+        """
+        if spec.init_lora_weights == "pissa":
+            return self._principal_row(spec)
         generator = torch.Generator().manual_seed(seed)
         row_P = torch.zeros(self.width)
         for site, (down_RI, _) in zip(self.sites, self.factors(row_P[None]), strict=True):
@@ -64,8 +71,18 @@ class LoraBank:
                 down_RI[0, : spec.rank] = start
         return row_P
 
+    def _principal_row(self, spec: LoraSpec) -> Tensor:
+        assert self.principals  # lora_bank gives them to a bank of such users
+        row_P = torch.zeros(self.width)
+        for site, (down_KRI, up_KRO) in zip(self.sites, self.factors(row_P[None]), strict=True):
+            if adapts(spec, site):
+                down_RI, up_RO = self.principals.factors(site.name, spec.rank, spec.scale)
+                down_KRI[0, : spec.row_rank] = torch.cat([down_RI, down_RI])
+                up_KRO[0, : spec.row_rank] = torch.cat([up_RO, -up_RO])
+        return row_P
+
     def stretches(self, spec: LoraSpec) -> Sequence[Stretch]:
-        """Downs at the recipe's rate, ups at theirs (LoRA+; Hayou et al., 2024); none where the two are one."""
+        """Downs at the recipe's rate, ups at theirs (LoRA+; Hayou et al., 2024); a start that is taken off stays."""
         runs = [run for group in self.groups for run in self._runs(group, spec)]
         ends = list(accumulate(size for size, _ in runs))
         if all(times == 1 for _, times in runs):
@@ -74,8 +91,11 @@ class LoraBank:
 
     def _runs(self, group: Sequence[Site], spec: LoraSpec) -> list[tuple[int, float]]:
         """How many numbers of a group's, one after the other, step at which multiple of the rate."""
-        inputs, outputs = sum(site.inputs for site in group), sum(site.outputs for site in group)
-        return [(self.rank * inputs, 1.0), (self.rank * outputs, spec.loraplus_lr_ratio)]
+        downs = [(site.inputs, 1.0) for site in group]
+        ups = [(site.outputs, spec.loraplus_lr_ratio) for site in group]
+        trained = self.rank if spec.row_rank == spec.rank else spec.rank
+        ranks = ((trained, True), (self.rank - trained, False))
+        return [(rank * size, times * trains) for size, times in downs + ups for rank, trains in ranks if rank]
 
     def group_factors(self, matrix_KP: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         """Each group's (down_KSI, up_KRO of each site) as views into the cohort matrix; S is R times the sites."""
@@ -100,8 +120,8 @@ class LoraBank:
         tensors: dict[str, Tensor] = {}
         for site, (down_KRI, up_KRO) in zip(self.sites, self.factors(row_P[None]), strict=True):
             if adapts(spec, site):
-                tensors[f"{PREFIX}{site.name}.lora_A.weight"] = down_KRI[0, : spec.rank].clone()
-                tensors[f"{PREFIX}{site.name}.lora_B.weight"] = up_KRO[0, : spec.rank].mT.contiguous()
+                tensors[f"{PREFIX}{site.name}.lora_A.weight"] = down_KRI[0, : spec.row_rank].clone()
+                tensors[f"{PREFIX}{site.name}.lora_B.weight"] = up_KRO[0, : spec.row_rank].mT.contiguous()
         return tensors
 
     def from_tensors(self, tensors: Mapping[str, Tensor], spec: LoraSpec) -> Tensor:
@@ -153,7 +173,10 @@ def lora_bank(base: BaseModel, specs: Sequence[LoraSpec]) -> LoraBank:
     for spec in specs:
         _check_targets(base, spec)
     sites = tuple(site for site in base.sites if any(adapts(spec, site) for spec in specs))
-    return LoraBank(sites, max(spec.rank for spec in specs))
+    ranks = [spec.rank for spec in specs if spec.init_lora_weights == "pissa"]
+    linears = {site.name: base.model.get_submodule(site.name) for site in sites} if ranks else {}
+    principals = Principals(linears, max(ranks)) if ranks else None
+    return LoraBank(sites, max(spec.row_rank for spec in specs), principals)
 
 
 def _check_targets(base: BaseModel, spec: LoraSpec) -> None:
@@ -163,3 +186,6 @@ def _check_targets(base: BaseModel, spec: LoraSpec) -> None:
             raise TrainingError(base.name, f"has no linear named {target!r}", f"choose from {', '.join(ends)}")
     if not any(adapts(spec, site) for site in base.sites):
         raise TrainingError(base.name, f"has none of layers {spec.layers}", "choose lower layer numbers")
+    most = min(min(site.inputs, site.outputs) for site in base.sites if adapts(spec, site))
+    if spec.init_lora_weights == "pissa" and spec.rank > most:
+        raise TrainingError(base.name, f"has a linear of only {most} singular values", f"choose a rank up to {most}")

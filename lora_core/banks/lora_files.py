@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -9,27 +10,28 @@ from lora_core.banks.bank import Facts, Method, Shapes
 from lora_core.banks.lora import PREFIX, LoraBank, adapts, lora_bank
 from lora_core.base_model import BaseModel
 from lora_core.errors import ArtifactRefused
-from lora_core.methods import LoraSpec
+from lora_core.methods import MOST_ALPHA, MOST_RANK, LoraSpec
 
 CONFIG = "adapter_config.json"
-MOST_RANK, MOST_ALPHA = 512, 4096
 # PEFT's keys that change what tensors mean, and the values under which they mean what they mean here.
 _PLAIN: Mapping[str, tuple[object, ...]] = {
     "bias": ("none",), "use_dora": (False, None), "modules_to_save": (None, []), "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}), "lora_bias": (False, None), "trainable_token_indices": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base
 }  # fmt: skip
 
 
 def _make(base: BaseModel, specs: Sequence[LoraSpec], size: int) -> LoraBank:
     bank = lora_bank(base, specs)
-    return LoraBank(bank.sites, max(bank.rank, size))
+    return replace(bank, rank=max(bank.rank, size))
 
 
 def _config(base: BaseModel, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> Facts:
-    """PEFT's LoraConfig as it saves it."""
+    """PEFT's LoraConfig as it saves it; of a PiSSA start, as it converts it to LoRA: twice the rank, the same scale."""
+    alpha = spec.alpha * (spec.row_rank / spec.rank) ** (0.5 if spec.use_rslora else 1)
     return {
-        "r": spec.rank,
-        "lora_alpha": int(spec.alpha) if spec.alpha.is_integer() else spec.alpha,
+        "r": spec.row_rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": spec.dropout,
         "use_rslora": spec.use_rslora,
         "target_modules": _targets(base, tensors),
@@ -77,8 +79,8 @@ def _layout(base: BaseModel, spec: LoraSpec) -> list[Shapes]:
     """A pair of tensors for each linear."""
     return [
         {
-            f"{PREFIX}{site.name}.lora_A.weight": [spec.rank, site.inputs],
-            f"{PREFIX}{site.name}.lora_B.weight": [site.outputs, spec.rank],
+            f"{PREFIX}{site.name}.lora_A.weight": [spec.row_rank, site.inputs],
+            f"{PREFIX}{site.name}.lora_B.weight": [site.outputs, spec.row_rank],
         }
         for site in base.sites
         if adapts(spec, site)
@@ -86,7 +88,7 @@ def _layout(base: BaseModel, spec: LoraSpec) -> list[Shapes]:
 
 
 def _sentence(spec: LoraSpec, tensors: Mapping[str, Tensor]) -> str:
-    return f"A LoRA of rank {spec.rank} on {len(_modules(tensors))} linear layers."
+    return f"A LoRA of rank {spec.row_rank} on {len(_modules(tensors))} linear layers."
 
 
 LORA = Method("LORA", _make, _config, _read_config, _layout, _sentence)

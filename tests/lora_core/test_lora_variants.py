@@ -7,21 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
+from lora_core.artifact import write_artifact
 from lora_core.banks.lora import lora_bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner, Trained
+from lora_core.errors import ArtifactRefused, RecipeError, TrainingError
+from lora_core.intake import AdapterFiles, read_artifact
+from lora_core.methods import LoraSpec
 from lora_core.recipe import Recipe, make_recipe
 from tests.lora_core.conftest import ARCHITECTURES, examples, learner, lora_of, recipe
 from tests.lora_core.test_exact import killed_and_resumed
 from tests.lora_core.test_exact import run as run_rows
-from tests.lora_core.test_peft_parity import load_row, peft_loop, peft_model
+from tests.lora_core.test_peft_parity import load_row, our_logits, peft_loop, peft_model
 from tests.lora_core.test_train import run
 
 STEPS = 100
-VARIANTS: list[dict[str, object]] = [{"loraplus_lr_ratio": 16}]
+VARIANTS: list[dict[str, object]] = [{"loraplus_lr_ratio": 16}, {"init_lora_weights": "pissa", "loraplus_lr_ratio": 2}]
 
 
 def parity_recipe(**settings: object) -> Recipe:
@@ -59,6 +64,97 @@ def test_loraplus_loses_what_pefts_optimiser_loses(base: BaseModel) -> None:
 
     assert furthest(beside_neighbours(base, settings), expected) < 1e-5
     assert furthest(beside_neighbours(base, parity_recipe()), expected) > 1e-2
+
+
+def pissa_model(base: BaseModel, spec: LoraSpec) -> PeftModel:
+    """PEFT's own PiSSA on a base of this architecture: it takes the principal part out of the weights."""
+    config = LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, use_rslora=spec.use_rslora, target_modules="all-linear",
+        task_type="CAUSAL_LM", init_lora_weights="pissa",
+    )  # fmt: skip
+    model: PeftModel = get_peft_model(ARCHITECTURES[base.name]().eval(), config)
+    return model.eval()
+
+
+def test_pissa_loses_what_pefts_pissa_loses_and_its_files_say_the_same(base: BaseModel, tmp_path: Path) -> None:
+    """Every loss within 1e-4 over 100 steps on the whole base; stock PEFT loads it as LoRA of twice the rank."""
+    settings = parity_recipe(init_lora_weights="pissa", use_rslora=base.name == "gpt2", learning_rate=1e-3)
+    spec, bank = lora_of(settings), lora_bank(base, [lora_of(settings), lora_of(recipe())])
+    theirs = pissa_model(base, spec)
+
+    expected = peft_loop(theirs, examples(3, count=16), settings, STEPS)
+    trained = beside_neighbours(base, settings)
+
+    assert furthest(trained, expected) < 1e-4
+    for name, data in write_artifact(base, spec, bank.to_tensors(trained.row_P, spec), {}).items():
+        (tmp_path / name).write_bytes(data)
+    tokens = torch.tensor([examples(5)[0].tokens])
+    loaded = PeftModel.from_pretrained(ARCHITECTURES[base.name]().eval(), tmp_path)
+    ours = our_logits(base, bank, trained.row_P, spec.scale, tokens)
+    files = read_artifact(tmp_path, base)
+    again = our_logits(base, bank, bank.from_tensors(files.tensors, lora_of_files(files)), spec.scale, tokens)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(tokens).logits, ours, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs(tokens).logits, ours, atol=5e-3, rtol=1e-3)
+    assert torch.equal(again, ours)
+    assert lora_of_files(files).scale == pytest.approx(spec.scale, rel=1e-12)
+
+
+def lora_of_files(files: AdapterFiles) -> LoraSpec:
+    """What files say, which is LoRA here."""
+    assert isinstance(files.spec, LoraSpec)
+    return files.spec
+
+
+def test_pefts_conversion_of_pissa_loads_here_and_its_residual_form_is_refused(
+    llama_base: BaseModel, tmp_path: Path
+) -> None:
+    """Without the conversion its tensors are deltas of another base."""
+    spec = lora_of(recipe(init_lora_weights="pissa"))
+    theirs = pissa_model(llama_base, spec)
+    theirs.save_pretrained(tmp_path / "start")
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path / "residual")
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    tokens = torch.tensor([examples(5)[0].tokens])
+
+    files = read_artifact(tmp_path / "lora", llama_base)
+
+    bank = lora_bank(llama_base, [lora_of_files(files)])
+    row_P = bank.from_tensors(files.tensors, lora_of_files(files))
+    ours = our_logits(llama_base, bank, row_P, lora_of_files(files).scale, tokens)
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(tokens).logits, ours, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ArtifactRefused, match="init_lora_weights"):
+        read_artifact(tmp_path / "residual", llama_base)
+
+
+def test_a_start_that_is_taken_off_stays_to_the_bit(base: BaseModel) -> None:
+    """Neither gradient nor decay touches it, and it is the same for every seed and in every bank."""
+    settings = recipe(init_lora_weights="pissa", weight_decay=0.1, dropout=0.2)
+    spec, bank = lora_of(settings), make_bank(base, [settings.method], size=11)
+    start = bank.to_tensors(bank.start_row(spec, 0), spec)
+    narrow = lora_bank(base, [spec])
+
+    ended = bank.to_tensors(run(base, [Learner("me", settings, examples(3))], 2, bank)["me"].row_P, spec)
+
+    other = narrow.to_tensors(narrow.start_row(spec, 5), spec)
+    assert all(torch.equal(start[name], other[name]) for name in start)
+    for name in start:
+        rows, theirs = (tensors[name] if "lora_A" in name else tensors[name].mT for tensors in (ended, start))
+        assert torch.equal(rows[spec.rank :], theirs[spec.rank :])
+        assert not torch.equal(rows[: spec.rank], theirs[: spec.rank])
+
+
+def test_more_singular_values_than_there_are_cannot_be_had(llama_base: BaseModel) -> None:
+    """Said before the first step."""
+    with pytest.raises(TrainingError, match="choose a rank up to 16"):
+        lora_bank(llama_base, [lora_of(recipe(init_lora_weights="pissa", rank=17))])
+    with pytest.raises(RecipeError, match="at most rank 256"):
+        make_recipe({"init_lora_weights": "pissa", "rank": 257})
 
 
 def test_stretches_of_one_rate_step_as_the_whole_row(base: BaseModel) -> None:
