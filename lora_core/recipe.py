@@ -82,6 +82,7 @@ SPELLINGS: Mapping[str, str] = {
     "layers_to_transform": "method.layers", "layers": "method.layers",
     "use_rslora": "method.use_rslora", "loraplus_lr_ratio": "method.loraplus_lr_ratio",
     "init_lora_weights": "method.init_lora_weights",
+    "rank_pattern": "method.rank_pattern", "alpha_pattern": "method.alpha_pattern",
     "peft_type": "method.name", "method": "method.name",
     "num_virtual_tokens": "method.virtual_tokens", "virtual_tokens": "method.virtual_tokens",
     "prompt_tuning_init": "method.start", "prompt_tuning_init_text": "method.start_text",
