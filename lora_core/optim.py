@@ -63,10 +63,10 @@ def step_rows(cohort: Cohort, due: Sequence[RowStep | None], norms: Sequence[flo
         recipe, (done, divisor) = row.recipe, settings_K2[slot]
         rows = cohort.weights_KP[slot], cohort.gradient_KP[slot].float(), cohort.first_KP[slot], cohort.second_KP[slot]
         for times, parts in _by_rate(row.stretches).items():
-            weights, gradients, first, second = ([row_P[part] for part in parts] for row_P in rows)
+            weights, gradients, first, second = (_cut(row_P, parts) for row_P in rows)
             adamw(
                 weights, gradients, first, second, [],
-                state_steps=[done.clone() for _ in parts], grad_scale=divisor, fused=True,
+                state_steps=[done.clone() for _ in weights], grad_scale=divisor, fused=True,
                 lr=row.rate * times, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.epsilon,
                 weight_decay=recipe.weight_decay, amsgrad=False, maximize=False,
             )  # fmt: skip
@@ -82,12 +82,16 @@ def clear_fixed(cohort: Cohort, slot: int, stretches: Sequence[Stretch]) -> None
 
 
 def _by_rate(stretches: Sequence[Stretch]) -> dict[float, list[slice]]:
-    """The parts of a row that step, by the multiple of its rate."""
-    parts: dict[float, list[slice]] = {} if stretches else {1.0: [slice(None)]}
+    """The parts of a row that step, by the multiple of its rate; none stands for the whole row."""
+    parts: dict[float, list[slice]] = {} if stretches else {1.0: []}
     for stretch in stretches:
         if stretch.times:
             parts.setdefault(stretch.times, []).append(slice(stretch.start, stretch.stop))
     return parts
+
+
+def _cut(row_P: Tensor, parts: Sequence[slice]) -> list[Tensor]:
+    return [row_P[part] for part in parts] or [row_P]
 
 
 def _before(row: RowStep | None, norm: float) -> tuple[float, float]:
