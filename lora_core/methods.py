@@ -1,9 +1,17 @@
 """The settings of each parameter-efficient method: what a recipe holds under `method`.  No torch: recipes are text."""
 
-from collections.abc import Hashable
-from typing import Annotated, Literal, Self
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 class Frozen(BaseModel):
@@ -36,24 +44,98 @@ class MethodSpec(Frozen):
         raise NotImplementedError
 
 
+MOST_RANK, MOST_ALPHA = 512, 4096
+MOST_KEYS = 1000
+
+T = TypeVar("T")
+
+Rank = Annotated[int, Field(ge=1, le=MOST_RANK)]
+Alpha = Annotated[float, Field(gt=0, le=MOST_ALPHA)]
+PathEnd = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=256)]  # of a linear's path; no pattern is run
+
+
+def _pairs(given: object) -> object:
+    """A mapping as pairs in the order of their keys: then its own order, which JSON may lose, says nothing."""
+    return sorted(given.items(), key=str) if isinstance(given, Mapping) else given
+
+
+Pattern = Annotated[tuple[tuple[PathEnd, T], ...], BeforeValidator(_pairs), Field(max_length=MOST_KEYS)]
+
+
+def _at(pattern: Sequence[tuple[str, T]], path: str, otherwise: T) -> T:
+    """What a pattern gives to a path: the longest of the keys that it ends in decides."""
+    found = [(len(end), value) for end, value in pattern if path == end or path.endswith(f".{end}")]
+    return max(found, key=lambda pair: pair[0])[1] if found else otherwise
+
+
 class LoraSpec(MethodSpec):
     """Low-rank adaptation (Hu et al., 2021): a delta B A of rank r on each target."""
 
     name: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1, le=512)] = 16
-    alpha: Annotated[float, Field(gt=0, le=4096)] = 32.0
+    rank: Rank = 16
+    alpha: Alpha = 32.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski, 2023)
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1024)] = 1.0  # B's rate over A's (Hayou et al., 2024)
+    init_lora_weights: Literal[True, "pissa"] = True  # True: no delta; pissa: the weights' principal part
+    rank_pattern: Pattern[Rank] = ()  # other ranks and alphas, by the end of a linear's path
+    alpha_pattern: Pattern[Alpha] = ()
 
     @property
     def scale(self) -> float:
-        """What multiplies B A."""
+        """What multiplies B A, where no pattern says otherwise."""
         return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     @property
+    def patterned(self) -> bool:
+        """Whether linears have ranks or scales of their own."""
+        return bool(self.rank_pattern or self.alpha_pattern)
+
+    def rank_at(self, path: str) -> int:
+        """The rank that is trained at a linear."""
+        return _at(self.rank_pattern, path, self.rank)
+
+    def rows_at(self, path: str) -> int:
+        """The rank at a linear in the row and in files: twice the trained one where the start is taken off again."""
+        return self.rank_at(path) * (1 if self.init_lora_weights is True else 2)
+
+    def alpha_at(self, path: str) -> float:
+        """Alpha at a linear."""
+        return _at(self.alpha_pattern, path, self.alpha)
+
+    def scale_at(self, path: str) -> float:
+        """What multiplies B A at a linear."""
+        rank = self.rank_at(path)
+        return self.alpha_at(path) / (rank**0.5 if self.use_rslora else rank)
+
+    @property
     def shape(self) -> tuple[Hashable, ...]:
-        """Rank, and which linears."""
-        return (self.name, self.rank, self.targets, self.layers)
+        """Rank in the row, which linears, and whether they have scales of their own."""
+        return (self.name, self.row_rank, self.targets, self.layers, *(("patterned",) if self.patterned else ()))
+
+    @property
+    def row_rank(self) -> int:
+        """The rank that a bank must have."""
+        widest = max([self.rank, *(rank for _, rank in self.rank_pattern)])
+        return widest if self.init_lora_weights is True else 2 * widest
+
+    @model_validator(mode="after")
+    def _has_room_for_its_start(self) -> Self:
+        alpha = max([self.alpha, *(alpha for _, alpha in self.alpha_pattern)])
+        if self.init_lora_weights == "pissa" and (self.row_rank > MOST_RANK or alpha > MOST_ALPHA // 2):
+            most = f"rank {MOST_RANK // 2} and alpha {MOST_ALPHA // 2}"
+            raise ValueError(f"a pissa start is kept beside what it becomes: at most {most}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _says_what_is_asked_for(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """A variant that is not used is not named: a recipe from before there was the variant keeps its digest."""
+        fields = type(self).model_fields
+        unused = {name for name in LORA_VARIANTS if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in dump(self).items() if name not in unused}
+
+
+LORA_VARIANTS = ("loraplus_lr_ratio", "init_lora_weights", "rank_pattern", "alpha_pattern")
 
 
 class VirtualTokensSpec(MethodSpec):

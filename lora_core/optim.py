@@ -16,12 +16,22 @@ from lora_core.recipe import Recipe
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Numbers of a row from `start` to before `stop`, at a multiple of the row's rate; at 0 they do not train."""
+
+    start: int
+    stop: int
+    times: float
+
+
+@dataclass(frozen=True)
 class RowStep:
     """One slot's settings for one optimiser step (`step` counts from 1)."""
 
     step: int
     rate: float
     recipe: Recipe
+    stretches: Sequence[Stretch] = ()  # none: the whole row at its rate
 
 
 def rate_at(recipe: Recipe, step: int, steps: int) -> float:
@@ -50,16 +60,38 @@ def step_rows(cohort: Cohort, due: Sequence[RowStep | None], norms: Sequence[flo
     for slot, row in enumerate(due):
         if row is None:
             continue
-        recipe = row.recipe
-        adamw(
-            [cohort.weights_KP[slot]], [cohort.gradient_KP[slot].float()],
-            [cohort.first_KP[slot]], [cohort.second_KP[slot]], [],
-            state_steps=[settings_K2[slot, 0]], grad_scale=settings_K2[slot, 1], fused=True,
-            lr=row.rate, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.epsilon, weight_decay=recipe.weight_decay,
-            amsgrad=False, maximize=False,
-        )  # fmt: skip
+        recipe, (done, divisor) = row.recipe, settings_K2[slot]
+        rows = cohort.weights_KP[slot], cohort.gradient_KP[slot].float(), cohort.first_KP[slot], cohort.second_KP[slot]
+        for times, parts in _by_rate(row.stretches).items():
+            weights, gradients, first, second = (_cut(row_P, parts) for row_P in rows)
+            adamw(
+                weights, gradients, first, second, [],
+                state_steps=[done.clone() for _ in weights], grad_scale=divisor, fused=True,
+                lr=row.rate * times, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.epsilon,
+                weight_decay=recipe.weight_decay, amsgrad=False, maximize=False,
+            )  # fmt: skip
         cohort.gradient_KP[slot].zero_()
     cohort.refresh()
+
+
+def clear_fixed(cohort: Cohort, slot: int, stretches: Sequence[Stretch]) -> None:
+    """Zero the gradient of a row's numbers that do not train: it is no part of the row's norm."""
+    fixed = [cohort.gradient_KP[slot, one.start : one.stop] for one in stretches if not one.times]
+    if fixed:
+        torch._foreach_zero_(fixed)
+
+
+def _by_rate(stretches: Sequence[Stretch]) -> dict[float, list[slice]]:
+    """The parts of a row that step, by the multiple of its rate; none stands for the whole row."""
+    parts: dict[float, list[slice]] = {} if stretches else {1.0: []}
+    for stretch in stretches:
+        if stretch.times:
+            parts.setdefault(stretch.times, []).append(slice(stretch.start, stretch.stop))
+    return parts
+
+
+def _cut(row_P: Tensor, parts: Sequence[slice]) -> list[Tensor]:
+    return [row_P[part] for part in parts] or [row_P]
 
 
 def _before(row: RowStep | None, norm: float) -> tuple[float, float]:

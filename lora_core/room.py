@@ -11,7 +11,7 @@ from lora_core import seating
 from lora_core.banks.bank import Bank
 from lora_core.cohort import Aside, Cohort
 from lora_core.curriculum import Assignment, Heard, Learner, Lesson, Student, Trained
-from lora_core.optim import RowStep, gradient_norms, step_rows
+from lora_core.optim import RowStep, Stretch, clear_fixed, gradient_norms, step_rows
 from lora_core.saves import Progress, Saves
 from lora_core.seating import Standing
 
@@ -21,6 +21,7 @@ class Seat:
 
     def __init__(self, learner: Learner, aside: Aside, cohort: Cohort, row_tokens: int, clock: int) -> None:
         self.learner, self.name, self.priority = learner, learner.name, learner.priority
+        self.stretches: Sequence[Stretch] = ()  # of its row, with rates of their own
         self.aside, self.slot = aside, -1  # -1: its rows are aside
         self.since = clock  # the micro-step at which it began to wait, or sat down
         self.hold_until = 0
@@ -38,6 +39,11 @@ class Seat:
     def pending(self) -> int:
         """Lessons of the assignment that could be read now."""
         return len(self.assignment.lessons) - len(self.losses)
+
+    @property
+    def step(self) -> RowStep | None:
+        """The optimiser step that its assignment ends in, with its row's own rates."""
+        return self.assignment.step and replace(self.assignment.step, stretches=self.stretches)
 
     def standing(self, clock: int) -> Standing:
         """What the plan knows of it."""
@@ -118,6 +124,7 @@ class Room:
             start_P = self.bank.start_row(spec, learner.recipe.seed) if learner.start is None else learner.start
             aside = Aside.fresh(start_P, spec.scale)
             seat = Seat(learner, aside, self.cohort, self.row_tokens, self.clock)
+            seat.stretches = self.bank.stretches(spec)
             if self.saves and (progress := self.saves.load(learner)):
                 seat.resume(progress)
             self._waiting.append(seat)
@@ -201,12 +208,14 @@ class Room:
         norms = [0.0] * self.cohort.slots
         stepping = [seat for seat in ready if seat.assignment.step]
         if stepping:
+            for seat in stepping:
+                clear_fixed(self.cohort, seat.slot, seat.stretches)
             found = gradient_norms(self.cohort).tolist()
             due: list[RowStep | None] = [None] * self.cohort.slots
             for seat in stepping:
                 norms[seat.slot] = found[seat.slot]
                 if all(map(math.isfinite, (*seat.losses, found[seat.slot]))):
-                    due[seat.slot] = seat.assignment.step
+                    due[seat.slot] = seat.step
             step_rows(self.cohort, due, norms)
         for seat in ready:
             if not seat.assignment.step:

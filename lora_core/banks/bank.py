@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_core.base_model import BaseModel, Site
 from lora_core.cohort import Cohort
+from lora_core.optim import Stretch
 
 Facts = Mapping[str, object]  # JSON that another module owns
 Shapes = Mapping[str, list[int]]  # of tensors, by name
@@ -40,6 +41,10 @@ class Bank(Protocol):
 
     def start_row(self, spec: Any, seed: int) -> Tensor:
         """How a user starts, shape P: a function of the base, the settings and the seed alone."""
+        ...
+
+    def stretches(self, spec: Any) -> Sequence[Stretch]:
+        """The whole row in stretches that each have a rate of their own; none where all has the recipe's."""
         ...
 
     def to_tensors(self, row_P: Tensor, spec: Any) -> dict[str, Tensor]:

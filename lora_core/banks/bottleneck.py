@@ -24,6 +24,7 @@ from lora_core.cohort import Cohort
 from lora_core.errors import TrainingError
 from lora_core.layers import wrapped
 from lora_core.methods import MOST_WIDTH, BottleneckSpec
+from lora_core.optim import Stretch
 
 LINE = 32  # numbers: 64 bytes of bf16, 128 of fp32
 
@@ -78,6 +79,10 @@ class BottleneckBank:
             )
             for down_KP, up_KP, bias_KW, biased_K1 in quarters
         ]  # fmt: skip
+
+    def stretches(self, spec: BottleneckSpec) -> Sequence[Stretch]:
+        """None: all has the recipe's rate."""
+        return ()
 
     def to_tensors(self, row_P: Tensor, spec: BottleneckSpec) -> dict[str, Tensor]:
         """A user's row as the weights of torch's linears: down [w, D] and up [D, w] of each place, and their biases."""

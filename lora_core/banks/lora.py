@@ -7,17 +7,21 @@ A user of lower rank, or without some site, has zeros there: zero rows and colum
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from lora_core.banks.lora_sites import LoraGroup, LoraSite
+from lora_core.banks.lora_starts import Principals
 from lora_core.base_model import BaseModel, Site
 from lora_core.cohort import Cohort
 from lora_core.errors import TrainingError
 from lora_core.methods import LoraSpec
+from lora_core.optim import Stretch
 
 PREFIX = "base_model.model."  # PEFT's: LoraModel around the model
 
@@ -27,15 +31,22 @@ class LoraBank:
     """Where each site's two factors lie in a row of P numbers.
 
     Group by group of the sites that read the same tensor: their downs, R x I each, one after the other, so that one
-    product reads the tensor for all of them; then their ups, R x O each.
+    product reads the tensor for all of them; then their ups, R x O each.  Last, in a bank for users with patterns, R
+    equal numbers a site: how much more its scale is than the user's, as a share of that.  They do not train.
     """
 
     sites: tuple[Site, ...]
     rank: int
+    principals: Principals | None = field(default=None, repr=False, compare=False)  # PiSSA's start
+    patterned: bool = False  # whether sites can have scales of their own
 
     @property
     def width(self) -> int:
         """P: how many numbers a user has."""
+        return self._factors_width + self.rank * len(self.sites) * self.patterned
+
+    @property
+    def _factors_width(self) -> int:
         return sum(self.rank * (site.inputs + site.outputs) for site in self.sites)
 
     @property
@@ -52,15 +63,68 @@ class LoraBank:
         return list(groups.values())
 
     def start_row(self, spec: LoraSpec, seed: int) -> Tensor:
-        """How a user starts, shape P: down uniform in +-1/sqrt(I) (as in PEFT), up zero, so the delta is zero."""
+        """How a user starts, shape P: down uniform in +-1/sqrt(I) (as in PEFT), up zero, so the delta is zero.
+
+        Or from the principal parts of the weights, taken off again by as many rows that do not train.
+        """
+        if spec.init_lora_weights == "pissa":
+            return self._principal_row(spec)
         generator = torch.Generator().manual_seed(seed)
-        row_P = torch.zeros(self.width)
+        row_P = self._empty_row(spec)
         for site, (down_RI, _) in zip(self.sites, self.factors(row_P[None]), strict=True):
             if adapts(spec, site):
                 bound = 1 / math.sqrt(site.inputs)
-                start = torch.empty(spec.rank, site.inputs).uniform_(-bound, bound, generator=generator)
-                down_RI[0, : spec.rank] = start
+                rank = spec.rank_at(site.name)
+                down_RI[0, :rank] = torch.empty(rank, site.inputs).uniform_(-bound, bound, generator=generator)
         return row_P
+
+    def _principal_row(self, spec: LoraSpec) -> Tensor:
+        assert self.principals  # lora_bank gives them to a bank of such users
+        row_P = self._empty_row(spec)
+        for site, (down_KRI, up_KRO) in zip(self.sites, self.factors(row_P[None]), strict=True):
+            if adapts(spec, site):
+                rank, scale = spec.rank_at(site.name), spec.scale_at(site.name)
+                down_RI, up_RO = self.principals.factors(site.name, rank, scale)
+                down_KRI[0, : 2 * rank] = torch.cat([down_RI, down_RI])
+                up_KRO[0, : 2 * rank] = torch.cat([up_RO, -up_RO])
+        return row_P
+
+    def _empty_row(self, spec: LoraSpec) -> Tensor:
+        """A row without factors: the scales that sites have of their own, and zeros."""
+        row_P = torch.zeros(self.width)
+        if self.patterned:
+            sites = [site for group in self.groups for site in group]
+            more = torch.tensor([spec.scale_at(site.name) / spec.scale - 1 for site in sites])
+            row_P[self._factors_width :] = more.repeat_interleave(self.rank)
+        return row_P
+
+    def group_scales(self, matrix_KP: Tensor) -> list[Tensor | None]:
+        """Each group's more_KS1, a view: how much more each site's scale is, as a share of the user's."""
+        if not self.patterned:
+            return [None] * len(self.groups)
+        sizes = [self.rank * len(group) for group in self.groups]
+        return [more_KS[:, :, None] for more_KS in matrix_KP[:, self._factors_width :].split(sizes, dim=1)]
+
+    def stretches(self, spec: LoraSpec) -> Sequence[Stretch]:
+        """Downs at the recipe's rate, ups at theirs (LoRA+; Hayou et al., 2024); a start that is taken off stays."""
+        runs = [run for group in self.groups for run in self._runs(group, spec)]
+        if spec.patterned:
+            runs.append((self.width - self._factors_width, 0.0))
+        if all(times == 1 for _, times in runs):
+            return ()
+        joined = [(sum(size for size, _ in same), times) for times, same in groupby(runs, key=itemgetter(1))]
+        ends = accumulate(size for size, _ in joined)
+        return [Stretch(end - size, end, times) for end, (size, times) in zip(ends, joined, strict=True)]
+
+    def _runs(self, group: Sequence[Site], spec: LoraSpec) -> list[tuple[int, float]]:
+        """How many numbers of a group's, one after the other, step at which multiple of the rate."""
+        sizes = [(site, site.inputs, 1.0) for site in group]
+        sizes += [(site, site.outputs, spec.loraplus_lr_ratio) for site in group]
+        runs: list[tuple[int, float]] = []
+        for site, size, times in sizes:
+            trained = self.rank if spec.init_lora_weights is True else spec.rank_at(site.name)
+            runs += [(trained * size, times), ((self.rank - trained) * size, 0.0)]
+        return [(numbers, times) for numbers, times in runs if numbers]
 
     def group_factors(self, matrix_KP: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         """Each group's (down_KSI, up_KRO of each site) as views into the cohort matrix; S is R times the sites."""
@@ -85,13 +149,13 @@ class LoraBank:
         tensors: dict[str, Tensor] = {}
         for site, (down_KRI, up_KRO) in zip(self.sites, self.factors(row_P[None]), strict=True):
             if adapts(spec, site):
-                tensors[f"{PREFIX}{site.name}.lora_A.weight"] = down_KRI[0, : spec.rank].clone()
-                tensors[f"{PREFIX}{site.name}.lora_B.weight"] = up_KRO[0, : spec.rank].mT.contiguous()
+                tensors[f"{PREFIX}{site.name}.lora_A.weight"] = down_KRI[0, : spec.rows_at(site.name)].clone()
+                tensors[f"{PREFIX}{site.name}.lora_B.weight"] = up_KRO[0, : spec.rows_at(site.name)].mT.contiguous()
         return tensors
 
     def from_tensors(self, tensors: Mapping[str, Tensor], spec: LoraSpec) -> Tensor:
         """The row of P numbers that PEFT's tensors describe; a site that is not named stays zero."""
-        row_P = torch.zeros(self.width)
+        row_P = self._empty_row(spec)
         for site, (down_KRI, up_KRO) in zip(self.sites, self.factors(row_P[None]), strict=True):
             down = tensors.get(f"{PREFIX}{site.name}.lora_A.weight")
             up = tensors.get(f"{PREFIX}{site.name}.lora_B.weight")
@@ -102,16 +166,18 @@ class LoraBank:
 
     def parameters(self, spec: LoraSpec) -> int:
         """How many numbers of a user's row are trained."""
-        return sum(spec.rank * (site.inputs + site.outputs) for site in self.sites if adapts(spec, site))
+        adapted = [site for site in self.sites if adapts(spec, site)]
+        return sum(spec.rank_at(site.name) * (site.inputs + site.outputs) for site in adapted)
 
     @contextmanager
     def attached(self, base: BaseModel, cohort: Cohort) -> Iterator[None]:
         """While inside, the base's forward pass reads row k of every batch under slot k's adapter."""
         weights, gradients = self.group_factors(cohort.working_KP), self.group_factors(cohort.gradient_KP)
+        scales = self.group_scales(cohort.working_KP)
         frozen = {site.name: base.model.get_submodule(site.name) for site in self.sites}
         for number, sites in enumerate(self.groups):
             linears = [frozen[site.name] for site in sites]
-            group = LoraGroup(linears, *weights[number], *gradients[number], cohort, number)
+            group = LoraGroup(linears, *weights[number], *gradients[number], cohort, number, scales[number])
             for member, site in enumerate(sites):
                 base.model.set_submodule(site.name, LoraSite(group, member))
         try:
@@ -138,7 +204,10 @@ def lora_bank(base: BaseModel, specs: Sequence[LoraSpec]) -> LoraBank:
     for spec in specs:
         _check_targets(base, spec)
     sites = tuple(site for site in base.sites if any(adapts(spec, site) for spec in specs))
-    return LoraBank(sites, max(spec.rank for spec in specs))
+    ranks = [spec.row_rank // 2 for spec in specs if spec.init_lora_weights == "pissa"]
+    linears = {site.name: base.model.get_submodule(site.name) for site in sites} if ranks else {}
+    principals = Principals(linears, max(ranks)) if ranks else None
+    return LoraBank(sites, max(spec.row_rank for spec in specs), principals, any(spec.patterned for spec in specs))
 
 
 def _check_targets(base: BaseModel, spec: LoraSpec) -> None:
@@ -148,3 +217,10 @@ def _check_targets(base: BaseModel, spec: LoraSpec) -> None:
             raise TrainingError(base.name, f"has no linear named {target!r}", f"choose from {', '.join(ends)}")
     if not any(adapts(spec, site) for site in base.sites):
         raise TrainingError(base.name, f"has none of layers {spec.layers}", "choose lower layer numbers")
+    for end, _ in (*spec.rank_pattern, *spec.alpha_pattern):
+        if not any(site.name == end or site.name.endswith(f".{end}") for site in base.sites):
+            raise TrainingError(base.name, f"has no linear at {end!r}", f"choose from {', '.join(ends)}")
+    for site in base.sites if spec.init_lora_weights == "pissa" else ():
+        most = min(site.inputs, site.outputs)
+        if adapts(spec, site) and spec.rank_at(site.name) > most:
+            raise TrainingError(base.name, f"has a linear of {most} singular values", f"choose a rank up to {most}")

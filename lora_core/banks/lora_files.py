@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -9,27 +10,30 @@ from lora_core.banks.bank import Facts, Method, Shapes
 from lora_core.banks.lora import PREFIX, LoraBank, adapts, lora_bank
 from lora_core.base_model import BaseModel
 from lora_core.errors import ArtifactRefused
-from lora_core.methods import LoraSpec
+from lora_core.methods import MOST_ALPHA, MOST_KEYS, MOST_RANK, LoraSpec
 
 CONFIG = "adapter_config.json"
-MOST_RANK, MOST_ALPHA = 512, 4096
 # PEFT's keys that change what tensors mean, and the values under which they mean what they mean here.
 _PLAIN: Mapping[str, tuple[object, ...]] = {
-    "bias": ("none",), "use_dora": (False, None), "modules_to_save": (None, []), "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}), "lora_bias": (False, None), "trainable_token_indices": (None,),
+    "bias": ("none",), "use_dora": (False, None), "modules_to_save": (None, []),
+    "lora_bias": (False, None), "trainable_token_indices": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base
 }  # fmt: skip
 
 
 def _make(base: BaseModel, specs: Sequence[LoraSpec], size: int) -> LoraBank:
     bank = lora_bank(base, specs)
-    return LoraBank(bank.sites, max(bank.rank, size))
+    return replace(bank, rank=max(bank.rank, size))
 
 
 def _config(base: BaseModel, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> Facts:
-    """PEFT's LoraConfig as it saves it."""
+    """PEFT's LoraConfig as it saves it; of a PiSSA start, as it converts it to LoRA: twice the rank, the same scale."""
+    rows = 1 if spec.init_lora_weights is True else 2
+    times = rows**0.5 if spec.use_rslora else rows
     return {
-        "r": spec.rank,
-        "lora_alpha": int(spec.alpha) if spec.alpha.is_integer() else spec.alpha,
+        "r": rows * spec.rank,
+        "lora_alpha": _number(times * spec.alpha),
+        **_patterns(spec, sorted(_modules(tensors)), times),
         "lora_dropout": spec.dropout,
         "use_rslora": spec.use_rslora,
         "target_modules": _targets(base, tensors),
@@ -38,6 +42,19 @@ def _config(base: BaseModel, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> F
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+
+
+def _number(alpha: float) -> int | float:
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _patterns(spec: LoraSpec, modules: Sequence[str], times: float) -> Facts:
+    """Ranks and alphas by the whole paths of the linears that have their own: then no order of keys matters."""
+    ranks = {path: spec.rows_at(path) for path in modules if spec.rank_at(path) != spec.rank}
+    alphas = {path: times * spec.alpha_at(path) for path in modules if spec.alpha_at(path) != spec.alpha}
+    if not spec.patterned:
+        return {}
+    return {"rank_pattern": ranks, "alpha_pattern": {path: _number(alpha) for path, alpha in alphas.items()}}
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> set[str]:
@@ -70,15 +87,38 @@ def _read_config(config: Facts) -> LoraSpec:
         raise ArtifactRefused(
             CONFIG, f"lora_alpha is {ascii(alpha)[:40]}", f"give a number above 0, up to {MOST_ALPHA}"
         )
-    return LoraSpec(rank=rank, alpha=float(alpha), use_rslora=config.get("use_rslora") is True)
+    try:
+        patterns = {key: _in_order(config.get(key)) for key in ("rank_pattern", "alpha_pattern")}
+        return LoraSpec.model_validate(
+            {"rank": rank, "alpha": float(alpha), "use_rslora": config.get("use_rslora") is True, **patterns}
+        )
+    except ValueError:  # pydantic's own is one
+        raise ArtifactRefused(
+            CONFIG, "rank_pattern or alpha_pattern is not of ends of paths", f"give ranks to {MOST_RANK} by plain names"
+        ) from None
+
+
+def _in_order(pattern: object) -> Mapping[str, object]:
+    """A pattern as PEFT reads its files, where the first key that fits decides: without the keys that never do."""
+    if pattern is None:
+        return {}
+    if not isinstance(pattern, Mapping) or len(pattern) > MOST_KEYS:
+        raise ValueError
+    kept: dict[str, object] = {}
+    for key, value in pattern.items():
+        if type(value) not in (int, float):
+            raise ValueError
+        if not any(key.endswith(f".{earlier}") for earlier in kept):
+            kept[key] = value
+    return kept
 
 
 def _layout(base: BaseModel, spec: LoraSpec) -> list[Shapes]:
     """A pair of tensors for each linear."""
     return [
         {
-            f"{PREFIX}{site.name}.lora_A.weight": [spec.rank, site.inputs],
-            f"{PREFIX}{site.name}.lora_B.weight": [site.outputs, spec.rank],
+            f"{PREFIX}{site.name}.lora_A.weight": [spec.rows_at(site.name), site.inputs],
+            f"{PREFIX}{site.name}.lora_B.weight": [site.outputs, spec.rows_at(site.name)],
         }
         for site in base.sites
         if adapts(spec, site)
@@ -86,7 +126,7 @@ def _layout(base: BaseModel, spec: LoraSpec) -> list[Shapes]:
 
 
 def _sentence(spec: LoraSpec, tensors: Mapping[str, Tensor]) -> str:
-    return f"A LoRA of rank {spec.rank} on {len(_modules(tensors))} linear layers."
+    return f"A LoRA of rank {spec.row_rank} on {len(_modules(tensors))} linear layers."
 
 
 LORA = Method("LORA", _make, _config, _read_config, _layout, _sentence)

@@ -31,6 +31,7 @@ from lora_core.cohort import Cohort
 from lora_core.errors import TrainingError
 from lora_core.layers import decoder_layers
 from lora_core.methods import PrefixSpec
+from lora_core.optim import Stretch
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ class PrefixBank:
             for piece, bound in zip(_own(mlp, width), bounds, strict=True):
                 piece.copy_(torch.empty(piece.shape).uniform_(-bound, bound, generator=generator))
         return row_P
+
+    def stretches(self, spec: PrefixSpec) -> Sequence[Stretch]:
+        """None: all has the recipe's rate."""
+        return ()
 
     def to_tensors(self, row_P: Tensor, spec: PrefixSpec) -> dict[str, Tensor]:
         """A user's row as PEFT's tensor: the prefix itself, also of a row with an MLP."""

@@ -27,6 +27,7 @@ from lora_core.base_model import BaseModel, Site
 from lora_core.cohort import Cohort, as_leaf
 from lora_core.errors import TrainingError
 from lora_core.methods import PromptSpec
+from lora_core.optim import Stretch
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class PromptBank:
         else:
             ids = torch.randint(0, len(embeddings.weight), (spec.virtual_tokens,), generator=generator)
         return self._row(embeddings(ids.to(self.base.model.device)).detach().float().cpu())
+
+    def stretches(self, spec: PromptSpec) -> Sequence[Stretch]:
+        """None: all has the recipe's rate."""
+        return ()
 
     def to_tensors(self, row_P: Tensor, spec: PromptSpec) -> dict[str, Tensor]:
         """A user's row as PEFT's tensor."""

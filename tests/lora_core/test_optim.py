@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_core.cohort import Cohort
-from lora_core.optim import RowStep, gradient_norms, rate_at, step_rows
+from lora_core.optim import RowStep, Stretch, clear_fixed, gradient_norms, rate_at, step_rows
 from tests.lora_core.conftest import recipe
 
 P = 1000
@@ -44,6 +44,33 @@ def test_each_row_steps_as_torchs_adamw_would(clip: float) -> None:
 
     torch.testing.assert_close(ours.weights_KP, torch.stack([p.detach() for p in theirs]), atol=1e-5, rtol=1e-5)
     assert not ours.gradient_KP.any()
+
+
+def test_stretches_of_a_row_step_at_rates_of_their_own() -> None:
+    """As parameter groups of torch's AdamW would, under one norm; what does not train stays and is no part of it."""
+    one, stretches = recipe(weight_decay=0.1), [Stretch(0, 300, 1.0), Stretch(300, 700, 0.0), Stretch(700, P, 8.0)]
+    ours = cohort(2)
+    before_KP = ours.weights_KP.clone()
+    theirs = [torch.nn.Parameter(ours.weights_KP[1, s.start : s.stop].clone()) for s in stretches if s.times]
+    optimiser = torch.optim.AdamW(
+        [{"params": [p], "lr": 1e-2 * times} for p, times in zip(theirs, (1, 8), strict=True)], weight_decay=0.1
+    )
+    generator = torch.Generator().manual_seed(1)
+
+    for step in range(1, 11):
+        gradient_P = torch.randn(P, generator=generator)
+        ours.gradient_KP[1] = gradient_P
+        clear_fixed(ours, 1, stretches)
+        step_rows(ours, [None, RowStep(step, 1e-2, one, stretches)], gradient_norms(ours).tolist())
+        theirs[0].grad, theirs[1].grad = gradient_P[:300].clone(), gradient_P[700:].clone()
+        torch.nn.utils.clip_grad_norm_(theirs, one.clip)
+        optimiser.step()
+
+    ended_P = ours.weights_KP[1]
+    torch.testing.assert_close(ended_P[:300], theirs[0].detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ended_P[700:], theirs[1].detach(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(ended_P[300:700], before_KP[1, 300:700])
+    assert torch.equal(ours.weights_KP[0], before_KP[0])
 
 
 def test_a_row_that_is_not_due_stays_to_the_bit_and_keeps_its_gradient() -> None:

@@ -61,10 +61,17 @@ def padded(batch: Sequence[Rendered]) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, mask, labels
 
 
-def peft_loop(model: PeftModel, data: Sequence[Rendered], settings: Recipe, steps: int = STEPS) -> list[float]:
-    """A plain PEFT loop: PyTorch's AdamW, clipping, a schedule."""
+def peft_loop(
+    model: PeftModel,
+    data: Sequence[Rendered],
+    settings: Recipe,
+    steps: int = STEPS,
+    optimiser: torch.optim.Optimizer | None = None,
+) -> list[float]:
+    """A plain PEFT loop: PyTorch's AdamW, clipping, a schedule.  A given optimiser's rates multiply the schedule's."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1.0, weight_decay=settings.weight_decay)
+    optimiser = optimiser or torch.optim.AdamW(parameters, lr=1.0, weight_decay=settings.weight_decay)
+    multiples = [group["lr"] for group in optimiser.param_groups]
     losses: list[float] = []
     per_epoch = math.ceil(len(data) / settings.batch_size)
     for epoch in range(steps // per_epoch):
@@ -73,7 +80,8 @@ def peft_loop(model: PeftModel, data: Sequence[Rendered], settings: Recipe, step
             loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-            optimiser.param_groups[0]["lr"] = rate_at(settings, len(losses) + 1, steps)
+            for group, times in zip(optimiser.param_groups, multiples, strict=True):
+                group["lr"] = times * rate_at(settings, len(losses) + 1, steps)
             optimiser.step()
             optimiser.zero_grad()
             losses.append(loss.item())
