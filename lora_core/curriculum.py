@@ -10,16 +10,20 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lora_core.data.packing import DenseRows, Row, epoch_batches, pack
-from lora_core.data.rendering import Rendered
+from lora_core.data.rendering import AnyRendered
 from lora_core.errors import LoraError
 from lora_core.optim import RowStep, rate_at
+from lora_core.preference import Pairs, preference_losses
 from lora_core.recipe import Recipe
 
+BASE_READS = 64  # rows that the base is given at once: enough for any number of free slots
 Outcome = Literal["finished", "stopped early", "retired"]
 
 
@@ -29,15 +33,16 @@ class Learner:
 
     name: str
     recipe: Recipe
-    train: tuple[Rendered, ...]
-    held_out: tuple[Rendered, ...] = ()
+    train: tuple[AnyRendered, ...]
+    held_out: tuple[AnyRendered, ...] = ()
     start: Tensor | None = None  # row P to go on from; None starts afresh from the recipe's seed
     priority: int = 0  # the higher goes first
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what decides its course: recipe, examples and start."""
-        examples = [[one.tokens, one.trained] for half in (self.train, self.held_out) for one in half]
+        halves = (*self.train, *self.held_out)
+        examples = [[one.tokens, one.trained] for example in halves for one in example.documents]
         start = "" if self.start is None else hashlib.sha256(self.start.numpy().tobytes()).hexdigest()
         parts = (self.recipe.digest, len(self.train), examples, start)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -52,6 +57,7 @@ class Lesson:
     dropout: float
     key: int  # of this lesson's dropout mask
     recurring: Sequence[Row] = ()  # the rows that come again, this one among them; none where it is read once
+    pairs: Pairs | None = None  # of a row of pairs
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Assignment:
 
     lessons: tuple[Lesson, ...]
     step: RowStep | None = None
+    of_base: bool = False  # they are read by the row of zeros, whatever the learner's own row is
 
 
 @dataclass
@@ -88,7 +95,8 @@ class NotFinite(LoraError):
         return "{} is not finite after step {}; lower learning_rate or look for odd rows in the data".format(*self.args)
 
 
-Heard = tuple[list[float], float]  # each lesson's summed loss, and the norm of the gradient they gave together
+Answers = list[list[float]]  # each lesson's: its summed loss; or of each of its pairs the gain over the base
+Heard = tuple[Answers, float]  # and the norm of the gradient that the lessons gave together
 Stream = Generator[Assignment, Heard, Trained]
 
 
@@ -104,6 +112,7 @@ class Student:
         self.result = Trained(learner.name, "finished", row_now())
         self.best = math.inf
         self.lessons = 0  # given so far
+        self.reference: dict[bool, dict[int, float]] = {True: {}, False: {}}  # the base's margins: learnt, held out
         self.planned = self._planned_steps()
 
     @cached_property
@@ -112,7 +121,8 @@ class Student:
         lengths = [len(rendered.tokens) for rendered in self.learner.train]
         step_tokens = self.recipe.batch_size * sum(lengths) / max(1, len(lengths))
         step_rows = self.recipe.batch_rows or math.ceil(step_tokens / self.row_tokens)
-        return self.planned * step_rows + (self.recipe.epochs + 1) * len(self._held_out_rows)
+        of_base = len(self._dense_rows) + len(self._held_out_rows) if self.recipe.objective.paired else 0
+        return of_base + self.planned * step_rows + (self.recipe.epochs + 1) * len(self._held_out_rows)
 
     @property
     def rows_left(self) -> int:
@@ -125,6 +135,7 @@ class Student:
         Send each assignment's answer back in.  A learner without anything to learn from is retired at once.
         """
         try:
+            yield from self._hear_base()
             yield from self._examine()
             for epoch in range(self.recipe.epochs):
                 yield from self._epoch(epoch)
@@ -147,6 +158,17 @@ class Student:
         row_P = self.row_now()
         if row_P.isfinite().all():
             self.result.row_P, self.result.best_step = row_P, self.result.steps
+
+    def _hear_base(self) -> Generator[Assignment, Heard, None]:
+        """Have the base read all pairs, once: its margins are what every later loss is taken against."""
+        if not self.recipe.objective.paired:
+            return
+        for trains, rows in ((True, self._dense_rows), (False, self._held_out_rows)):
+            for start in range(0, len(rows), BASE_READS):
+                part = [rows[number] for number in range(start, min(start + BASE_READS, len(rows)))]
+                answers = yield from self._read(part, trains, of_base=True)
+                for row, margins in zip(part, answers, strict=True):
+                    self.reference[trains].update(zip(row.examples[::2], margins, strict=True))
 
     def _epoch(self, epoch: int) -> Generator[Assignment, Heard, None]:
         for rows in self._batches(epoch):
@@ -193,8 +215,9 @@ class Student:
     def _batch(self, rows: Sequence[Row]) -> Generator[Assignment, Heard, None]:
         """One optimiser step: the mean loss over all of the batch's rows."""
         step = self.result.steps + 1
-        share = 1 / max(1, sum(row.counted for row in rows))
-        total = yield from self._read(rows, share, RowStep(step, rate_at(self.recipe, step, self.planned), self.recipe))
+        share = 1 / max(1, self._counted(rows))
+        row_step = RowStep(step, rate_at(self.recipe, step, self.planned), self.recipe)
+        total = self._total((yield from self._read(rows, True, share, row_step)))
         self.result.tokens += sum(row.used for row in rows)
         self.result.steps = step
         self.result.losses.append((step, total * share))
@@ -204,25 +227,48 @@ class Student:
         rows = self._held_out_rows
         if not rows:
             return
-        total = yield from self._read(rows, 0.0, None)
-        loss = total / max(1, sum(row.counted for row in rows))
+        loss = self._total((yield from self._read(rows, False))) / max(1, self._counted(rows))
         self.result.held_out.append((self.result.steps, loss))
         if loss < self.best:
             self.best, self.result.row_P, self.result.best_step = loss, self.row_now(), self.result.steps
 
-    def _read(self, rows: Sequence[Row], weight: float, step: RowStep | None) -> Generator[Assignment, Heard, float]:
-        """Have rows read; their summed loss."""
+    def _read(
+        self, rows: Sequence[Row], trains: bool, weight: float = 0.0, step: RowStep | None = None, of_base: bool = False
+    ) -> Generator[Assignment, Heard, Answers]:
+        """Have rows of examples to learn from, or of those held out, read; their answers."""
         dropout = self.recipe.method.dropout if weight else 0.0
         first, self.lessons = self.lessons, self.lessons + len(rows)
         keys = (dropout_key(self.recipe.seed, first + number) for number in range(len(rows)))
-        recurring = self._recurring_rows(bool(weight))
-        lessons = tuple(Lesson(row, weight, dropout, key, recurring) for row, key in zip(rows, keys, strict=True))
-        losses, norm = yield Assignment(lessons, step)
-        if not all(map(math.isfinite, losses)):
+        recurring = self._recurring_rows(trains)
+        lessons = tuple(
+            Lesson(row, weight, dropout, key, recurring, self._pairs(row, trains))
+            for row, key in zip(rows, keys, strict=True)
+        )
+        answers, norm = yield Assignment(lessons, step, of_base)
+        if not all(map(math.isfinite, chain(*answers))):
             raise NotFinite("the loss", self.result.steps)
         if not math.isfinite(norm):
             raise NotFinite("the gradient", self.result.steps)
-        return math.fsum(losses)
+        return answers
+
+    def _pairs(self, row: Row, trains: bool) -> Pairs | None:
+        """A row's pairs against what the base thinks of them; against nothing until it has been heard."""
+        if not self.recipe.objective.paired:
+            return None
+        known = self.reference[trains]
+        return Pairs(row, self.recipe.objective, tuple(known.get(index, 0.0) for index in row.examples[::2]))
+
+    def _counted(self, rows: Sequence[Row]) -> int:
+        """What losses are a mean over: predictions, or pairs."""
+        return sum(len(row.examples) // 2 if self.recipe.objective.paired else row.counted for row in rows)
+
+    def _total(self, answers: Answers) -> float:
+        """The summed loss."""
+        objective, heard = self.recipe.objective, list(chain(*answers))
+        if objective.paired:
+            gains_N = torch.tensor(heard, dtype=torch.float64)
+            heard = preference_losses(gains_N, objective.beta, objective.label_smoothing).tolist()
+        return math.fsum(heard)
 
     def _stale(self) -> bool:
         """Whether the last `patience` examinations were no better than the best."""
@@ -235,11 +281,11 @@ def dropout_key(seed: int, lesson: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + lesson * 0xD1B54A32D192ED03 + 1) % 2**63
 
 
-def newest(examples: Sequence[Rendered], max_tokens: int | None) -> tuple[Rendered, ...]:
+def newest(examples: Sequence[AnyRendered], max_tokens: int | None) -> tuple[AnyRendered, ...]:
     """The last examples that together have at most `max_tokens` tokens: equal budgets for unequal users."""
     if max_tokens is None:
         return tuple(examples)
-    kept: list[Rendered] = []
+    kept: list[AnyRendered] = []
     for rendered in reversed(examples):
         max_tokens -= len(rendered.tokens)
         if max_tokens < 0:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_core.errors import RecipeError
+from lora_core.objectives import ObjectiveSpec
 
 
 class Frozen(BaseModel):
@@ -54,13 +55,14 @@ class GateSpec(Frozen):
     """The rule that decides whether a candidate is accepted."""
 
     significance: Annotated[float, Field(gt=0, le=1)] = 0.05  # one-sided, paired by held-out example
-    min_gain: Annotated[float, Field(ge=0, le=10)] = 0.0  # nats a token
+    min_gain: Annotated[float, Field(ge=0, le=10)] = 0.0  # nats a token, or a pair
 
 
 class Recipe(Frozen):
     """Everything that decides the result besides data and base."""
 
     method: LoraSpec = LoraSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of all steps
@@ -92,7 +94,10 @@ class Recipe(Frozen):
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: equal recipes have equal digests, however they were spelt."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        # Recipes were digested before there were objectives: with the default one, the digest is what it was.
+        later = {"objective"} if self.objective == ObjectiveSpec() else None
+        settings = self.model_dump(mode="json", exclude=later)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 # How PEFT's LoraConfig and transformers' TrainingArguments, and people in a hurry, spell our keys.
@@ -103,6 +108,8 @@ SPELLINGS: Mapping[str, str] = {
     "target_modules": "method.targets", "targets": "method.targets",
     "layers_to_transform": "method.layers", "layers": "method.layers",
     "use_rslora": "method.use_rslora", "peft_type": "method.name", "method": "method.name",
+    "objective": "objective.name", "rl": "objective.name", "beta": "objective.beta", "pref_beta": "objective.beta",
+    "rl_beta": "objective.beta", "label_smoothing": "objective.label_smoothing",
     "lr": "learning_rate", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup",
     "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "epsilon", "max_grad_norm": "clip",
     "num_train_epochs": "epochs", "num_epochs": "epochs",
@@ -110,6 +117,7 @@ SPELLINGS: Mapping[str, str] = {
     "max_seq_length": "max_length", "cutoff_len": "max_length", "sequence_len": "max_length",
     "val_set_size": "holdout.share", "early_stopping_patience": "patience",
 }  # fmt: skip
+GROUPS = ("method", "objective", "holdout", "gate")  # keys with keys of their own below them
 # PEFT keys that mean nothing else here than the one value we always have.
 IMPLIED: Mapping[str, object] = {"bias": "none", "task_type": "CAUSAL_LM"}
 # PyYAML's constructors raise whatever Python does for values such as 2026-99-99, `!!int ""` or `!!timestamp x`.
@@ -133,7 +141,7 @@ def make_recipe(settings: Mapping[str, object], where: str = "recipe") -> Recipe
     for dotted, value in _spelled(settings, where).items():
         head, _, tail = dotted.rpartition(".")
         branch = tree.setdefault(head, {}) if head else tree
-        assert isinstance(branch, dict)  # only `method`, `holdout` and `gate` have leaves below them
+        assert isinstance(branch, dict)  # only keys of GROUPS have leaves below them
         branch[tail] = value
     try:
         return Recipe.model_validate(tree)
@@ -185,7 +193,7 @@ def _spelled(settings: Mapping[str, object], where: str) -> dict[str, object]:
 def _leaves(settings: Mapping[str, object], head: str = "") -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
     for key, value in settings.items():
-        if isinstance(value, Mapping) and not head and str(key) in ("method", "holdout", "gate"):
+        if isinstance(value, Mapping) and not head and str(key) in GROUPS:
             found += _leaves(value, f"{key}.")
         else:
             found.append((f"{head}{key}", value))
@@ -193,7 +201,7 @@ def _leaves(settings: Mapping[str, object], head: str = "") -> list[tuple[str, o
 
 
 def _value(name: str, value: object) -> object:
-    if name == "method.name" and isinstance(value, str):
+    if name in ("method.name", "objective.name") and isinstance(value, str):
         return value.lower()
     if name in ("method.targets", "method.layers") and isinstance(value, str | int) and value != "all-linear":
         return tuple(str(value).split(","))
