@@ -4,6 +4,7 @@ Pure of databases and stores: `cohort.py` brings snapshots and earlier versions 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -14,8 +15,8 @@ from torch import Tensor
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner, Trained, newest
-from lora_core.data.examples import Example
-from lora_core.data.rendering import Rendered, render, render_prompt
+from lora_core.data.examples import Example, Preference
+from lora_core.data.rendering import AnyRendered, render, render_prompt
 from lora_core.data.snapshot import Snapshot
 from lora_core.data.splits import split
 from lora_core.errors import TemplateRefused, TrainingError
@@ -24,6 +25,8 @@ from lora_core.gate import Verdict, judge
 from lora_core.generate import TaskScore, generate, task_score
 from lora_core.intake import LoraFiles
 from lora_core.lower_layers import LowerLayers
+from lora_core.objectives import ObjectiveSpec
+from lora_core.pair_scores import as_judged
 from lora_core.planner import Plan, plan, train_planned
 from lora_core.recipe import Recipe
 from lora_core.row_store import RowStore
@@ -57,6 +60,7 @@ class Candidate:
 
 def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel) -> Candidate:
     """Split and render one user's examples.  Raises TrainingError where nothing is left to learn from."""
+    _check_kind(label, snapshot.examples, recipe.objective)
     halves = split(snapshot.examples, recipe.holdout.share, recipe.holdout.by, recipe.holdout.minimum)
     learned = _rendered(halves.train, base, recipe)
     judged = _rendered(halves.held_out, base, recipe)
@@ -68,6 +72,19 @@ def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseMod
     dropped = len(snapshot.examples) - len(learned) - len(judged)
     learner = Learner(label, recipe, newest(learned, recipe.max_tokens), judged)
     return Candidate(label, recipe, learner, halves.held_out, cut, dropped)
+
+
+def _check_kind(label: str, examples: Sequence[Example], objective: ObjectiveSpec) -> None:
+    """Refuse pairs where answers are learnt, and answers where pairs are: neither says what the other asks."""
+    pairs = sum(isinstance(example, Preference) for example in examples)
+    if pairs and not objective.paired:
+        why = f"{pairs} of {len(examples)} examples are preference pairs, which objective {objective.name} cannot learn"
+        raise TrainingError(label, why, "set objective=dpo, or keep pairs in a dataset of their own")
+    if objective.paired and pairs < len(examples):
+        why = f"{len(examples) - pairs} of {len(examples)} examples have no chosen and rejected answer"
+        raise TrainingError(
+            label, f"{why}, which objective {objective.name} learns from", "add them, or set objective=sft"
+        )
 
 
 def train_candidates(
@@ -120,6 +137,8 @@ def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: in
     for (candidate, name, _), scores in zip(named, scored, strict=True):
         candidate.scores[name] = scores
     for candidate in candidates:
+        found = as_judged(list(candidate.scores.values()), candidate.recipe.objective)
+        candidate.scores = dict(zip(candidate.scores, found, strict=True))
         candidate.verdict = _verdict(candidate)
     _score_answers(base, bank, [(c, name, trial) for c, name, trial in named if name != "previous"], slots)
 
@@ -140,10 +159,14 @@ def _rows(base: BaseModel, bank: LoraBank, candidates: Sequence[Candidate]) -> l
     return found
 
 
-def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[Rendered, ...]:
+def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[AnyRendered, ...]:
     longest = min(recipe.max_length, base.longest)
-    found = (_shown(render, example, base.tokenizer, longest) for example in examples)
-    return tuple(rendered for rendered in found if rendered)
+    found: list[AnyRendered] = []
+    for example in examples:
+        with suppress(TemplateRefused):  # that one teaches nothing
+            rendered = render(example, base.tokenizer, longest)
+            found += [rendered] if rendered else []
+    return tuple(found)
 
 
 def _rivals(candidate: Candidate, row_P: Tensor, bank: LoraBank) -> Mapping[str, Trial]:
