@@ -1,7 +1,6 @@
 """Pairs trained packed, the row of zeros as the reference: what a plain DPO loop trains, whoever the neighbours are."""
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner, Trained
 from lora_core.data.packing import empty_row, epoch_batches, pack
-from lora_core.data.rendering import Rendered, RenderedPair
+from lora_core.data.rendering import RenderedPair
 from lora_core.evaluate import Trial, evaluate
 from lora_core.gate import judge
 from lora_core.lower_layers import LowerLayers
@@ -28,26 +27,11 @@ from lora_core.recipe import GateSpec, Recipe
 from lora_core.row_store import RowMemory, RowStore
 from lora_core.saves import Saves
 from lora_core.train import train
-from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, learner, recipe
+from tests.lora_core.conftest import ARCHITECTURES, T, learner, pairs, recipe
 from tests.lora_core.test_exact import Killed
 from tests.lora_core.test_peft_parity import load_row, padded, peft_model
 
 STEPS = 60
-
-
-def pairs(seed: int, count: int = 16, longest: int = 9) -> tuple[RenderedPair, ...]:
-    """A prompt of three tokens and two answers; each kind has words of its own."""
-    generator = random.Random(seed)
-    return tuple(_pair(generator, longest) for _ in range(count))
-
-
-def _pair(generator: random.Random, longest: int) -> RenderedPair:
-    prompt = [generator.randrange(WORDS) for _ in range(3)]
-    lengths = [generator.randrange(3, longest) for _ in range(2)]
-    chosen = [generator.randrange(8) for _ in range(lengths[0])]
-    rejected = [generator.randrange(8, 16) for _ in range(lengths[1])]
-    sides = (Rendered((*prompt, *side), (False,) * 3 + (True,) * len(side)) for side in (chosen, rejected))
-    return RenderedPair(*sides)
 
 
 def chooser(seed: int, count: int = 16, held_out: int = 0, **settings: object) -> Learner:
