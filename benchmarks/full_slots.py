@@ -20,7 +20,7 @@ from lora_core import seating
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner, Lesson, Trained
+from lora_core.curriculum import Answers, Learner, Lesson, Trained
 from lora_core.data.rendering import Rendered
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace, train
@@ -53,9 +53,9 @@ def _rendered(length: int) -> Rendered:
     return _LENGTHS.setdefault(length, Rendered((0,) * length, (True,) * length))
 
 
-def no_computing(_: BaseModel, __: Cohort, lessons: Sequence[Lesson | None], ___: int) -> list[float]:
+def no_computing(_: BaseModel, __: Cohort, lessons: Sequence[Lesson | None], ___: int) -> Answers:
     """Every row's loss is 1."""
-    return [1.0] * len(lessons)
+    return [[1.0] for _ in lessons]
 
 
 def run(learners: list[Learner], slots: int, row_tokens: int) -> tuple[list[Trained], Pace]:

@@ -34,7 +34,7 @@ from benchmarks.measuring import processor
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner, Lesson
+from lora_core.curriculum import Answers, Learner, Lesson
 from lora_core.data.rendering import Rendered
 from lora_core.lower_layers import LowerLayers
 from lora_core.recipe import make_recipe
@@ -86,7 +86,7 @@ def _example(generator: random.Random, words: int) -> Rendered:
 
 def read_with_whole_backward(
     base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int
-) -> list[float]:
+) -> Answers:
     """`read_rows` whose gradient goes down to the embeddings: nothing below is trained by it."""
     hook = base.model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
     try:

@@ -22,23 +22,25 @@ def train_with_peft(base: BaseModel, learner: Learner) -> float:
     """The best held-out loss: batches, schedule, clipping, examinations and early stop as the recipe says."""
     recipe = learner.recipe
     assert isinstance(recipe.method, LoraSpec)  # PEFT's config below is LoRA's
+    assert not recipe.objective.paired  # and the loss is of answers: each example is one document
+    learned, judged = ([text for one in half for text in one.documents] for half in (learner.train, learner.held_out))
     model = _adapted(base, recipe.method)
     parameters = [p for p in model.parameters() if p.requires_grad]
     betas = (recipe.beta1, recipe.beta2)
     optimiser = torch.optim.AdamW(parameters, betas=betas, weight_decay=recipe.weight_decay, fused=True)
-    planned = recipe.epochs * math.ceil(len(learner.train) / recipe.batch_size)
-    losses = [held_out_loss(model, learner.held_out)]
+    planned = recipe.epochs * math.ceil(len(learned) / recipe.batch_size)
+    losses = [held_out_loss(model, judged)]
     step = 0
     for epoch in range(recipe.epochs):
-        for batch in epoch_batches(len(learner.train), recipe.batch_size, recipe.seed, epoch):
+        for batch in epoch_batches(len(learned), recipe.batch_size, recipe.seed, epoch):
             step += 1
-            ids, labels = _padded([learner.train[index] for index in batch])
+            ids, labels = _padded([learned[index] for index in batch])
             model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
             optimiser.param_groups[0]["lr"] = rate_at(recipe, step, planned)
             optimiser.step()
             optimiser.zero_grad()
-        losses.append(held_out_loss(model, learner.held_out))
+        losses.append(held_out_loss(model, judged))
         if recipe.patience and min(losses[: -recipe.patience], default=math.inf) <= min(losses[-recipe.patience :]):
             break
     return min(losses)

@@ -4,6 +4,7 @@ Pure of databases and stores: `cohort.py` brings snapshots and earlier versions 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -15,8 +16,8 @@ from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner, Trained, newest
-from lora_core.data.examples import Example
-from lora_core.data.rendering import Rendered, render, render_prompt
+from lora_core.data.examples import Example, Preference
+from lora_core.data.rendering import AnyRendered, render, render_prompt
 from lora_core.data.snapshot import Snapshot
 from lora_core.data.splits import split
 from lora_core.errors import TemplateRefused, TrainingError
@@ -27,6 +28,8 @@ from lora_core.halving import Halving, Report
 from lora_core.intake import AdapterFiles
 from lora_core.lower_layers import LowerLayers
 from lora_core.methods import AnyMethod
+from lora_core.objectives import ObjectiveSpec
+from lora_core.pair_scores import as_judged
 from lora_core.planner import Plan, plan, train_planned
 from lora_core.recipe import Recipe
 from lora_core.row_store import RowStore
@@ -78,6 +81,7 @@ class Candidate:
 
 def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel) -> Candidate:
     """Split and render one user's examples.  Raises TrainingError where nothing is left to learn from."""
+    _check_kind(label, snapshot.examples, recipe.objective)
     halves = split(snapshot.examples, recipe.holdout.share, recipe.holdout.by, recipe.holdout.minimum)
     learned = _rendered(halves.train, base, recipe)
     judged = _rendered(halves.held_out, base, recipe)
@@ -95,6 +99,19 @@ def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseMod
 def _file_bytes(base: BaseModel, spec: AnyMethod) -> int:
     """About how large a file of weights is: cohorts keep them in fp32."""
     return 4 * make_bank(base, [spec]).parameters(spec)
+
+
+def _check_kind(label: str, examples: Sequence[Example], objective: ObjectiveSpec) -> None:
+    """Refuse pairs where answers are learnt, and answers where pairs are: neither says what the other asks."""
+    pairs = sum(isinstance(example, Preference) for example in examples)
+    if pairs and not objective.paired:
+        why = f"{pairs} of {len(examples)} examples are preference pairs, which objective {objective.name} cannot learn"
+        raise TrainingError(label, why, "set objective=dpo, or keep pairs in a dataset of their own")
+    if objective.paired and pairs < len(examples):
+        why = f"{len(examples) - pairs} of {len(examples)} examples have no chosen and rejected answer"
+        raise TrainingError(
+            label, f"{why}, which objective {objective.name} learns from", "add them, or set objective=sft"
+        )
 
 
 def train_candidates(
@@ -158,15 +175,21 @@ def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: in
     for (candidate, name, _), scores in zip(named, scored, strict=True):
         candidate.scores[name] = scores
     for candidate in candidates:
+        found = as_judged(list(candidate.scores.values()), candidate.recipe.objective)
+        candidate.scores = dict(zip(candidate.scores, found, strict=True))
         candidate.verdict = _verdict(candidate)
     answering = [(one, name, asked.trial(trained_in)) for one, name, asked in named if name != "previous"]
     _score_answers(base, trained_in, answering, slots)
 
 
-def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[Rendered, ...]:
+def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[AnyRendered, ...]:
     longest = min(recipe.max_length, base.longest - recipe.method.positions)
-    found = (_shown(render, example, base.tokenizer, longest) for example in examples)
-    return tuple(rendered for rendered in found if rendered)
+    found: list[AnyRendered] = []
+    for example in examples:
+        with suppress(TemplateRefused):  # that one teaches nothing
+            rendered = render(example, base.tokenizer, longest)
+            found += [rendered] if rendered else []
+    return tuple(found)
 
 
 def _rivals(candidate: Candidate, bank: Bank) -> Mapping[str, Asked]:

@@ -8,11 +8,12 @@ from flows.candidates import make_candidate
 from flows.errors import Unready
 from flows.factory import Factory
 from lora_core.base_model import BaseModel, load_base
-from lora_core.data.rendering import Rendered
+from lora_core.data.rendering import AnyRendered
 from lora_core.data.snapshot import load_snapshot
 from lora_core.evaluate import Asked, evaluate_all
 from lora_core.intake import AdapterFiles, read_artifact
-from lora_core.recipe import make_recipe
+from lora_core.pair_scores import as_judged
+from lora_core.recipe import Recipe, make_recipe
 from registry import queries
 from registry.names import Reference
 from registry.session import reading
@@ -24,13 +25,13 @@ class Pulled:
 
     label: str
     files: AdapterFiles
-    held_out: tuple[Rendered, ...]
-    row_tokens: int
+    held_out: tuple[AnyRendered, ...]
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Mean held-out loss a token, in nats: the base's, and of each user's data (row) under each adapter (column)."""
+    """Mean held-out loss a token (or pair) in nats: the base's, and of each user's data (row) under each adapter."""
 
     labels: tuple[str, ...]
     base: tuple[float, ...]
@@ -67,10 +68,12 @@ def cross(factory: Factory, references: Sequence[str]) -> Matrix:
         for user in users
         for files, tensors in [(user.files, None), *((other.files, other.files.tensors) for other in users)]
     ]
-    row_tokens = max(user.row_tokens for user in users)
-    losses = [scores.loss for scores in evaluate_all(base, asked, factory.settings.slots, row_tokens)]
+    row_tokens = max(user.recipe.row_tokens for user in users)
+    scores = evaluate_all(base, asked, factory.settings.slots, row_tokens)
     width = len(users) + 1
-    table = [losses[start : start + width] for start in range(0, len(losses), width)]
+    by_user = [scores[start : start + width] for start in range(0, len(scores), width)]
+    judged = [as_judged(own, user.recipe.objective) for own, user in zip(by_user, users, strict=True)]
+    table = [[one.loss for one in own] for own in judged]
     labels = tuple(user.label for user in users)
     return Matrix(labels, tuple(row[0] for row in table), tuple(tuple(row[1:]) for row in table))
 
@@ -93,6 +96,6 @@ def pull_all(factory: Factory, references: Sequence[str]) -> tuple[BaseModel, li
         recipe = make_recipe(version.recipe)
         snapshot = load_snapshot(factory.store.get(dataset.key), dataset.digest)
         held_out = make_candidate(reference.label, recipe, snapshot, base).learner.held_out
-        users.append(Pulled(reference.label, files, held_out, recipe.row_tokens))
+        users.append(Pulled(reference.label, files, held_out, recipe))
     assert base  # there was at least one reference
     return base, users

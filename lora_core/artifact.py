@@ -111,11 +111,9 @@ def _score_table(facts: Facts) -> list[str]:
     scores = facts.get("scores")
     if not isinstance(scores, Mapping):
         return []
-    rows = [
-        f"| {subject} | {figures['loss']:.4f} | {figures['token_accuracy']:.1%} |"
-        for subject, figures in scores.items()
-    ]
-    return ["| on held-out examples | loss | token accuracy |", "|---|---|---|", *rows, ""]
+    name = next((key for one in scores.values() for key in one if key.endswith("_accuracy")), "token_accuracy")
+    rows = [f"| {subject} | {figures['loss']:.4f} | {figures[name]:.1%} |" for subject, figures in scores.items()]
+    return [f"| on held-out examples | loss | {name.replace('_', ' ')} |", "|---|---|---|", *rows, ""]
 
 
 def _finite(value: object) -> object:

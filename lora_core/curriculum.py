@@ -10,17 +10,21 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lora_core.data.packing import DenseRows, Row, epoch_batches, pack
-from lora_core.data.rendering import Rendered
+from lora_core.data.rendering import AnyRendered
 from lora_core.errors import LoraError
 from lora_core.optim import RowStep, rate_at
+from lora_core.preference import Pairs, preference_losses
 from lora_core.recipe import Recipe
 from lora_core.referee import Dropped, Referee
 
+BASE_READS = 64  # rows that the base is given at once: enough for any number of free slots
 Outcome = Literal["finished", "stopped early", "dropped", "retired"]
 
 
@@ -30,8 +34,8 @@ class Learner:
 
     name: str
     recipe: Recipe
-    train: tuple[Rendered, ...]
-    held_out: tuple[Rendered, ...] = ()
+    train: tuple[AnyRendered, ...]
+    held_out: tuple[AnyRendered, ...] = ()
     start: Tensor | None = None  # row P to go on from; None starts afresh from the recipe's seed
     priority: int = 0  # the higher goes first
     referee: Referee | None = None  # may stop it half-way
@@ -39,7 +43,8 @@ class Learner:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what decides its course: recipe, examples, start and referee."""
-        examples = [[one.tokens, one.trained] for half in (self.train, self.held_out) for one in half]
+        halves = (*self.train, *self.held_out)
+        examples = [[one.tokens, one.trained] for example in halves for one in example.documents]
         start = "" if self.start is None else hashlib.sha256(self.start.numpy().tobytes()).hexdigest()
         parts = (self.recipe.digest, len(self.train), examples, start, self.referee.digest if self.referee else "")
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -54,6 +59,7 @@ class Lesson:
     dropout: float
     key: int  # of this lesson's dropout mask
     recurring: Sequence[Row] = ()  # the rows that come again, this one among them; none where it is read once
+    pairs: Pairs | None = None  # of a row of pairs
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Assignment:
 
     lessons: tuple[Lesson, ...]
     step: RowStep | None = None
+    of_base: bool = False  # they are read by the row of zeros, whatever the learner's own row is
     question: Callable[[], bool | None] | None = None
 
 
@@ -94,8 +101,9 @@ class NotFinite(LoraError):
         return "{} is not finite after step {}; lower learning_rate or look for odd rows in the data".format(*self.args)
 
 
-# Each lesson's summed loss, or a question's one answer; and the norm of the gradient that the lessons gave together.
-Heard = tuple[list[float], float]
+# Each lesson's summed loss, or of each of its pairs the gain over the base; or a question's one answer, alone.
+Answers = list[list[float]]
+Heard = tuple[Answers, float]  # and the norm of the gradient that the lessons gave together
 Stream = Generator[Assignment, Heard, Trained]
 
 
@@ -110,7 +118,9 @@ class Student:
         self.row_tokens, self.row_now = row_tokens, row_now
         self.result = Trained(learner.name, "finished", row_now())
         self.best = math.inf
-        self.lessons = 0  # given so far
+        self.lessons = 0  # given so far of those that dropout masks are told apart by
+        self.base_reads = 0  # rows that the base has read for it
+        self.reference: dict[bool, dict[int, float]] = {True: {}, False: {}}  # the base's margins: learnt, held out
         self.planned = self._planned_steps()
 
     @cached_property
@@ -119,12 +129,13 @@ class Student:
         lengths = [len(rendered.tokens) for rendered in self.learner.train]
         step_tokens = self.recipe.batch_size * sum(lengths) / max(1, len(lengths))
         step_rows = self.recipe.batch_rows or math.ceil(step_tokens / self.row_tokens)
-        return self.planned * step_rows + (self.recipe.epochs + 1) * len(self._held_out_rows)
+        of_base = len(self._dense_rows) + len(self._held_out_rows) if self.recipe.objective.paired else 0
+        return of_base + self.planned * step_rows + (self.recipe.epochs + 1) * len(self._held_out_rows)
 
     @property
     def rows_left(self) -> int:
         """About how many of them are still to be read, at least one."""
-        return max(1, self.rows_planned - self.lessons)
+        return max(1, self.rows_planned - self.lessons - self.base_reads)
 
     def study(self) -> Stream:
         """Epoch by epoch, examined after each, until done, no longer better, or not finite.
@@ -132,6 +143,7 @@ class Student:
         Send each assignment's answer back in.  A learner without anything to learn from is retired at once.
         """
         try:
+            yield from self._hear_base()
             yield from self._epochs()
         except NotFinite as trouble:
             self.result.outcome, self.result.reason = "retired", str(trouble)
@@ -176,7 +188,7 @@ class Student:
                 examined = (before for step, before in self.result.held_out if step)  # not the base
                 referee.tell(self.learner.name, rung, min([loss, *examined]))
                 question = partial(referee.goes_on, self.learner.name, rung)
-                (goes_on,), _ = yield Assignment((), question=question)
+                ((goes_on,),), _ = yield Assignment((), question=question)
                 if not goes_on:
                     raise Dropped(steps)
 
@@ -185,6 +197,21 @@ class Student:
         row_P = self.row_now()
         if row_P.isfinite().all():
             self.result.row_P, self.result.best_step = row_P, self.result.steps
+
+    def _hear_base(self) -> Generator[Assignment, Heard, None]:
+        """Have the base read all pairs, once: its margins are what every later loss is taken against.
+
+        No lesson is counted, as in `_measure`: a search's trial may have more pairs judged than its plain recipe has.
+        """
+        if not self.recipe.objective.paired:
+            return
+        for trains, rows in ((True, self._dense_rows), (False, self._held_out_rows)):
+            for start in range(0, len(rows), BASE_READS):
+                part = [rows[number] for number in range(start, min(start + BASE_READS, len(rows)))]
+                answers = yield from self._read(Assignment(self._lessons(part, trains), of_base=True))
+                self.base_reads += len(part)
+                for row, margins in zip(part, answers, strict=True):
+                    self.reference[trains].update(zip(row.examples[::2], margins, strict=True))
 
     def _epoch(self, epoch: int) -> Generator[Assignment, Heard, None]:
         for rows in self._batches(epoch):
@@ -233,7 +260,7 @@ class Student:
     def _batch(self, rows: Sequence[Row]) -> Generator[Assignment, Heard, None]:
         """One optimiser step: the mean loss over all of the batch's rows."""
         step = self.result.steps + 1
-        share = 1 / max(1, sum(row.counted for row in rows))
+        share = 1 / max(1, self._counted(rows))
         rate = rate_at(self.recipe, step, self.planned)
         total = yield from self._learn(rows, share, RowStep(step, rate, self.recipe))
         self.result.tokens += sum(row.used for row in rows)
@@ -253,28 +280,53 @@ class Student:
     def _measure(self) -> Generator[Assignment, Heard, float]:
         """Held-out loss of the row as it is now.  Nothing of what comes later depends on it: no lesson is counted."""
         rows = self._held_out_rows
-        total = yield from self._read(rows, 0.0, None, [0] * len(rows))
-        return total / max(1, sum(row.counted for row in rows))
+        answers = yield from self._read(Assignment(self._lessons(rows, False)))
+        return self._total(answers) / max(1, self._counted(rows))
 
     def _learn(self, rows: Sequence[Row], share: float, step: RowStep) -> Generator[Assignment, Heard, float]:
         """Have rows read to learn from; their summed loss."""
         first, self.lessons = self.lessons, self.lessons + len(rows)
         keys = [dropout_key(self.recipe.seed, first + number) for number in range(len(rows))]
-        return (yield from self._read(rows, share, step, keys))
+        return self._total((yield from self._read(Assignment(self._lessons(rows, True, share, keys), step))))
 
-    def _read(
-        self, rows: Sequence[Row], weight: float, step: RowStep | None, keys: Sequence[int]
-    ) -> Generator[Assignment, Heard, float]:
-        """Have rows read; their summed loss."""
+    def _lessons(
+        self, rows: Sequence[Row], trains: bool, weight: float = 0.0, keys: Sequence[int] | None = None
+    ) -> tuple[Lesson, ...]:
+        """Rows of examples to learn from, or of those held out, to be read; without a weight nothing is dropped."""
         dropout = self.recipe.method.dropout if weight else 0.0
-        recurring = self._recurring_rows(bool(weight))
-        lessons = tuple(Lesson(row, weight, dropout, key, recurring) for row, key in zip(rows, keys, strict=True))
-        losses, norm = yield Assignment(lessons, step)
-        if not all(map(math.isfinite, losses)):
+        recurring = self._recurring_rows(trains)
+        return tuple(
+            Lesson(row, weight, dropout, key, recurring, self._pairs(row, trains))
+            for row, key in zip(rows, keys or [0] * len(rows), strict=True)
+        )
+
+    def _read(self, assignment: Assignment) -> Generator[Assignment, Heard, Answers]:
+        """Have an assignment's lessons read; their answers.  Raises NotFinite."""
+        answers, norm = yield assignment
+        if not all(map(math.isfinite, chain(*answers))):
             raise NotFinite("the loss", self.result.steps)
         if not math.isfinite(norm):
             raise NotFinite("the gradient", self.result.steps)
-        return math.fsum(losses)
+        return answers
+
+    def _pairs(self, row: Row, trains: bool) -> Pairs | None:
+        """A row's pairs against what the base thinks of them; against nothing until it has been heard."""
+        if not self.recipe.objective.paired:
+            return None
+        known = self.reference[trains]
+        return Pairs(row, self.recipe.objective, tuple(known.get(index, 0.0) for index in row.examples[::2]))
+
+    def _counted(self, rows: Sequence[Row]) -> int:
+        """What losses are a mean over: predictions, or pairs."""
+        return sum(len(row.examples) // 2 if self.recipe.objective.paired else row.counted for row in rows)
+
+    def _total(self, answers: Answers) -> float:
+        """The summed loss."""
+        objective, heard = self.recipe.objective, list(chain(*answers))
+        if objective.paired:
+            gains_N = torch.tensor(heard, dtype=torch.float64)
+            heard = preference_losses(gains_N, objective.beta, objective.label_smoothing).tolist()
+        return math.fsum(heard)
 
     def _stale(self) -> bool:
         """Whether the last `patience` examinations were no better than the best."""
@@ -287,11 +339,11 @@ def dropout_key(seed: int, lesson: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + lesson * 0xD1B54A32D192ED03 + 1) % 2**63
 
 
-def newest(examples: Sequence[Rendered], max_tokens: int | None) -> tuple[Rendered, ...]:
+def newest(examples: Sequence[AnyRendered], max_tokens: int | None) -> tuple[AnyRendered, ...]:
     """The last examples that together have at most `max_tokens` tokens: equal budgets for unequal users."""
     if max_tokens is None:
         return tuple(examples)
-    kept: list[Rendered] = []
+    kept: list[AnyRendered] = []
     for rendered in reversed(examples):
         max_tokens -= len(rendered.tokens)
         if max_tokens < 0:

@@ -6,6 +6,7 @@ A row of zeros is the base, so its score needs no path of its own.  K slots, T t
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lora_core.banks.table import banks_for
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.data.packing import IGNORED, Row, empty_row, pack
-from lora_core.data.rendering import Rendered
+from lora_core.data.rendering import AnyRendered
 from lora_core.forward import Batch, stack, token_losses
 from lora_core.methods import AnyMethod
 
@@ -26,7 +27,7 @@ class Trial:
 
     row_P: Tensor | None
     scale: float
-    examples: tuple[Rendered, ...]
+    examples: tuple[AnyRendered, ...]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Asked:
 
     spec: AnyMethod
     tensors: Mapping[str, Tensor] | None
-    examples: tuple[Rendered, ...] = ()
+    examples: tuple[AnyRendered, ...] = ()
 
     def trial(self, bank: Bank) -> Trial:
         """As a row of a bank."""
@@ -55,8 +56,9 @@ class ExampleScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """One adapter on one user's held-out examples, in their order."""
+    """One adapter on one user's held-out examples, in their order; a pair is two of them, the chosen one first."""
 
+    unit: ClassVar[str] = "token"  # what the loss is a mean over
     examples: tuple[ExampleScore, ...]
 
     @property
@@ -121,7 +123,8 @@ def evaluate_all(base: BaseModel, asked: Sequence[Asked], slots: int, row_tokens
 
 
 def _rows(trial: Trial, row_tokens: int) -> Iterator[Row]:
-    yield from pack(list(enumerate(trial.examples)), row_tokens)
+    documents = [document for example in trial.examples for document in example.documents]
+    yield from pack(list(enumerate(documents)), row_tokens)
 
 
 def _seat(cohort: Cohort, slot: int, trial: Trial) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Assignment, Learner, Lesson, Student, Trained
+from lora_core.curriculum import Assignment, Heard, Learner, Lesson, Student, Trained
 from lora_core.data.packing import empty_row
 from lora_core.errors import TrainingError
 from lora_core.forward import stack, token_losses
@@ -46,8 +46,11 @@ class FullyTuned:
 def tune_fully(base: BaseModel, learner: Learner, row_tokens: int, layers_forget: bool = False) -> FullyTuned:
     """Train every weight of a copy of the base, one row of T tokens at a time; the base stays as it is.
 
-    Raises TrainingError for a quantised base.
+    Raises TrainingError for a quantised base, and for pairs: their reference would be a second copy.
     """
+    if learner.recipe.objective.paired:
+        why = f"objective {learner.recipe.objective.name} is not fully tuned here"
+        raise TrainingError(learner.name, why, "compare adapters, or set objective=sft")
     peak = predict_full(base, row_tokens, layers_forget)
     twin = trainable(base)
     with checkpointed(twin, layers_forget):
@@ -114,11 +117,12 @@ def _study(base: BaseModel, student: Student) -> Trained:
         return trained
 
 
-def _answer(base: BaseModel, optimiser: torch.optim.AdamW, assignment: Assignment) -> tuple[list[float], float]:
+def _answer(base: BaseModel, optimiser: torch.optim.AdamW, assignment: Assignment) -> Heard:
     losses = [backward(base, lesson).item() for lesson in assignment.lessons]
+    answers = [[loss] for loss in losses]
     if assignment.step is None or not all(map(math.isfinite, losses)):
-        return losses, 0.0
-    return losses, step_all(optimiser, assignment.step).item()
+        return answers, 0.0
+    return answers, step_all(optimiser, assignment.step).item()
 
 
 def step_all(optimiser: torch.optim.AdamW, step: RowStep) -> Tensor:

@@ -10,7 +10,7 @@ from lora_core.recipe import GateSpec
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a candidate is accepted, why, and the figures behind it (gain in nats a token)."""
+    """Whether a candidate is accepted, why, and the figures behind it (gain in nats a token, or a pair)."""
 
     accepted: bool
     reason: str
@@ -21,8 +21,8 @@ class Verdict:
 def judge(candidate: Scores, rival: Scores, rival_name: str, gate: GateSpec) -> Verdict:
     """Accept a candidate whose loss is below its rival's by more than chance would give.
 
-    Paired by example, one-sided Wilcoxon signed-rank test (Wilcoxon, 1945) on the mean loss a token.  The rival is the
-    live version where there is one, else the base.
+    Paired by example, one-sided Wilcoxon signed-rank test (Wilcoxon, 1945) on the mean loss a token, or on
+    a pair's.  The rival is the live version where there is one, else the base.
     """
     pairs = [
         (theirs.loss / theirs.tokens, ours.loss / ours.tokens)
@@ -32,7 +32,9 @@ def judge(candidate: Scores, rival: Scores, rival_name: str, gate: GateSpec) -> 
     gains = [theirs - ours for theirs, ours in pairs]
     gain = rival.loss - candidate.loss
     p_value = float(wilcoxon(gains, alternative="greater").pvalue) if any(gains) else 1.0
-    facts = f"gain {gain:+.4f} nats a token over {rival_name}, p = {p_value:.2g}, {len(gains)} held-out examples"
+    facts = (
+        f"gain {gain:+.4f} nats a {candidate.unit} over {rival_name}, p = {p_value:.2g}, {len(gains)} held-out examples"
+    )
     if not gain > gate.min_gain:
         return Verdict(False, f"no better: {facts}; min_gain is {gate.min_gain:g}", gain, p_value)
     if not p_value < gate.significance:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Lesson
+from lora_core.curriculum import Answers, Lesson
 from lora_core.data.packing import Row, empty_row, pack
 from lora_core.data.rendering import Rendered
 from lora_core.forward import stack
@@ -43,9 +43,7 @@ class LowerLayers:
         if self.first and not self._cuts_cleanly():
             self.first = 0
 
-    def read_rows(
-        self, base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int
-    ) -> list[float]:
+    def read_rows(self, base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
         """What `train.read_rows` does, entered at the first adapted layer."""
         if not self.first:
             return read_rows(base, cohort, lessons, row_tokens)

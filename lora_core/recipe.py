@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from lora_core.errors import RecipeError
 from lora_core.methods import AnyMethod, Frozen, LoraSpec
+from lora_core.objectives import ObjectiveSpec
 from lora_core.search import SearchSpec
 
 
@@ -33,13 +34,14 @@ class GateSpec(Frozen):
     """The rule that decides whether a candidate is accepted."""
 
     significance: Annotated[float, Field(gt=0, le=1)] = 0.05  # one-sided, paired by held-out example
-    min_gain: Annotated[float, Field(ge=0, le=10)] = 0.0  # nats a token
+    min_gain: Annotated[float, Field(ge=0, le=10)] = 0.0  # nats a token, or a pair
 
 
 class Recipe(Frozen):
     """Everything that decides the result besides data and base."""
 
     method: AnyMethod = LoraSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of all steps
@@ -72,7 +74,9 @@ class Recipe(Frozen):
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: equal recipes have equal digests, however they were spelt."""
-        settings = self.model_dump(mode="json", exclude=None if self.search else {"search"})
+        # Recipes were digested before there were objectives and searches: without, the digest is what it was.
+        later = {"objective": self.objective == ObjectiveSpec(), "search": self.search is None}
+        settings = self.model_dump(mode="json", exclude={name for name, absent in later.items() if absent})
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -92,6 +96,8 @@ SPELLINGS: Mapping[str, str] = {
     "prefix_projection": "method.projection", "encoder_hidden_size": "method.projection_width",
     "width": "method.width", "bottleneck_size": "method.width", "reduction_factor": "method.reduction",
     "placement": "method.placement", "non_linearity": "method.activation", "biases": "method.biases",
+    "objective": "objective.name", "rl": "objective.name", "beta": "objective.beta", "pref_beta": "objective.beta",
+    "rl_beta": "objective.beta", "label_smoothing": "objective.label_smoothing",
     "lr": "learning_rate", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup",
     "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "epsilon", "max_grad_norm": "clip",
     "num_train_epochs": "epochs", "num_epochs": "epochs",
@@ -99,11 +105,11 @@ SPELLINGS: Mapping[str, str] = {
     "max_seq_length": "max_length", "cutoff_len": "max_length", "sequence_len": "max_length",
     "val_set_size": "holdout.share", "early_stopping_patience": "patience",
 }  # fmt: skip
+GROUPS = ("method", "objective", "holdout", "gate", "search")  # keys with keys of their own below them
 # PEFT keys that mean nothing else here than the one value we always have.
 IMPLIED: Mapping[str, object] = {"bias": "none", "task_type": "CAUSAL_LM"}
 # PyYAML's constructors raise whatever Python does for values such as 2026-99-99, `!!int ""` or `!!timestamp x`.
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
-BRANCHES = ("method", "holdout", "gate", "search")
 _SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads 1e-4 as text
 
 
@@ -123,7 +129,7 @@ def make_recipe(settings: Mapping[str, object], where: str = "recipe") -> Recipe
     for dotted, value in _spelled(settings, where).items():
         head, _, tail = dotted.rpartition(".")
         branch = tree.setdefault(head, {}) if head else tree
-        assert isinstance(branch, dict)  # only BRANCHES have leaves below them
+        assert isinstance(branch, dict)  # only keys of GROUPS have leaves below them
         branch[tail] = value
     try:
         return Recipe.model_validate(tree)
@@ -177,7 +183,7 @@ def _leaves(settings: Mapping[str, object], head: str = "") -> list[tuple[str, o
     for key, value in settings.items():
         if key == "search" and value is None:
             continue
-        if isinstance(value, Mapping) and not head and str(key) in BRANCHES and (value or key != "search"):
+        if isinstance(value, Mapping) and not head and str(key) in GROUPS and (value or key != "search"):
             found += _leaves(value, f"{key}.")
         else:
             found.append((f"{head}{key}", value))
@@ -185,7 +191,7 @@ def _leaves(settings: Mapping[str, object], head: str = "") -> list[tuple[str, o
 
 
 def _value(name: str, value: object) -> object:
-    if name in ("method.name", "method.start") and isinstance(value, str):
+    if name in ("method.name", "method.start", "objective.name") and isinstance(value, str):
         return value.lower()
     if name in ("method.targets", "method.layers") and isinstance(value, str | int) and value != "all-linear":
         return tuple(str(value).split(","))

@@ -6,11 +6,12 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from lora_core import seating
 from lora_core.banks.bank import Bank
 from lora_core.cohort import Aside, Cohort
-from lora_core.curriculum import Assignment, Heard, Learner, Lesson, Student, Trained
+from lora_core.curriculum import Answers, Assignment, Heard, Learner, Lesson, Student, Trained
 from lora_core.optim import RowStep, Stretch, clear_fixed, gradient_norms, step_rows
 from lora_core.saves import Progress, Saves
 from lora_core.seating import Standing
@@ -25,20 +26,25 @@ class Seat:
         self.aside, self.slot = aside, -1  # -1: its rows are aside
         self.since = clock  # the micro-step at which it began to wait, or sat down
         self.hold_until = 0
-        now = lambda: self.aside.weights_P if self.slot < 0 else cohort.row(self.slot)  # noqa: E731  short, and ours alone
+        now = lambda: self.aside.weights_P if self.is_aside else cohort.row(self.slot)  # noqa: E731  short, and ours alone
         self.student = Student(learner, row_tokens, now)
         self._stream = self.student.study()
         self.result: Trained | None = None
         self.assignment = Assignment(())
         self.slots: list[int] = []  # where its lessons are read in this micro-step, in their order
-        self.losses: list[float] = []  # of the assignment's lessons so far
-        self.heard: list[Heard] = []  # the answers to all assignments before it
+        self.answers: Answers = []  # to the assignment's lessons so far
+        self.heard: list[Heard] = []  # to all assignments before it
         self._go_on(None)
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether its rows are: it waits for a slot, or the base reads in its slot."""
+        return self.slot < 0 or self.assignment.of_base
 
     @property
     def pending(self) -> int:
         """Lessons of the assignment that could be read now."""
-        return len(self.assignment.lessons) - len(self.losses)
+        return len(self.assignment.lessons) - len(self.answers)
 
     @property
     def step(self) -> RowStep | None:
@@ -55,12 +61,12 @@ class Seat:
         self.aside = replace(progress.aside, weights_P=progress.best_P)  # an examination in the past kept this row
         for heard in progress.heard:
             self._go_on(heard)
-        self.losses, self.aside = list(progress.losses), progress.aside
+        self.answers, self.aside = list(progress.answers), progress.aside
 
     def progress(self, cohort: Cohort) -> Progress:
         """How far it is."""
-        aside = self.aside if self.slot < 0 else cohort.take(self.slot)
-        return Progress(aside, self.student.result.row_P, self.heard, self.losses)
+        aside = self.aside if self.is_aside else cohort.take(self.slot)
+        return Progress(aside, self.student.result.row_P, self.heard, self.answers)
 
     @property
     def asks(self) -> bool:
@@ -75,7 +81,7 @@ class Seat:
     def hear(self, norm: float) -> Trained | None:
         """Answer the assignment and go to the next; the result once there is no next."""
         if self.result is None:
-            self._go_on((self.losses, norm))
+            self._go_on((self.answers, norm))
         return self.result
 
     def _go_on(self, heard: Heard | None) -> None:
@@ -84,7 +90,10 @@ class Seat:
             self.assignment = next(self._stream) if heard is None else self._stream.send(heard)
         except StopIteration as stop:
             self.assignment, self.result = Assignment(()), stop.value
-        self.losses = []
+        self.answers = []
+
+
+Lent = tuple[Seat, int, bool]  # whose row, after how many steps, and whether the base's in its place
 
 
 class Room:
@@ -95,7 +104,7 @@ class Room:
         self.clock = 0  # micro-steps so far
         self._waiting: list[Seat] = []
         self._seated: dict[int, Seat] = {}  # by slot
-        self._lent: dict[int, tuple[Seat, int]] = {}  # whose row a further slot holds, and after how many steps
+        self._lent: dict[int, Lent] = {}  # what a further slot holds
         self._names: set[str] = set()
 
     @property
@@ -162,23 +171,26 @@ class Room:
         for seat, further in zip(seats, seating.lanes([s.pending for s in seats], left, len(free)), strict=True):
             seat.slots = [seat.slot, *(self._lend(seat, free) for _ in range(further))]
             for number, slot in enumerate(seat.slots[: seat.pending]):
-                dealt[slot] = seat.assignment.lessons[len(seat.losses) + number]
+                dealt[slot] = seat.assignment.lessons[len(seat.answers) + number]
         return dealt
 
-    def take_in(self, losses_K: Sequence[float]) -> Iterator[Trained]:
+    def take_in(self, answers: Answers) -> Iterator[Trained]:
         """Hand out the answers: whoever has read an assignment to its end steps, and goes to the next."""
         self.clock += 1
         for seat in self._seated.values():
             for slot in seat.slots[: seat.pending]:
-                seat.losses.append(losses_K[slot])
+                seat.answers.append(answers[slot])
                 if slot != seat.slot:
                     self.cohort.fold(slot, seat.slot)
         ready = [seat for seat in self._seated.values() if not seat.pending]
         norms = self._step(ready)
         for seat in ready:
+            was_base = seat.assignment.of_base
             if trained := seat.hear(norms[seat.slot]):
                 self._leave(seat)
                 yield trained
+            elif was_base and not seat.assignment.of_base:
+                self.cohort.seat(seat.slot, seat.aside)
         yield from self._answer()
         for seat in [seat for seat in self._seated.values() if seat.asks]:
             self._rise(seat)
@@ -187,7 +199,7 @@ class Room:
         """Give everybody who asks the answer, if there is one by now."""
         for seat in [seat for seat in (*self._seated.values(), *self._waiting) if seat.asks]:
             if (answer := seat.answer()) is not None:
-                seat.losses = [answer]
+                seat.answers = [[answer]]
                 if seat.slot < 0:
                     seat.since = self.clock  # only from now on does it wait for a slot
                 if trained := seat.hear(0.0):
@@ -197,7 +209,7 @@ class Room:
     def save(self) -> None:
         """Keep everybody's progress who has begun."""
         for seat in (*self._seated.values(), *self._waiting):
-            if self.saves and (seat.heard or seat.losses):
+            if self.saves and (seat.heard or seat.answers):
                 self.saves.save(seat.learner, seat.progress(self.cohort))
 
     def _step(self, ready: Sequence[Seat]) -> list[float]:
@@ -214,7 +226,7 @@ class Room:
             due: list[RowStep | None] = [None] * self.cohort.slots
             for seat in stepping:
                 norms[seat.slot] = found[seat.slot]
-                if all(map(math.isfinite, (*seat.losses, found[seat.slot]))):
+                if all(map(math.isfinite, (*chain(*seat.answers), found[seat.slot]))):
                     due[seat.slot] = seat.step
             step_rows(self.cohort, due, norms)
         for seat in ready:
@@ -227,7 +239,10 @@ class Room:
         self._waiting.remove(seat)
         self._seated[slot] = seat
         self._lent.pop(slot, None)
-        self.cohort.seat(slot, seat.aside)
+        if seat.assignment.of_base:
+            self.cohort.clear(slot)
+        else:
+            self.cohort.seat(slot, seat.aside)
         seat.student.result.waited = max(seat.student.result.waited, standing.waited)
         seat.slot, seat.since = slot, self.clock
         seat.hold_until = self.clock + seating.HOLD if standing.starved else 0
@@ -240,14 +255,15 @@ class Room:
             self.cohort.clear(seat.slot)
 
     def _rise(self, seat: Seat) -> None:
-        seat.aside = self.cohort.take(seat.slot)
+        if not seat.is_aside:
+            seat.aside = self.cohort.take(seat.slot)
         del self._seated[seat.slot]
         seat.slot, seat.since = -1, self.clock
         self._waiting.append(seat)
 
     def _lend(self, seat: Seat, free: list[int]) -> int:
         """A free slot that reads as the seat's own does; one that does already if there is one."""
-        version = (seat, seat.student.result.steps)
+        version = (seat, seat.student.result.steps, seat.assignment.of_base)
         slot = next((slot for slot in free if self._lent.get(slot) == version), free[0])
         free.remove(slot)
         if self._lent.get(slot) != version:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_core.cohort import Aside
-from lora_core.curriculum import Heard, Learner
+from lora_core.curriculum import Answers, Heard, Learner
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Progress:
     aside: Aside
     best_P: Tensor
     heard: Sequence[Heard]
-    losses: Sequence[float]
+    answers: Answers
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Saves:
             "weights": aside.weights_P, "first": aside.first_P, "second": aside.second_P,
             "gradient": aside.gradient_P, "best": progress.best_P,
         }  # fmt: skip
-        facts = {"scale": aside.scale, "heard": progress.heard, "losses": progress.losses}
+        facts = {"scale": aside.scale, "heard": progress.heard, "answers": progress.answers}
         metadata = {"of": self._of(learner), "facts": json.dumps(facts)}
         path = self._path(learner.name)
         beside = path.with_suffix(f".{os.getpid()}")
@@ -70,10 +70,11 @@ class Saves:
                     return None
                 facts = json.loads(metadata["facts"])
                 rows = {name: file.get_tensor(name) for name in ("weights", "first", "second", "gradient", "best")}
+            aside = Aside(rows["weights"], rows["first"], rows["second"], rows["gradient"], facts["scale"])
+            heard = [(answers, norm) for answers, norm in facts["heard"]]
+            return Progress(aside, rows["best"], heard, facts["answers"])  # which saves of old do not have
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
-        aside = Aside(rows["weights"], rows["first"], rows["second"], rows["gradient"], facts["scale"])
-        return Progress(aside, rows["best"], [(losses, norm) for losses, norm in facts["heard"]], facts["losses"])
 
     def drop(self, name: str) -> None:
         """Forget a learner's progress: its result is safe elsewhere."""

@@ -14,13 +14,14 @@ from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner, Lesson, Trained
+from lora_core.curriculum import Answers, Learner, Lesson, Trained
 from lora_core.data.packing import empty_row
 from lora_core.forward import stack, token_losses
+from lora_core.preference import lesson_losses
 from lora_core.room import Room
 from lora_core.saves import Saves
 
-Compute = Callable[[BaseModel, Cohort, Sequence[Lesson | None], int], list[float]]
+Compute = Callable[[BaseModel, Cohort, Sequence[Lesson | None], int], Answers]
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ def train(
             room.seat()
             lessons = room.deal()
 
-            losses_K = compute(base, cohort, lessons, row_tokens)
+            answers = compute(base, cohort, lessons, row_tokens)
 
             micro_steps += 1
             tokens += sum(lesson.row.used for lesson in lessons if lesson)
-            for trained in room.take_in(losses_K):
+            for trained in room.take_in(answers):
                 finished += 1
                 yield trained
             if watch:
@@ -80,14 +81,15 @@ def train(
             room.enter(arrivals())
 
 
-def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[float]:
-    """One forward and backward over K rows; each slot's summed loss.  Gradients add up in the cohort matrix."""
-    losses: list[float] = backward_rows(base, cohort, lessons, row_tokens).tolist()
-    return losses
+def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
+    """One forward and backward over K rows; each slot's answer.  Gradients add up in the cohort matrix."""
+    answers_KN: Answers = backward_rows(base, cohort, lessons, row_tokens).tolist()
+    counts = [len(lesson.pairs.reference) if lesson and lesson.pairs else 1 for lesson in lessons]
+    return [answer[:count] for answer, count in zip(answers_KN, counts, strict=True)]
 
 
 def backward_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Tensor:
-    """As `read_rows`, the losses still on the device, shape K: no number is looked at, so shapes alone can run it."""
+    """As `read_rows`, the answers still on the device, K x N: no number is looked at, so shapes alone can run it."""
     batch = stack([lesson.row if lesson else empty_row(row_tokens) for lesson in lessons], base.model)
     weight_K = torch.tensor([lesson.weight if lesson else 0.0 for lesson in lessons]).to(base.model.device)
     cohort.set_dropout(
@@ -95,6 +97,6 @@ def backward_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | No
         [lesson.key if lesson else 0 for lesson in lessons],
     )
     loss_KT, _ = token_losses(base, batch)
-    loss_K = loss_KT.sum(1)
+    loss_K, answers_KN = lesson_losses(loss_KT, [lesson.pairs if lesson else None for lesson in lessons])
     (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
-    return loss_K.detach()
+    return answers_KN.detach()

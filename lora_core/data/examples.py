@@ -1,4 +1,4 @@
-"""What a valid row is: every format that people bring, read into one of three kinds of example."""
+"""What a valid row is: every format that people bring, read into one of four kinds of example."""
 
 import difflib
 import json
@@ -15,7 +15,9 @@ ROLES: Mapping[str, Role] = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "model": "assistant", "chatgpt": "assistant", "bot": "assistant",
 }  # fmt: skip
-KNOWN = ("messages", "conversations", "prompt", "completion", "text", "instruction", "input", "output")
+KNOWN = (
+    "messages", "conversations", "prompt", "completion", "text", "instruction", "input", "output", "chosen", "rejected",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,21 @@ class Text:
     text: str
 
 
-Example = Conversation | Completion | Text
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one beginning, of which one was chosen: both conversations, or both completions of a prompt."""
+
+    chosen: Conversation | Completion
+    rejected: Conversation | Completion
+
+
+Example = Conversation | Completion | Text | Preference
 
 
 def parse_example(row: Mapping[str, object]) -> Example:
     """One row of any accepted format.  Raises BadRow with the field, why, and how to mend it."""
+    if "chosen" in row or "rejected" in row:
+        return _preference(row)
     if "messages" in row:
         return Conversation(_turns(row["messages"], "messages", "role", "content"))
     if "conversations" in row:
@@ -68,22 +80,41 @@ def parse_example(row: Mapping[str, object]) -> Example:
 
 def canonical_line(example: Example) -> str:
     """The example as compact JSON without a line end; `parse_example` reads it back equal."""
+    return json.dumps(_plain(example), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _plain(example: Example) -> dict[str, object]:
     match example:
         case Conversation(messages):
-            row: object = {"messages": [{"content": turn.content, "role": turn.role} for turn in messages]}
+            return {"messages": _plain_turns(messages)}
         case Completion(prompt, completion):
-            row = {"completion": completion, "prompt": prompt}
+            return {"completion": completion, "prompt": prompt}
         case Text(text):
-            row = {"text": text}
-    return json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+            return {"text": text}
+        case Preference(Completion(prompt, chosen), Completion(_, rejected)):
+            return {"chosen": chosen, "prompt": prompt, "rejected": rejected}
+        case Preference(Conversation(chosen), Conversation(rejected)):
+            return {"chosen": _plain_turns(chosen), "rejected": _plain_turns(rejected)}
+    raise AssertionError("a preference has two answers of one kind")
+
+
+def _plain_turns(turns: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"content": turn.content, "role": turn.role} for turn in turns]
 
 
 def _turns(value: object, field: str, role_key: str, text_key: str) -> tuple[Message, ...]:
+    return _checked(_listed(value, field, role_key, text_key), field)
+
+
+def _listed(value: object, field: str, role_key: str = "role", text_key: str = "content") -> tuple[Message, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadRow(
             field, f"is {_shown(value)}, not a list of turns", f"give [{{{role_key!r}: ..., {text_key!r}: ...}}]"
         )
-    turns = tuple(_turn(turn, f"{field}[{index}]", role_key, text_key) for index, turn in enumerate(value))
+    return tuple(_turn(turn, f"{field}[{index}]", role_key, text_key) for index, turn in enumerate(value))
+
+
+def _checked(turns: tuple[Message, ...], field: str) -> tuple[Message, ...]:
     for index, turn in enumerate(turns):
         if turn.role == "system" and index:
             raise BadRow(f"{field}[{index}]", "a system turn after the first", "move it to the front")
@@ -101,6 +132,60 @@ def _turn(turn: object, field: str, role_key: str, text_key: str) -> Message:
     known = ROLES[role.lower()]
     content = _text(turn.get(text_key), f"{field}.{text_key}", blank=known != "assistant")
     return Message(known, content)
+
+
+def _preference(row: Mapping[str, object]) -> Preference:
+    """A pair as TRL documents it: two texts or two lists of turns; the prompt apart, or what both begin with."""
+    texts = all(isinstance(row.get(field), str | None) for field in ("prompt", "chosen", "rejected"))
+    if texts:
+        return _two_texts(row)
+    chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
+    _check_apart(chosen, rejected)
+    if chosen.messages[0] != rejected.messages[0]:
+        raise BadRow("rejected", "begins with another turn than chosen", "give two answers to one prompt")
+    return Preference(chosen, rejected)
+
+
+def _two_texts(row: Mapping[str, object]) -> Preference:
+    chosen, rejected = _string(row, "chosen"), _string(row, "rejected")
+    _check_apart(chosen, rejected)
+    if row.get("prompt") is not None:
+        prompt = _string(row, "prompt", blank=True)
+    else:  # whole words of what both begin with
+        shared = chosen[: shared_length(chosen, rejected)]
+        prompt = shared[: max(shared.rfind(blank) for blank in " \n") + 1]
+    at = 0 if row.get("prompt") is not None else len(prompt)
+    sides = (_text(side[at:], field, blank=False) for side, field in ((chosen, "chosen"), (rejected, "rejected")))
+    return Preference(*(Completion(prompt, side) for side in sides))
+
+
+def shared_length(left: Sequence[object], right: Sequence[object]) -> int:
+    """How long the beginning is that two sequences share."""
+    differing = (index for index, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return next(differing, min(len(left), len(right)))
+
+
+def _check_apart(chosen: object, rejected: object) -> None:
+    if chosen == rejected:
+        raise BadRow("rejected", "is the same as chosen, so there is nothing to learn", "drop the row")
+
+
+def _side(row: Mapping[str, object], field: str) -> Conversation:
+    """One answer with all that goes before it: the list may hold the prompt's turns, or begin after them."""
+    value, prompt = row.get(field), row.get("prompt")
+    turns = (Message("assistant", _string(row, field)),) if isinstance(value, str | None) else _listed(value, field)
+    if prompt is None:
+        head: tuple[Message, ...] = ()
+    elif isinstance(prompt, str):
+        head = (Message("user", _text(prompt, "prompt", blank=False)),) if turns[0].role == "assistant" else ()
+    else:
+        head = _listed(prompt, "prompt")
+    whole = _checked(turns if turns[: len(head)] == head else head + turns, field)
+    if whole[-1].role != "assistant":
+        raise BadRow(field, "does not end with an assistant turn", "add the answer")
+    if whole[0].role == "assistant":
+        raise BadRow("prompt", "is missing", "add what was asked, as 'prompt' or as the first turns of both answers")
+    return Conversation(whole)
 
 
 def _alpaca(row: Mapping[str, object]) -> Conversation:
@@ -139,7 +224,11 @@ def _unknown(row: Mapping[str, object]) -> BadRow:
         if near:
             return BadRow(str(key)[:40], "is not a known field", f"did you mean {near[0]!r}?")
     given = ", ".join(repr(str(key)[:40]) for key in list(row)[:6]) or "nothing"
-    return BadRow("row", f"has {given}", "give messages, prompt and completion, text, instruction or conversations")
+    return BadRow(
+        "row",
+        f"has {given}",
+        "give messages, prompt and completion, chosen and rejected, text, instruction or conversations",
+    )
 
 
 def _shown(value: object) -> str:

@@ -7,12 +7,13 @@ import hashlib
 import random
 from array import array
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lora_core.data.rendering import Rendered
+from lora_core.data.rendering import AnyRendered
 
 IGNORED = -100  # the target of a token whose prediction does not count
 
@@ -22,7 +23,8 @@ class Row:
     """T tokens of one user.  Attention and positions restart at each document; what is left over is its own document.
 
     `targets[t]` is the token that position t must predict, or IGNORED; `documents[t]` numbers the example
-    within the row from 0; `examples[d]` is the index of document d among the examples that were packed.
+    within the row from 0; `examples[d]` is the index of document d among the examples that were packed.  A pair is two
+    documents, one after the other.
     """
 
     tokens: tuple[int, ...]
@@ -42,6 +44,12 @@ class Row:
         return sum(document < len(self.examples) for document in self.documents)
 
     @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Each document's tokens."""
+        counted = Counter(self.documents)
+        return tuple(counted[document] for document in range(len(self.examples)))
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of all that a frozen layer's output depends on besides the base: tokens, positions and documents."""
         fields = (array("q", field).tobytes() for field in (self.tokens, self.positions, self.documents))
@@ -58,14 +66,15 @@ class _Filling:
     documents: list[int] = field(default_factory=list)
     examples: list[int] = field(default_factory=list)
 
-    def add(self, index: int, rendered: Rendered) -> None:
-        length = len(rendered.tokens)
-        shifted = zip(rendered.tokens[1:], rendered.trained[1:], strict=True)
-        self.tokens += rendered.tokens
-        self.targets += [token if trained else IGNORED for token, trained in shifted] + [IGNORED]
-        self.positions += range(length)
-        self.documents += [len(self.examples)] * length
-        self.examples.append(index)
+    def add(self, index: int, rendered: AnyRendered) -> None:
+        for document in rendered.documents:
+            length = len(document.tokens)
+            shifted = zip(document.tokens[1:], document.trained[1:], strict=True)
+            self.tokens += document.tokens
+            self.targets += [token if trained else IGNORED for token, trained in shifted] + [IGNORED]
+            self.positions += range(length)
+            self.documents += [len(self.examples)] * length
+            self.examples.append(index)
 
     def close(self, row_tokens: int) -> Row:
         rest = row_tokens - len(self.tokens)
@@ -83,7 +92,7 @@ def empty_row(row_tokens: int) -> Row:
     return _Filling().close(row_tokens)
 
 
-def pack(examples: Sequence[tuple[int, Rendered]], row_tokens: int) -> list[Row]:
+def pack(examples: Sequence[tuple[int, AnyRendered]], row_tokens: int) -> list[Row]:
     """Numbered examples into as few rows as first-fit finds, order kept within a row.
 
     Raises ValueError for an example of more than `row_tokens` tokens: rendering should have cut it.
@@ -103,7 +112,7 @@ def pack(examples: Sequence[tuple[int, Rendered]], row_tokens: int) -> list[Row]
 class DenseRows(Sequence[Row]):
     """All examples packed at once, each row made when it is asked for: many users' rows would fill the memory."""
 
-    def __init__(self, examples: Sequence[Rendered], row_tokens: int) -> None:
+    def __init__(self, examples: Sequence[AnyRendered], row_tokens: int) -> None:
         self._examples, self._row_tokens = examples, row_tokens
         self.members = densely([len(rendered.tokens) for rendered in examples], row_tokens)  # of each row, by number
 

@@ -214,14 +214,18 @@ def _delimited(delimiter: str) -> "Callable[[str, Bounded, Limits], Rows]":
     return read
 
 
+# Lists inside a cell come as JSON; in some columns always, in others where it is no plain text.
+LISTS = {"messages": True, "conversations": True, "prompt": False, "chosen": False, "rejected": False}
+
+
 def _csv_row(name: str, number: int, row: Mapping[str, object]) -> RawRow | RowProblem:
     if "..." in row or None in row.values():
         return RowProblem(
             name, number, "row", "has another number of cells than the heading", "quote cells that hold commas"
         )
     cells = {key: value for key, value in row.items() if key}
-    for key in ("messages", "conversations"):  # lists inside a cell come as JSON
-        if isinstance(cell := cells.get(key), str):
+    for key, always in LISTS.items():
+        if isinstance(cell := cells.get(key), str) and (always or cell.lstrip().startswith("[{")):
             try:
                 cells[key] = parse_json(cell.encode(), 32)
             except ValueError as error:

@@ -1,12 +1,13 @@
 """Examples as tokens of one base, with a mark on each token that is to be learnt."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from lora_core.data.examples import Completion, Conversation, Example, Message, Text
+from lora_core.data.examples import Completion, Conversation, Example, Message, Preference, Text, shared_length
 from lora_core.errors import TemplateRefused
 
 if TYPE_CHECKING:
@@ -21,13 +22,76 @@ class Rendered:
     trained: tuple[bool, ...]
     truncated: bool = False
 
+    @property
+    def documents(self) -> tuple["Rendered", ...]:
+        """What is read as a document of its own."""
+        return (self,)
 
-def render(example: Example, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Rendered | None:
-    """An example as tokens, cut to `max_length` from the end; None when nothing that counts is left.
+
+@dataclass(frozen=True)
+class RenderedPair:
+    """Two answers, each a document.  What both begin with is marked as not learnt: it tells neither from the other."""
+
+    chosen: Rendered
+    rejected: Rendered
+
+    @property
+    def documents(self) -> tuple[Rendered, ...]:
+        """The chosen one first."""
+        return (self.chosen, self.rejected)
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """Both documents' tokens."""
+        return self.chosen.tokens + self.rejected.tokens
+
+    @property
+    def truncated(self) -> bool:
+        """Whether either was cut."""
+        return self.chosen.truncated or self.rejected.truncated
+
+
+AnyRendered = Rendered | RenderedPair
+
+
+def render(example: Example, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> AnyRendered | None:
+    """An example as tokens, cut to `max_length` from the end (a pair: both together); None when nothing is left.
 
     Loss on the answers only, with the token that ends them; on everything for plain text.
     Raises TemplateRefused for a conversation that the base's chat template does not take.
     """
+    if isinstance(example, Preference):
+        return _pair(example, tokenizer, max_length)
+    return _single(example, tokenizer, max_length)
+
+
+def _pair(example: Preference, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> RenderedPair | None:
+    sides = [_single(side, tokenizer, max_length) for side in (example.chosen, example.rejected)]
+    if None in sides:
+        return None
+    whole = [side for side in sides if side]
+    shorter = min(len(side.tokens) for side in whole)
+    each = max(max_length // 2, max_length - shorter)  # a short answer leaves its room to the longer one
+    chosen, rejected = (_cut(side, each) for side in whole)
+    shared = shared_length(chosen.tokens, rejected.tokens)
+    if chosen.tokens == rejected.tokens or not any(chosen.trained[shared:] + rejected.trained[shared:]):
+        return None
+    return RenderedPair(_unlearnt(chosen, shared), _unlearnt(rejected, shared))
+
+
+def _cut(rendered: Rendered, length: int) -> Rendered:
+    if len(rendered.tokens) <= length:
+        return rendered
+    return Rendered(rendered.tokens[:length], rendered.trained[:length], truncated=True)
+
+
+def _unlearnt(rendered: Rendered, count: int) -> Rendered:
+    return replace(rendered, trained=(False,) * count + rendered.trained[count:])
+
+
+def _single(
+    example: Conversation | Completion | Text, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> Rendered | None:
     match example:
         case Conversation(messages):
             text, spans = _conversation(messages, tokenizer)
@@ -46,11 +110,13 @@ def render(example: Example, tokenizer: "PreTrainedTokenizerBase", max_length: i
 
 
 def render_prompt(example: Example, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], str] | None:
-    """What to generate from, and the answer to compare with: the last assistant turn, or the completion.
+    """What to generate from, and the answer to compare with: the last assistant turn, the completion, or the chosen.
 
     Raises TemplateRefused.
     """
     match example:
+        case Preference(chosen):
+            return render_prompt(chosen, tokenizer)
         case Conversation(messages) if messages[-1].role == "assistant":
             text = _template(messages[:-1], tokenizer, prompting=True)
             return _encode(text, tokenizer, special=False), messages[-1].content
@@ -86,10 +152,7 @@ def _conversation(
 
 def _common(left: str, right: str) -> str:
     """The beginning that two texts share: templates may treat the last turn in a way of its own."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return left[:index]
-    return min(left, right, key=len)
+    return left[: shared_length(left, right)]
 
 
 def _template(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", prompting: bool) -> str:

@@ -18,6 +18,7 @@ from flows.work import run_cohort
 from lora_core import train
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort as Slots
+from lora_core.curriculum import Answers
 from lora_core.evaluate import Scores, evaluate_all
 from lora_core.recipe import load_recipe
 from registry import jobs, queries
@@ -250,7 +251,7 @@ def test_nobody_is_lost_when_memory_runs_out_in_training_and_in_judging(
         ask(user)
     works = train.read_rows
 
-    def full(base: BaseModel, cohort: Slots, *rest: Any) -> list[float]:  # the rest is the engine's
+    def full(base: BaseModel, cohort: Slots, *rest: Any) -> Answers:  # the rest is the engine's
         if cohort.slots > 1:
             raise torch.OutOfMemoryError("full")
         return works(base, cohort, *rest)

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner
-from lora_core.data.rendering import Rendered
+from lora_core.data.rendering import Rendered, RenderedPair
 from lora_core.methods import LoraSpec
 from lora_core.recipe import Recipe, make_recipe
 
@@ -57,6 +57,21 @@ def examples(seed: int, count: int = 10, longest: int = 20) -> tuple[Rendered, .
     return tuple(
         Rendered(tuple(generator.randrange(WORDS) for _ in range(n)), (False,) * 3 + (True,) * (n - 3)) for n in lengths
     )
+
+
+def pairs(seed: int, count: int = 16, longest: int = 9) -> tuple[RenderedPair, ...]:
+    """A prompt of three tokens and two answers; each kind has words of its own."""
+    generator = random.Random(seed)
+    return tuple(_pair(generator, longest) for _ in range(count))
+
+
+def _pair(generator: random.Random, longest: int) -> RenderedPair:
+    prompt = [generator.randrange(WORDS) for _ in range(3)]
+    lengths = [generator.randrange(3, longest) for _ in range(2)]
+    chosen = [generator.randrange(8) for _ in range(lengths[0])]
+    rejected = [generator.randrange(8, 16) for _ in range(lengths[1])]
+    sides = (Rendered((*prompt, *side), (False,) * 3 + (True,) * len(side)) for side in (chosen, rejected))
+    return RenderedPair(*sides)
 
 
 class LoraRecipe(Recipe):

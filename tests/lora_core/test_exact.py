@@ -1,7 +1,7 @@
 """Two hundred random packs: whoever the neighbours are, wherever a user sat and was stopped, the same bytes."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,11 @@ from lora_core.banks.bank import Bank
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner, Trained
+from lora_core.data.rendering import AnyRendered
+from lora_core.objectives import ObjectiveSpec
 from lora_core.saves import Saves
 from lora_core.train import train
-from tests.lora_core.conftest import examples, gpt2, llama, lora_of, recipe
+from tests.lora_core.conftest import examples, gpt2, llama, lora_of, pairs, recipe
 
 PACKS, T = 200, 32
 
@@ -25,7 +27,7 @@ def bases() -> dict[str, BaseModel]:
 
 
 def random_learner(generator: random.Random, name: str, base: BaseModel) -> Learner:
-    """Any user: rank 1 to 64, any targets and layers, schedule, size, batches by examples or by rows."""
+    """Any user: rank 1 to 64, any targets and layers, schedule, size, batches by examples or by rows, pairs or not."""
     ends = sorted({site.name.rpartition(".")[2] for site in base.sites})
     settings = recipe(
         seed=generator.randrange(1000),
@@ -45,11 +47,13 @@ def random_learner(generator: random.Random, name: str, base: BaseModel) -> Lear
         row_tokens=T,
         max_length=T,
     )
-    held_out = examples(generator.randrange(10**6), generator.randrange(0, 5))
+    some: Callable[[int, int], tuple[AnyRendered, ...]] = examples
+    if generator.random() < 0.25:
+        some, objective = pairs, ObjectiveSpec(name="dpo", beta=generator.choice([0.05, 0.5]))
+        settings = settings.model_copy(update={"objective": objective})
+    held_out = some(generator.randrange(10**6), generator.randrange(0, 5))
     size = generator.choice([1, 3, 9, 20])
-    return Learner(
-        name, settings, examples(generator.randrange(10**6), size), held_out, priority=generator.randrange(2)
-    )
+    return Learner(name, settings, some(generator.randrange(10**6), size), held_out, priority=generator.randrange(2))
 
 
 def run(

@@ -16,7 +16,7 @@ from lora_core.full_tuning import adamw, backward, predict_full, step_all, train
 from lora_core.optim import RowStep, rate_at
 from lora_core.recipe import Recipe
 from lora_core.train import train
-from tests.lora_core.conftest import ARCHITECTURES, T, examples, recipe
+from tests.lora_core.conftest import ARCHITECTURES, T, examples, pairs, recipe
 from tests.lora_core.test_peft_parity import padded
 
 STEPS = 20
@@ -29,7 +29,7 @@ def plain_loop(model: PreTrainedModel, learner: Learner) -> list[float]:
     losses: list[float] = []
     for epoch in range(settings.epochs):
         for batch in epoch_batches(len(data), settings.batch_size, settings.seed, epoch):
-            tokens, mask, labels = padded([data[index] for index in batch])
+            tokens, mask, labels = padded([text for index in batch for text in data[index].documents])
             loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
@@ -98,6 +98,12 @@ def test_a_quantised_base_is_refused(base: BaseModel) -> None:
     """Its weights are codes, not numbers that could take a step."""
     with pytest.raises(TrainingError, match="4bit cannot be trained"):
         tune_fully(replace(base, quantised="4bit"), Learner("me", recipe(), examples(3)), T)
+
+
+def test_pairs_are_refused(base: BaseModel) -> None:
+    """Its base changes with it: nothing would be left to measure against."""
+    with pytest.raises(TrainingError, match="objective dpo is not fully tuned"):
+        tune_fully(base, Learner("me", recipe(objective="dpo"), pairs(3)), T)
 
 
 def two_steps(base: BaseModel) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
 from lora_core.budget import Weights, fewer_bits
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner, Lesson, Trained
+from lora_core.curriculum import Answers, Learner, Lesson, Trained
 from lora_core.errors import MemoryTooSmall
 from lora_core.memory import predict
 from lora_core.planner import Plan, plan, train_planned
@@ -83,7 +83,7 @@ def full_above(slots: int, error: Exception, after: int = 3) -> Compute:
     """A device that has no room for more than some slots, which shows in a later micro-step and amid a backward."""
     calls: list[int] = []
 
-    def compute(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[float]:
+    def compute(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
         calls.append(cohort.slots)
         losses = read_rows(base, cohort, lessons, row_tokens)
         if cohort.slots > slots and calls.count(cohort.slots) > after:
@@ -162,7 +162,7 @@ def test_the_first_cohort_is_gone_before_the_next_is_made(llama_base: BaseModel)
     bank = lora_bank(llama_base, [lora_of(recipe())])
     full = full_above(1, ERRORS[0], after=0)
 
-    def compute(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> list[float]:
+    def compute(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
         if not met or met[-1]() is not cohort:
             met.append(weakref.ref(cohort))
         alive.append(sum(one() is not None for one in met))

@@ -63,6 +63,16 @@ def test_the_scale_is_pefts(rslora: bool) -> None:
     assert LoraConfig(r=16, use_rslora=rslora).use_rslora is rslora
 
 
+def test_recipes_without_an_objective_have_the_digest_they_always_had() -> None:
+    """Else every user would be trained again for nothing; and beta decides the digest of a preference's."""
+    assert make_recipe({}).digest == "bf49e9ebce07345d835e4ba8a3653c3b4920cc8e6962b3a137cd82d86a459f8c"
+    assert make_recipe({"objective": "sft"}).digest == make_recipe({}).digest
+    preferring = make_recipe({"rl": "DPO", "pref_beta": 0.2})
+    assert (preferring.objective.name, preferring.objective.beta) == ("dpo", 0.2)
+    assert len({make_recipe({}).digest, preferring.digest, make_recipe({"objective": "dpo"}).digest}) == 3
+    assert make_recipe(preferring.model_dump(mode="json")) == preferring
+
+
 UGLY: list[tuple[dict[str, object], str]] = [
     ({"rank": 0}, "rank = 0: .*greater than or equal to 1"),
     ({"rank": 10**6}, "less than or equal to 512"),
@@ -83,6 +93,11 @@ UGLY: list[tuple[dict[str, object], str]] = [
     ({"seed": -1}, "greater than or equal to 0"),
     ({"peft_type": "IA3"}, "lora"),
     ({"targets": {}}, "targets"),
+    ({"objective": "ppo"}, "'sft' or 'dpo'"),
+    ({"objective": "dpo", "beta": 0}, "objective.beta = 0: .*greater than 0"),
+    ({"objective": {"name": "dpo", "label_smoothing": 0.5}}, "less than 0.5"),
+    ({"beta": 0.3}, "beta belong to objective dpo; add objective=dpo"),
+    ({"objective": {"beat": 0.3}}, "not a key"),
     ({"": 1}, "not a key"),
 ]
 

@@ -9,9 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_core.data.examples import Completion, Conversation, Example, Message, Text, canonical_line, parse_example
+from lora_core.data.examples import (
+    Completion,
+    Conversation,
+    Example,
+    Message,
+    Preference,
+    Text,
+    canonical_line,
+    parse_example,
+    shared_length,
+)  # fmt: skip
 from lora_core.data.packing import IGNORED, epoch_batches, pack
-from lora_core.data.rendering import Rendered
+from lora_core.data.rendering import Rendered, RenderedPair
 from lora_core.data.snapshot import SkipPolicy, load_snapshot, take_snapshot
 from lora_core.data.splits import split
 from lora_core.errors import BadRow, DatasetRefused
@@ -23,7 +33,18 @@ words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 conversations = st.lists(words, min_size=1, max_size=3).map(
     lambda said: Conversation(tuple(m for s in said for m in (Message("user", s), Message("assistant", s))))
 )
-some_example = st.one_of(st.builds(Completion, words, words), st.builds(Text, words), conversations)
+two = st.tuples(words, words).filter(lambda pair: pair[0] != pair[1])
+text_pairs = st.builds(lambda prompt, pair: Preference(*(Completion(prompt, one) for one in pair)), words, two)
+talk_pairs = st.builds(
+    lambda talk, pair: Preference(
+        *(Conversation((*talk.messages, Message("user", "and?"), Message("assistant", one))) for one in pair)
+    ),
+    conversations,
+    two,
+)
+some_example = st.one_of(
+    st.builds(Completion, words, words), st.builds(Text, words), conversations, text_pairs, talk_pairs
+)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +70,45 @@ def test_alpacas_input_follows_the_instruction() -> None:
     )
 
 
+ASKED, GOOD, POOR = Message("user", "2+2?"), Message("assistant", "4"), Message("assistant", "5")
+BETTER = Preference(Conversation((ASKED, GOOD)), Conversation((ASKED, POOR)))
+
+
+def turns(*messages: Message) -> list[dict[str, str]]:
+    """As rows have them."""
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": turns(ASKED), "chosen": turns(GOOD), "rejected": turns(POOR)},
+        {"chosen": turns(ASKED, GOOD), "rejected": turns(ASKED, POOR)},
+        {
+            "prompt": "2+2?",
+            "chosen": turns(ASKED, GOOD),
+            "rejected": turns(ASKED, POOR),
+            "messages": turns(ASKED, GOOD),
+        },
+        {"prompt": turns(ASKED), "chosen": turns(ASKED, GOOD), "rejected": turns(ASKED, POOR)},
+        {"prompt": turns(ASKED), "chosen": "4", "rejected": "5"},
+        {"prompt": "2+2?", "chosen": turns(GOOD), "rejected": turns(POOR), "score_chosen": 0.9},
+    ],
+)
+def test_pairs_of_every_layout_are_one_kind_of_example(row: dict[str, object]) -> None:
+    """The prompt apart, as a shared head, or both."""
+    assert parse_example(row) == BETTER
+
+
+def test_pairs_of_texts_have_a_prompt_or_begin_with_it() -> None:
+    """Then whole words of what both begin with are the prompt."""
+    expected = Preference(Completion("The sky is ", "blue."), Completion("The sky is ", "blond."))
+
+    assert parse_example({"prompt": "The sky is ", "chosen": "blue.", "rejected": "blond."}) == expected
+    assert parse_example({"chosen": "The sky is blue.", "rejected": "The sky is blond."}) == expected
+    assert shared_length("abc", "ab") == 2
+
+
 BAD: list[tuple[object, str, str]] = [
     ({}, "row", "give messages"),
     ({"mesages": []}, "mesages", "did you mean 'messages'"),
@@ -70,6 +130,18 @@ BAD: list[tuple[object, str, str]] = [
     ({"text": "\ud800"}, "text", "surrogate"),
     ({"instruction": "x"}, "output", "missing"),
     ({"conversations": [{"from": "gpt", "value": {}}]}, "conversations[0].value", "dict"),
+    ({"prompt": "q", "chosen": "a"}, "rejected", "is missing"),
+    ({"prompt": "q", "rejected": "a"}, "chosen", "is missing"),
+    ({"prompt": "q", "chosen": "a", "rejected": "a"}, "rejected", "same as chosen"),
+    ({"prompt": "q", "chosen": "a", "rejected": " "}, "rejected", "empty"),
+    ({"chosen": "same word", "rejected": "same "}, "rejected", "empty"),
+    ({"prompt": "q", "chosen": 3, "rejected": "a"}, "chosen", "list of turns"),
+    ({"chosen": turns(GOOD), "rejected": turns(POOR)}, "prompt", "add what was asked"),
+    ({"chosen": turns(ASKED, GOOD), "rejected": turns(ASKED)}, "rejected", "no assistant turn"),
+    ({"chosen": turns(ASKED, GOOD), "rejected": turns(ASKED, POOR, ASKED)}, "rejected", "not end with an assistant"),
+    ({"chosen": turns(ASKED, GOOD), "rejected": turns(Message("user", "x"), POOR)}, "rejected", "two answers to one"),
+    ({"prompt": [3], "chosen": "a", "rejected": "b"}, "prompt[0]", "not an object"),
+    ({"prompt": "q", "chosen": turns(GOOD), "rejected": turns(GOOD)}, "rejected", "same as chosen"),
 ]
 
 
@@ -212,6 +284,19 @@ def test_packing_loses_nothing_and_mixes_nothing(examples: list[Rendered]) -> No
         assert row.used == sum(len(examples[index].tokens) for index in row.examples)
     assert found == {index: one.tokens for index, one in enumerate(examples)}
     assert sum(row.counted for row in rows) == sum(sum(one.trained[1:]) for one in examples)
+
+
+@given(st.lists(st.tuples(rendered, rendered), max_size=8))
+def test_the_two_answers_of_a_pair_lie_one_after_the_other_in_one_row(sides: list[tuple[Rendered, Rendered]]) -> None:
+    """Each a document of its own."""
+    rows = pack([(index, RenderedPair(*pair)) for index, pair in enumerate(sides)], 40)
+
+    for row in rows:
+        assert row.examples[::2] == row.examples[1::2]
+        lengths = [len(document.tokens) for index in row.examples[::2] for document in sides[index]]
+        assert list(row.lengths) == lengths
+        assert row.used == sum(lengths)
+    assert sorted(index for row in rows for index in row.examples[::2]) == list(range(len(sides)))
 
 
 def test_an_example_longer_than_a_row_is_an_error() -> None:

@@ -33,7 +33,7 @@ def jsonl(rows: list[dict[str, str]]) -> bytes:
 def csv_bytes(rows: list[dict[str, str]], comma: str = ",") -> bytes:
     """A heading and a line a row."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, ("prompt", "completion"), delimiter=comma)
+    writer = csv.DictWriter(text, tuple(rows[0]), delimiter=comma)
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
@@ -238,6 +238,17 @@ def test_a_source_that_is_none_is_refused(given_: str, monkeypatch: pytest.Monke
 
     with pytest.raises(DatasetRefused):
         list(read_rows(given_, s3=s3_client()))
+
+
+def test_pairs_come_in_cells_as_text_or_as_lists_of_turns(tmp_path: Path) -> None:
+    """Only what begins like a list of turns is one."""
+    turns = [{"role": "assistant", "content": "[yes]"}]
+    (tmp_path / "x.csv").write_bytes(csv_bytes([{"prompt": "q", "chosen": json.dumps(turns), "rejected": "[no]"}]))
+
+    (row,) = read_rows(str(tmp_path / "x.csv"))
+
+    assert isinstance(row, RawRow)
+    assert row.value == {"prompt": "q", "chosen": turns, "rejected": "[no]"}
 
 
 @pytest.mark.parametrize("line", [b"a,b\n1\n", b"a,b\n1,2,3\n", b'a,b\n"1,2\n'])

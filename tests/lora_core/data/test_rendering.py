@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lora_core.data.examples import Completion, Conversation, Message, Role, Text
-from lora_core.data.rendering import Rendered, render, render_prompt, turns_to_prompt
+from lora_core.data.examples import Completion, Conversation, Message, Preference, Role, Text
+from lora_core.data.rendering import AnyRendered, Rendered, RenderedPair, render, render_prompt, turns_to_prompt
 from lora_core.errors import TemplateRefused
 from tests.lora_core.conftest import CHATML, make_tokenizer
 
@@ -25,9 +25,9 @@ TOKENIZERS = {name: make_tokenizer(template) for name, template in TEMPLATES.ite
 plain = st.text(st.sampled_from("abc XYZ.!?\n'é😀"), min_size=1, max_size=30).filter(lambda text: text.strip())
 
 
-def learnt(rendered: Rendered | None, tokenizer: PreTrainedTokenizerFast) -> str:
+def learnt(rendered: AnyRendered | None, tokenizer: PreTrainedTokenizerFast) -> str:
     """The text of the tokens that count."""
-    assert rendered
+    assert isinstance(rendered, Rendered)
     return str(tokenizer.decode([t for t, on in zip(rendered.tokens, rendered.trained, strict=True) if on]))
 
 
@@ -137,3 +137,39 @@ def test_the_prompt_is_what_the_answer_follows(tokenizer: PreTrainedTokenizerFas
     assert reference == "hello"
     assert turns_to_prompt(talk.messages[:1], tokenizer) == tokens
     assert render_prompt(Text("the fox"), tokenizer) is None
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> Preference:
+    """Two answers in a conversation."""
+    asked = (Message("user", prompt),)
+    return Preference(*(Conversation((*asked, Message("assistant", answer))) for answer in (chosen, rejected)))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_of_a_pair_only_what_differs_is_learnt(name: str) -> None:
+    """Each with what ends it; the prompt and the words that both begin with tell neither from the other."""
+    tokenizer = TOKENIZERS[name]
+
+    found = render(pair("the fox", "hello dog", "hello fox, the end"), tokenizer, 300)
+
+    assert isinstance(found, RenderedPair)
+    texts = [learnt(side, tokenizer).split("<|im_end|>")[0].strip() for side in found.documents]
+    assert texts == ["dog", "fox, the end"]
+    assert found.tokens == found.chosen.tokens + found.rejected.tokens
+    assert not found.truncated
+
+
+def test_a_pair_is_cut_as_a_whole_and_a_short_answer_leaves_its_room_to_the_longer() -> None:
+    """What is left of both fits; a pair that says no difference in that length is none."""
+    tokenizer = TOKENIZERS["chatml"]
+    short, long = pair("the fox", "dog", "x " * 100), pair("the fox " * 50, "dog", "hello")
+    whole = render(short, tokenizer, 1000)
+    assert isinstance(whole, RenderedPair)
+
+    cut = render(short, tokenizer, len(whole.chosen.tokens) + 60)
+
+    assert isinstance(cut, RenderedPair)
+    assert cut.chosen == whole.chosen
+    assert (len(cut.rejected.tokens), cut.truncated) == (60, True)
+    assert render(long, tokenizer, 60) is None
+    assert render_prompt(short, tokenizer) == render_prompt(short.chosen, tokenizer)
