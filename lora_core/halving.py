@@ -119,8 +119,10 @@ def around(recipe: Recipe) -> Recipe:
     if recipe.search:
         return recipe
     rank, rate = recipe.method.rank, recipe.learning_rate
-    ranks = tuple(sorted({max(1, rank // 4), max(1, rank // 2), rank}))
-    return recipe.model_copy(update={"search": SearchSpec(rank=ranks, learning_rate=(rate / 2, rate, 2.5 * rate))})
+    ranks = tuple(sorted({max(1, rank // 2), rank, min(512, 2 * rank)}))
+    return recipe.model_copy(
+        update={"search": SearchSpec(rank=ranks, learning_rate=(rate / 4, rate / 2, rate, 2 * rate))}
+    )
 
 
 def _named(name: str, recipe: Recipe, spec: SearchSpec) -> list[tuple[str, Recipe]]:
