@@ -122,8 +122,9 @@ def around(recipe: Recipe) -> Recipe:
     rate, ranks = recipe.learning_rate, tuple[int, ...]()
     if isinstance(recipe.method, LoraSpec):
         rank = recipe.method.rank
-        ranks = tuple(sorted({max(1, rank // 4), max(1, rank // 2), rank}))
-    return recipe.model_copy(update={"search": SearchSpec(rank=ranks, learning_rate=(rate / 2, rate, 2.5 * rate))})
+        ranks = tuple(sorted({max(1, rank // 2), rank, min(512, 2 * rank)}))
+    found = SearchSpec(rank=ranks, learning_rate=(rate / 4, rate / 2, rate, 2 * rate))
+    return recipe.model_copy(update={"search": found})
 
 
 def _named(name: str, recipe: Recipe, spec: SearchSpec) -> list[tuple[str, Recipe]]:

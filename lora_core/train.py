@@ -98,5 +98,6 @@ def backward_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | No
     )
     loss_KT, _ = token_losses(base, batch)
     loss_K, answers_KN = lesson_losses(loss_KT, [lesson.pairs if lesson else None for lesson in lessons])
-    (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
+    if any(lesson and lesson.weight for lesson in lessons):  # else all are only examined: there is nothing to add
+        (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
     return answers_KN.detach()

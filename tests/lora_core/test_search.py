@@ -246,11 +246,11 @@ def test_trials_are_the_grid_as_plain_recipes() -> None:
 
 
 def test_without_a_search_the_recipe_s_own_rank_and_rate_are_searched_around() -> None:
-    """A quarter to the whole of the rank; half to two and a half times the rate."""
+    """Half to twice the rank; a quarter to twice the rate."""
     spec = around(make_recipe({})).search
 
     assert spec
-    assert (spec.rank, spec.learning_rate) == ((4, 8, 16), (1e-4, 2e-4, 5e-4))
+    assert (spec.rank, spec.learning_rate) == ((8, 16, 32), (5e-5, 1e-4, 2e-4, 4e-4))
     assert around(recipe(**GRID)) == recipe(**GRID)
 
 
