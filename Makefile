@@ -1,5 +1,6 @@
 # make demo   everything from nothing: sets up, trains eight users' adapters, publishes and pulls them
 # make test   the test suite, with a real PostgreSQL, a real S3 server where one can be had, and real PEFT
+# make test-long  more of the same: the other hundred random packs, searches and preferences by the command line, mutants
 # make check  format, lint, types, import contracts
 # make bench  the benchmarks behind the README's figures, on the CPU
 # make bench-gpu  those that need a GPU, each at most ten minutes
@@ -10,7 +11,7 @@ BIN := .venv/bin
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: demo setup test quick check format bench bench-gpu bench-crash stack clean
+.PHONY: demo setup test test-long quick check format bench bench-gpu bench-crash stack clean
 
 demo: .venv/.demo-ready
 	$(BIN)/lora demo
@@ -19,10 +20,14 @@ setup: .venv/.dev-ready
 
 test: .venv/.dev-ready
 	infra/install-test-servers
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not long"
+
+test-long: .venv/.dev-ready
+	infra/install-test-servers
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m long
 
 quick: .venv/.dev-ready
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not long"
 
 check: .venv/.dev-ready
 	$(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ from registry.models import AdapterVersion
 from registry.names import Reference
 from registry.session import reading
 from registry.uploads import UPLOAD_LEASE
+from tests.conftest import looking
 from tests.faults.points import Fault
 from tests.faults.trials import Site, count_points, finish, wait_until_stopped
 from tests.faults.worker import finished
@@ -91,7 +92,7 @@ def test_a_worker_stopped_past_its_lease_publishes_nothing_once_another_has(site
 
     assert isinstance(child.told["error"], LeaseLost)
     assert "published" not in child.told
-    with reading(site.engine) as session:
+    with looking(site.engine) as session:
         newest = session.scalars(select(AdapterVersion).order_by(AdapterVersion.number.desc())).first()
     assert newest
     digest = hashlib.sha256(finished("the rival's").files["manifest.json"]).hexdigest()

@@ -26,6 +26,7 @@ from tests.lora_core.test_peft_parity import random_row
 SETTINGS = [word for one in QUICK for word in ("--set", one)]
 
 
+@pytest.mark.long
 def test_one_session_hears_several_users(lora: Lora, base_folder: Path, tmp_path: Path) -> None:
     """Each in their own voice; what cannot be done is told, does not end it, and shows in the exit code."""
     for name, habit in (("alice", "the quick brown fox"), ("bob", "hello to the lazy dog")):

@@ -55,6 +55,7 @@ def test_from_a_file_to_an_adapter_that_peft_loads(lora: Lora, base_folder: Path
     assert "fox" in lora("chat", "acme/alice", "-p", "say 5", "--tokens", "12").stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 def test_other_methods_take_the_same_way(
     lora: Lora, base_folder: Path, alice: Path, tmp_path: Path, method: str
@@ -287,6 +288,7 @@ def test_a_training_killed_half_way_goes_on_to_the_bytes_of_one_that_was_not(
     assert list(saves.iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for a CPU with a C++ compiler")
 def test_a_version_of_compiled_layers_is_reproduced_by_compiled_layers(
     lora: Lora, base_folder: Path, alice: Path

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.flows.conftest import QUICK, Lora, write_user
 
+pytestmark = pytest.mark.long
+
 SETTINGS = [word for one in (*QUICK, "objective=dpo", "beta=0.2") for word in ("--set", one)]
 WORDS = ("fox", "dog", "hello", "lazy", "quick", "brown")
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.flows.conftest import QUICK, Lora, write_user
 
+pytestmark = pytest.mark.long
+
 GRID = ["search.rank=[2,4]", "search.learning_rate=[1e-3, 3e-2]", "search.layers=[null, [1]]", "search.tolerance=0"]
 SETTINGS = [word for one in (*QUICK, *GRID) for word in ("--set", one)]
 

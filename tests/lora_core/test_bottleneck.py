@@ -358,6 +358,7 @@ def test_generation_with_a_cache_says_what_a_whole_pass_says(base: BaseModel) ->
     assert not torch.equal(cached[0], cached[1])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for a CPU with a C++ compiler")
 def test_compiled_layers_learn_the_same(base: BaseModel) -> None:

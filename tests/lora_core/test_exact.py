@@ -96,7 +96,9 @@ def killed_and_resumed(
     return done | run(base, rest, slots, bank, saves=Saves(folder, "shape", lambda: False))
 
 
-@pytest.mark.parametrize("pack", range(PACKS))
+@pytest.mark.parametrize(
+    "pack", [pytest.param(pack, marks=[pytest.mark.long] if pack >= PACKS // 2 else []) for pack in range(PACKS)]
+)
 def test_a_user_is_the_same_alone_packed_taken_aside_killed_and_resumed(
     bases: dict[str, BaseModel], tmp_path: Path, pack: int
 ) -> None:

@@ -153,6 +153,7 @@ def test_a_base_whose_layers_keep_something_else_is_refused(
         prefix_bank(llama_base, PrefixSpec())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for a CPU with a C++ compiler")
 def test_many_layers_compile_to_one_graph() -> None:

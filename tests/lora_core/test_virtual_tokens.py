@@ -231,6 +231,7 @@ def test_checkpointing_changes_no_byte(base: BaseModel, kind: str) -> None:
     assert all(same(plain[name], forgetful[name]) for name in plain)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for a CPU with a C++ compiler")
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])

@@ -180,6 +180,7 @@ def _words(row: object) -> object:
     return vars(row) if hasattr(row, "__dict__") else row
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_mutant_without_a_tenant_filter_still_sees_and_changes_nothing_foreign(
     twins: Engine, store: FolderStore, tmp_path: Path

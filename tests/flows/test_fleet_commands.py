@@ -1,0 +1,61 @@
+"""`lora promote --all`, `rollback --all` and `protect`, as an operator uses them."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from registry import jobs
+from registry.publishing import publish
+from registry.session import open_database, transaction, upgrade
+from registry.store import FolderStore
+from tests.flows.conftest import LoraHere
+from tests.registry.conftest import NOW, enqueue, finished
+
+
+@pytest.fixture(autouse=True)
+def _published(tmp_path: Path) -> None:
+    """Three users of acme with two versions each, in LORA_HOME."""
+    store = FolderStore(tmp_path / "home" / "store")
+    store.set_up()
+    engine = open_database(f"sqlite:///{tmp_path / 'home' / 'registry.db'}")
+    upgrade(engine)
+    for user in ("ada", "alice", "bob"):
+        with transaction(engine) as session:
+            asked = enqueue(session, f"acme/{user}", 2)
+        for one in asked:
+            with transaction(engine) as session:
+                (job,) = jobs.claim(session, "worker", timedelta(hours=1), 1, NOW, [one.job_id])
+            publish(engine, store, job, finished(str(one.job_id)), NOW)
+
+
+def test_a_fleet_goes_there_and_back_by_the_command_that_it_was_told(lora_here: LoraHere) -> None:
+    """What `promote --all` says at its end takes it back."""
+    for user in ("ada", "alice", "bob"):
+        assert lora_here("promote", f"acme/{user}:1").code == 0
+
+    there = lora_here("promote", "acme", "--all", "--where", "user=a*", "--reason", "release 7")
+    assert (there.code, "production of 2 adapters is now at latest" in there.out) == (0, True), there
+    assert "production -> 2 (from 1), moved by" in lora_here("history", "acme/ada").out
+
+    back = lora_here(*there.out.strip().rpartition("back: lora ")[2].split())
+    assert (back.code, "production of 2 adapters is back" in back.out) == (0, True), back
+    assert "release 7" in lora_here("history", "acme/ada").out
+
+
+def test_a_protected_alias_is_listed_refused_overridden_and_freed(lora_here: LoraHere) -> None:
+    """By one user's move and by a fleet's."""
+    assert "audit" in lora_here("protect", "acme", "production", "--reason", "audit").out
+
+    for words in (["promote", "acme/ada:1"], ["promote", "acme", "--all"]):
+        said = lora_here(*words)
+        assert (said.code, "(audit); pass --override" in said.err) == (1, True), said
+    assert lora_here("promote", "acme/ada:1", "--override").code == 0
+    assert "no alias is protected" in lora_here("protect", "acme", "production", "--off").out
+
+
+def test_conditions_without_all_are_refused(lora_here: LoraHere) -> None:
+    """Else one user would move where many were meant."""
+    said = lora_here("promote", "acme/ada:1", "--where", "user=a*")
+
+    assert (said.code, "go with --all" in said.err) == (2, True)
