@@ -30,10 +30,9 @@ def list_(
     lora list acme
     """
     with reading(Client.from_environment().engine) as session:
-        wanted = [(tenant, queries.tenant_id(session, tenant))] if tenant else [
-            (one.name, one.id) for one in queries.tenants(session)
-        ]  # fmt: skip
-        found = [(name, queries.listing(session, id_, limit + 1)) for name, id_ in wanted]
+        names = [tenant] if tenant else [one.name for one in queries.tenants(session)]
+        # Each is entered by its name: on PostgreSQL nothing else shows its rows.
+        found = [(name, queries.listing(session, queries.tenant_id(session, name), limit + 1)) for name in names]
     rows = [_listed(name, one) for name, some in found for one in some[:limit]]
     answer(rows, as_json, "no adapters yet; train one: lora train TENANT/USER --data FILE --base BASE")
     if any(len(some) > limit for _, some in found):

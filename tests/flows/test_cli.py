@@ -168,7 +168,7 @@ UGLY = [
     (["schedule", "set", "acme/alice", "--base", "B"], 2, "either --cron or --every"),
     (["schedule", "remove", "acme/alice"], 3, "no tenant"),
     (["promote", "acme/alice", "--alias", "A B"], 3, "no tenant"),
-    (["list", "../etc"], 3, "no tenant"),
+    (["list", "../etc"], 1, "not a valid"),
     (["nonsense"], 2, "No such command"),
 ]
 
