@@ -19,14 +19,15 @@ def test_the_owner_makes_the_tables_and_the_application_uses_them(lora_here: Lor
     without = {"LORA_DATABASE_URL": urls(postgres_url)["LORA_DATABASE_URL"], "LORA_DATABASE_OWNER_URL": ""}
     assert lora_here("setup", **without).code == 0  # nothing to make: the application may say so
     assert "no adapters yet" in lora_here("list").out
-    assert "kept apart by row-level security" in lora_here("doctor").out
+    assert "kept apart by row-level security" in " ".join(lora_here("doctor").out.split())
 
 
 def test_doctor_says_when_only_the_queries_keep_tenants_apart(lora_here: LoraHere, postgres_url: str) -> None:
     """A superuser is bound by no policy."""
     lora_here("setup", LORA_DATABASE_URL=postgres_url)
+    told = " ".join(lora_here("doctor").out.split())  # a narrow table folds its lines
 
-    assert "by queries alone: role postgres is exempt" in lora_here("doctor").out
+    assert "by queries alone: role postgres is exempt" in told
 
 
 def test_the_application_alone_cannot_make_tables_and_says_who_can(lora_here: LoraHere, postgres_url: str) -> None:
