@@ -25,7 +25,7 @@ class SearchSpec(BaseModel):
     layers: tuple[Layers, ...] = ()
     rungs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.125, 0.375)  # shares of a trial's steps
     keep: Annotated[float, Field(gt=0, lt=1)] = 1 / 3  # share of the trials that goes on after a rung
-    finalists: Annotated[int, Field(ge=1, le=MOST_TRIALS)] = 2  # at least so many go on
+    finalists: Annotated[int, Field(ge=1, le=MOST_TRIALS)] = 3  # at least so many go on
     tolerance: Annotated[float, Field(ge=0, le=1)] = 0.002  # a loss so near the best, in its share, is as good
 
     @model_validator(mode="after")

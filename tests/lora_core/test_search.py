@@ -127,13 +127,13 @@ def test_a_save_of_another_search_is_not_used(tmp_path: Path) -> None:
 
 
 def test_the_lowest_losses_go_on_and_the_tokens_are_few(llama_base: BaseModel) -> None:
-    """Twelve, then four, then two; together at most two fifths of what the grid would read."""
+    """Twelve, then four, then three; together at most two fifths of what the grid would read."""
     reports = searched(llama_base, searcher())
 
     planned = 12 * max(report.trained.tokens for report in reports)
     assert sum(report.trained.tokens for report in reports) <= 0.4 * planned
     assert sorted(report.rung for report in reports) == [1] * 8 + [2] * 4
-    assert sum(report.ended for report in reports) == 2
+    assert sum(report.ended for report in reports) == 3
     assert (
         max(report.loss for report in reports if report.rung == 2)
         <= min(report.loss for report in reports if report.rung == 1) + 0.05
@@ -154,7 +154,7 @@ def test_equals_go_on_by_fewest_bytes_then_in_the_order_of_the_grid() -> None:
         searcher(settings={"search.rank": [8, 2], "search.learning_rate": [1e-3, 2e-3], "search.layers": []})
     )
 
-    assert tell_all(search, 0, [1.0, 1.0, 1.0, 1.0]) == [False, False, True, True]
+    assert tell_all(search, 0, [1.0, 1.0, 1.0, 1.0]) == [True, False, True, True]
 
 
 @pytest.mark.parametrize("seed", range(20))
