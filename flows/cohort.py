@@ -83,7 +83,7 @@ def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[Claimed
 def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
     """Load the base and every user's examples; a user with bad data drops out alone, with the reason."""
     first = claimed[0]
-    cohort = Cohort(usual_plan(factory.settings, len(claimed), make_recipe(first.recipe)))
+    cohort = Cohort(usual_plan(factory.settings, len(claimed), make_recipe(first.recipe), first.base_quantised))
     try:
         cohort.base = load_within_budget(factory.settings, first)
         if cohort.base.digest != first.base_digest:
@@ -114,7 +114,7 @@ def _admit(factory: Factory, cohort: Cohort, claimed: Sequence[ClaimedJob]) -> N
 def _fit_into_memory(factory: Factory, cohort: Cohort) -> None:
     """Plan as many slots as fit, where it is known how much memory there is; who does not fit is put off alone."""
     seats = sum(candidate.seats for candidate in cohort.candidates)
-    cohort.plan = usual_plan(factory.settings, seats, cohort.candidates[0].recipe)
+    cohort.plan = usual_plan(factory.settings, seats, cohort.candidates[0].recipe, cohort.base.quantised)
     budget = budget_bytes(factory.settings, cohort.base)
     if budget is None:
         return

@@ -1,34 +1,17 @@
 """What `lora compare` works on and draws: a user's own data, or one person of the demo on the demo's base."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows.candidates import make_candidate
 from flows.factory import Factory, pin_base, read_data
+from flows.tune import newest_snapshot
 from lora_core.base_model import BaseModel, load_base
-from lora_core.compare import Compared
+from lora_core.compare import CONTENDERS, Compared
 from lora_core.curriculum import Learner
-from lora_core.data.snapshot import load_snapshot
-from lora_core.methods import AnyMethod
-from lora_core.recipe import Recipe, make_recipe
-from registry import queries
+from lora_core.data.snapshot import Snapshot
+from lora_core.recipe import Recipe
 from registry.names import Reference
-from registry.session import reading
-
-# Settings of each contender in a recipe's spelling, by its name for people.
-CONTENDERS: Mapping[str, Mapping[str, object]] = {
-    "LoRA, rank 8": {"method": "lora", "rank": 8, "alpha": 16},
-    "LoRA, rank 1": {"method": "lora", "rank": 1, "alpha": 2},
-    "adapter layers, Houlsby": {"method": "bottleneck", "width": 16, "placement": "houlsby"},
-    "adapter layers, Pfeiffer": {"method": "bottleneck", "width": 16, "placement": "pfeiffer"},
-    "prefix tuning, 8 tokens": {"method": "prefix_tuning", "virtual_tokens": 8},
-    "prompt tuning, 16 tokens": {"method": "prompt_tuning", "virtual_tokens": 16},
-}
-
-
-def contenders() -> dict[str, AnyMethod]:
-    """The settings of every method that is compared."""
-    return {name: make_recipe(settings).method for name, settings in CONTENDERS.items()}
 
 
 def demo_task(factory: Factory, say: Callable[[str], None]) -> tuple[BaseModel, Learner]:
@@ -40,7 +23,8 @@ def demo_task(factory: Factory, say: Callable[[str], None]) -> tuple[BaseModel, 
     home = factory.settings.home_folder / "demo"
     base = load_base(str(make_base(home / "base", say=say)), device=factory.settings.device or None)
     person = write_people(home / "people")[0]
-    return base, _learner(factory, base, [str(person.file)], f"{person.tenant}/{person.user}", recipe())
+    snapshot, _ = read_data(factory, [str(person.file)])
+    return base, _learner(base, snapshot, f"{person.tenant}/{person.user}", recipe())
 
 
 def own_task(
@@ -50,19 +34,17 @@ def own_task(
     pinned = pin_base(factory, base)
     loaded = load_base(pinned.name, pinned.revision, factory.settings.device or None, quantise=pinned.quantised)
     if data:
-        return loaded, _learner(factory, loaded, data, text or "these files", recipe)
+        snapshot, _ = read_data(factory, data)
+        return loaded, _learner(loaded, snapshot, text or "these files", recipe)
     reference = Reference.parse_adapter(text or "")
-    with reading(factory.engine) as session:
-        tenant = queries.tenant_id(session, reference.tenant)
-        holder = queries.holder(session, tenant, reference.user, reference.adapter)
-        dataset = queries.newest_dataset(session, tenant, holder)
-    snapshot = load_snapshot(factory.store.get(dataset.key), dataset.digest)
-    return loaded, make_candidate(reference.label, recipe, snapshot, loaded).learner
+    return loaded, _learner(loaded, newest_snapshot(factory, reference), reference.label, recipe)
 
 
-def _learner(factory: Factory, base: BaseModel, data: Sequence[str], label: str, recipe: Recipe) -> Learner:
-    snapshot, _ = read_data(factory, data)
-    return make_candidate(label, recipe, snapshot, base).learner
+def _learner(base: BaseModel, snapshot: Snapshot, label: str, recipe: Recipe) -> Learner:
+    """A learner whose examples leave room for the virtual tokens of every contender."""
+    room = base.longest - max(spec.positions for spec in CONTENDERS.values())
+    shorter = recipe.model_copy(update={"max_length": min(recipe.max_length, room)})
+    return make_candidate(label, shorter, snapshot, base).learner
 
 
 def draw(results: Sequence[Compared], base_loss: float, path: Path) -> Path:

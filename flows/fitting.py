@@ -32,10 +32,13 @@ def load_within_budget(settings: FactorySettings, job: ClaimedJob) -> BaseModel:
     return load_base(job.base_name, job.base_revision, device, quantise=job.base_quantised)
 
 
-def usual_plan(settings: FactorySettings, seats: int, recipe: Recipe) -> Plan:
-    """As many slots as are of use for so many seats, a power of two where that is below the setting."""
+def usual_plan(settings: FactorySettings, seats: int, recipe: Recipe, quantised: str) -> Plan:
+    """As many slots as are of use for so many seats, a power of two where that is below the setting.
+
+    Quantised layers cannot be compiled, and train as they are whatever the setting says.
+    """
     slots = min(settings.slots, 1 << math.ceil(math.log2(seats)))
-    return Plan(slots, recipe.row_tokens, compiled=settings.compile)
+    return Plan(slots, recipe.row_tokens, compiled=settings.compile and not quantised)
 
 
 def budget_bytes(settings: FactorySettings, base: BaseModel) -> int | None:
@@ -68,7 +71,7 @@ def plan_fitting(
 
 def planned(settings: FactorySettings, base: BaseModel, candidate: Candidate) -> Plan:
     """One user's plan, and that of its search.  Raises MemoryTooSmall."""
-    usual = usual_plan(settings, candidate.seats, candidate.recipe)
+    usual = usual_plan(settings, candidate.seats, candidate.recipe, base.quantised)
     budget = budget_bytes(settings, base)
     if budget is None:
         return usual

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lora_core.artifact import safetensors_bytes
 from lora_core.banks.table import make_bank
@@ -17,10 +18,18 @@ from lora_core.errors import TrainingError
 from lora_core.evaluate import Asked, Scores, evaluate_all
 from lora_core.full_tuning import tune_fully
 from lora_core.memory import predict
-from lora_core.methods import AnyMethod
+from lora_core.methods import AnyMethod, BottleneckSpec, LoraSpec, PrefixSpec, PromptSpec
 from lora_core.recipe import Recipe
 from lora_core.train import train
 
+CONTENDERS: Mapping[str, AnyMethod] = {
+    "LoRA, rank 8": LoraSpec(rank=8, alpha=16),
+    "LoRA, rank 1": LoraSpec(rank=1, alpha=2),
+    "adapter layers, Houlsby": BottleneckSpec(width=16, placement="houlsby"),
+    "adapter layers, Pfeiffer": BottleneckSpec(width=16, placement="pfeiffer"),
+    "prefix tuning, 8 tokens": PrefixSpec(virtual_tokens=8),
+    "prompt tuning, 16 tokens": PromptSpec(virtual_tokens=16),
+}
 FULL = "full fine-tuning"
 # Rates that are tried, as multiples of the recipe's, which is meant for LoRA.  Virtual tokens want larger ones (Lester
 # et al., 2021), all weights at once smaller ones (Schulman et al., 2025: a tenth).
@@ -49,16 +58,30 @@ class Compared:
 
 
 def compare(
-    base: BaseModel, learner: Learner, contenders: Mapping[str, AnyMethod], say: Callable[[str], None]
+    base: BaseModel, learner: Learner, say: Callable[[str], None], missed: Callable[[str, TrainingError], None]
 ) -> Iterator[Compared]:
-    """Every contender in turn, by its name for people; full fine-tuning last.  Raises TrainingError."""
+    """Every contender in turn, full fine-tuning last; `say` is told whose turn it is, `missed` who cannot be trained.
+
+    Raises TrainingError where nobody could be compared.
+    """
+    _check(learner)
+    ways = {name: partial(_adapter, base, learner, name, spec) for name, spec in CONTENDERS.items()}
+    for name, way in {**ways, FULL: partial(_full, base, learner)}.items():
+        say(name)
+        try:
+            yield way()
+        except TrainingError as error:  # a base without a method's places, say: the others go on
+            missed(name, error)
+
+
+def _check(learner: Learner) -> None:
+    """Before minutes go into what could not be judged."""
     if not learner.held_out:
         raise TrainingError(learner.name, "has no held-out examples to compare on", "add examples")
-    for name, spec in contenders.items():
-        say(name)
-        yield _adapter(base, learner, name, spec)
-    say(FULL)
-    yield _full(base, learner)
+    if learner.recipe.patience is None:
+        raise TrainingError(learner.name, "is never examined, as patience is null", "set patience")
+    if learner.recipe.objective.paired:
+        raise TrainingError(learner.name, "learns from pairs, and only answers can be compared", "set objective=sft")
 
 
 def bare(base: BaseModel, learner: Learner) -> Scores:
@@ -111,6 +134,8 @@ def _full(base: BaseModel, learner: Learner) -> Compared:
     seconds = (time.perf_counter() - start) / len(tried)
     losses = [math.inf if one.held_out_loss is None else one.held_out_loss for one in found]
     loss, result, one = min(zip(losses, found, tried, strict=True), key=lambda item: item[0])
+    if not math.isfinite(loss):
+        raise TrainingError(FULL, result.reason or "learnt nothing at any rate", "lower learning_rate")
     size = full_bytes(base)
     return Compared(
         FULL, one.recipe.learning_rate, loss, None, result.parameters, result.parameters / base.parameters,

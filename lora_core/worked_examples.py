@@ -51,7 +51,7 @@ def remarks() -> list[str]:
     attention = gpt2(targets=("c_attn",))
     return [
         f"The {matrix.share:.2%} is of one adapted matrix; of all of GPT-2 it is {model.share:.2%},"
-        f" since embeddings and most of the MLP stay as they are.",
+        f" since wider matrices have a smaller share, and embeddings and `c_fc` none.",
         f"`c_proj` names two matrices a layer, the attention's and the MLP's: {model.trained:,} trained numbers;"
         f" with `c_attn` alone {attention.trained:,}.",
         f"A file has {model.file_bytes:,} bytes ({model.file_bytes / 1e6:.1f} MB in fp32, half of it in bf16):"

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from flows.cli.printing import AsJson, answer, console, say, size
+from flows.cli.printing import AsJson, answer, console, remark, say, size
 from flows.cli.training import BaseOption, RecipeOption, SetOption
 from flows.factory import Factory
 
@@ -35,10 +35,14 @@ def compare(
 
     lora compare --data chats.jsonl --base ./base --set epochs=2
     """
-    from flows.comparison import contenders, demo_task, draw, own_task
+    from flows.comparison import demo_task, draw, own_task
     from lora_core import compare as comparing
     from lora_core.recipe import load_recipe
 
+    if not (reference or data) and (base or recipe or set_):
+        raise typer.BadParameter("name a user or --data; alone, the command compares on the demo")
+    if picture and picture.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"--picture {picture}: give a name that ends in .png, .svg or .pdf")
     factory = Factory.from_environment()
     columns = (TextColumn("[progress.description]{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=as_json, transient=True) as progress:
@@ -50,7 +54,8 @@ def compare(
         else:
             loaded, learner = demo_task(factory, tell)
         before = comparing.bare(loaded, learner)
-        results = list(comparing.compare(loaded, learner, contenders(), tell))
+        missed: list[str] = []
+        results = [*comparing.compare(loaded, learner, tell, lambda name, why: missed.append(f"{name}: {why}"))]
     rows = [
         {
             "method": one.method, "rate": one.rate, "loss": round(one.loss, 4),
@@ -62,6 +67,8 @@ def compare(
         for one in results
     ]  # fmt: skip
     answer(rows, as_json, "", None if as_json else f"{learner.name}: the base alone loses {before.loss:.4f}")
+    for line in missed:
+        remark(f"not compared: {line}")
     path = draw(results, before.loss, picture or factory.settings.home_folder / "compare.png")
     if not as_json:
         for line in comparing.advice(results, before.loss):

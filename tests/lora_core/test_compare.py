@@ -1,18 +1,24 @@
 """Methods side by side: every one is really trained, and what is said of them is drawn from it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from flows.comparison import contenders
 from lora_core.banks.table import METHODS
 from lora_core.base_model import BaseModel
-from lora_core.compare import FULL, Compared, advice, bare, compare, rates
+from lora_core.compare import CONTENDERS, FULL, Compared, advice, bare, compare, rates
 from lora_core.errors import TrainingError
+from lora_core.methods import LoraSpec
 from lora_core.worked_examples import gpt2, one_matrix, remarks
 from tests.lora_core.conftest import learner
 
-EASY = {"epochs": 3, "patience": 3, "learning_rate": 5e-3, "dropout": 0}
+EASY: dict[str, Any] = {"epochs": 3, "patience": 3, "learning_rate": 5e-3, "dropout": 0}
+
+
+def unexpected(name: str, error: TrainingError) -> None:
+    """Nobody is to be missed."""
+    raise AssertionError(f"{name}: {error}")
 
 
 def test_every_method_and_full_fine_tuning_are_compared_on_the_same_examples(base: BaseModel) -> None:
@@ -20,11 +26,11 @@ def test_every_method_and_full_fine_tuning_are_compared_on_the_same_examples(bas
     user = replace(learner(1, count=12, held_out=4, **EASY), name="acme/alice")
     told: list[str] = []
 
-    results = list(compare(base, user, contenders(), told.append))
+    results = list(compare(base, user, told.append, unexpected))
 
     before = bare(base, user).loss
-    assert [one.method for one in results] == told == [*contenders(), FULL]
-    assert {spec.name for spec in contenders().values()} == set(METHODS)
+    assert [one.method for one in results] == told == [*CONTENDERS, FULL]
+    assert {spec.name for spec in CONTENDERS.values()} == set(METHODS)
     for one in results:
         assert one.loss <= before + 1e-6
         assert one.share == one.parameters / base.parameters
@@ -60,10 +66,38 @@ def test_advice_takes_the_smallest_of_those_that_are_about_as_good() -> None:
     ]
 
 
-def test_what_cannot_be_compared_is_refused(llama_base: BaseModel) -> None:
-    """There is nothing to judge by."""
-    with pytest.raises(TrainingError, match="held-out"):
-        list(compare(llama_base, learner(1), contenders(), lambda _: None))
+@pytest.mark.parametrize(
+    ("settings", "held_out", "words"),
+    [({}, 0, "held-out"), ({"patience": None}, 4, "patience is null"), ({"objective": "dpo"}, 4, "learns from pairs")],
+)
+def test_what_cannot_be_judged_is_refused_before_anything_is_trained(
+    llama_base: BaseModel, settings: dict[str, Any], held_out: int, words: str
+) -> None:
+    """In words."""
+    told: list[str] = []
+    user = learner(1, held_out=held_out, **{"patience": 2, **settings})
+
+    with pytest.raises(TrainingError, match=words):
+        list(compare(llama_base, user, told.append, unexpected))
+
+    assert told == []
+
+
+def test_a_method_that_the_base_has_no_place_for_is_missed_alone(
+    llama_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So is full fine-tuning of a quantised base: the others are compared."""
+    missed: dict[str, str] = {}
+    contenders = {"LoRA": LoraSpec(rank=2), "nowhere": LoraSpec(rank=2, targets=("nope",))}
+    monkeypatch.setattr("lora_core.compare.CONTENDERS", contenders)
+    quantised = replace(llama_base, quantised="8bit")
+
+    user = learner(1, held_out=4, **EASY)
+    results = list(compare(quantised, user, lambda _: None, lambda name, why: missed.update({name: str(why)})))
+
+    assert [one.method for one in results] == ["LoRA"]
+    assert "no linear named 'nope'" in missed["nowhere"]
+    assert "cannot be trained" in missed[FULL]
 
 
 def test_rates_are_the_methods_own() -> None:
