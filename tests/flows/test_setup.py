@@ -1,8 +1,11 @@
 """`lora setup` with two roles: the owner makes the tables, the application works with them and can do no more."""
 
+import json
+from pathlib import Path
+
 from sqlalchemy import create_engine, make_url, text
 
-from tests.flows.conftest import LoraHere
+from tests.flows.conftest import LoraHere, write_user
 from tests.servers import APPLICATION
 
 
@@ -20,6 +23,19 @@ def test_the_owner_makes_the_tables_and_the_application_uses_them(lora_here: Lor
     assert lora_here("setup", **without).code == 0  # nothing to make: the application may say so
     assert "no adapters yet" in lora_here("list").out
     assert "kept apart by row-level security" in " ".join(lora_here("doctor").out.split())
+
+
+def test_the_list_of_all_tenants_shows_each_ones_adapters(
+    lora_here: LoraHere, postgres_url: str, tmp_path: Path
+) -> None:
+    """Row-level security shows nobody's rows to a transaction that has entered no tenant."""
+    lora_here("setup", **urls(postgres_url))
+    for user in ("acme/alice", "globex/eve"):
+        lora_here("data", "add", user, str(write_user(tmp_path / "data.jsonl", "hello fox")))
+
+    for words, users in (((), ["acme/alice", "globex/eve"]), (("globex",), ["globex/eve"])):
+        listed = json.loads(lora_here("list", *words, "--json").out)
+        assert [one["adapter"] for one in listed] == users
 
 
 def test_doctor_says_when_only_the_queries_keep_tenants_apart(lora_here: LoraHere, postgres_url: str) -> None:

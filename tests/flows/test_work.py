@@ -13,6 +13,7 @@ from pydantic import ByteSize
 from flows import candidates
 from flows import cohort as steps
 from flows.factory import Factory, Pinned, add_data, now, pin_base, request_training
+from flows.fitting import usual_plan
 from flows.settings import FactorySettings
 from flows.work import run_cohort
 from lora_core import train
@@ -20,6 +21,7 @@ from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort as Slots
 from lora_core.curriculum import Answers
 from lora_core.evaluate import Scores, evaluate_all
+from lora_core.planner import Plan
 from lora_core.recipe import load_recipe
 from registry import jobs, queries
 from registry.errors import LeaseLost, StoreUnavailable
@@ -304,3 +306,11 @@ def test_adapters_on_upper_layers_are_the_same_with_lower_states_kept(base_folde
 
     assert found[0] == found[1] == found[2]
     assert list((settings.home_folder / "states" / "eager").glob("*/*"))
+
+
+def test_a_quantised_base_trains_as_it_is_where_others_are_compiled() -> None:
+    """It cannot be compiled, and a worker's setting must not fail its jobs."""
+    settings = FactorySettings(compile=True, slots=16)
+    plans = [usual_plan(settings, 3, load_recipe(None, QUICK), quantised) for quantised in ("", "8bit")]
+
+    assert plans == [Plan(4, 64, compiled=True), Plan(4, 64)]
