@@ -55,6 +55,7 @@ class Measured(TypedDict):
     """What is kept of a setting: every raw time, and ratios of tokens a second by what is compared."""
 
     tokens: int
+    steps: int
     seconds: Samples
     ratios: dict[str, list[float]]
 
@@ -88,14 +89,14 @@ def compare(setting: Setting, rounds: int) -> Measured:
         }  # fmt: skip
         seconds = alternate(sides, rounds, CPU)
     found = {f"{one} / {other}": ratios(seconds[other], seconds[one]) for one, other in GOALS}
-    return {"tokens": setting.tokens, "seconds": seconds, "ratios": found}
+    return {"tokens": setting.tokens, "steps": setting.steps, "seconds": seconds, "ratios": found}
 
 
 def show(result: Measured) -> str:
     """One line of the table: each ratio as median (lowest-highest), and what is wanted."""
     cells = []
     for (one, other), goal in GOALS.items():
-        wanted = goal[result["tokens"]] if isinstance(goal, dict) else goal
+        wanted = goal.get(result["tokens"], "-") if isinstance(goal, dict) else goal
         cells.append(f"{spread(result['ratios'][f'{one} / {other}'])} [{wanted}]")
     return f"{result['tokens']:>6} " + " ".join(f"{cell:>26}" for cell in cells)
 

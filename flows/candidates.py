@@ -15,11 +15,11 @@ from torch import Tensor
 from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Learner, Trained, newest
+from lora_core.curriculum import Learner, Trained
 from lora_core.data.examples import Example, Preference
 from lora_core.data.rendering import AnyRendered, render, render_prompt
 from lora_core.data.snapshot import Snapshot
-from lora_core.data.splits import split
+from lora_core.data.splits import newest, split
 from lora_core.errors import TemplateRefused, TrainingError
 from lora_core.evaluate import Asked, Scores, Trial, evaluate_all
 from lora_core.gate import Verdict, judge

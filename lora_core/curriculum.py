@@ -13,14 +13,13 @@ from functools import cached_property, partial
 from itertools import chain
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from lora_core.data.packing import DenseRows, Row, epoch_batches, pack
 from lora_core.data.rendering import AnyRendered
 from lora_core.errors import LoraError
 from lora_core.optim import RowStep, rate_at
-from lora_core.preference import Pairs, preference_losses
+from lora_core.preference import Pairs, Reference
 from lora_core.recipe import Recipe
 from lora_core.referee import Dropped, Referee
 
@@ -120,7 +119,7 @@ class Student:
         self.best = math.inf
         self.lessons = 0  # given so far of those that dropout masks are told apart by
         self.base_reads = 0  # rows that the base has read for it
-        self.reference: dict[bool, dict[int, float]] = {True: {}, False: {}}  # the base's margins: learnt, held out
+        self.reference = Reference(self.recipe.objective)
         self.planned = self._planned_steps()
 
     @cached_property
@@ -210,8 +209,7 @@ class Student:
                 part = [rows[number] for number in range(start, min(start + BASE_READS, len(rows)))]
                 answers = yield from self._read(Assignment(self._lessons(part, trains), of_base=True))
                 self.base_reads += len(part)
-                for row, margins in zip(part, answers, strict=True):
-                    self.reference[trains].update(zip(row.examples[::2], margins, strict=True))
+                self.reference.hear(part, trains, answers)
 
     def _epoch(self, epoch: int) -> Generator[Assignment, Heard, None]:
         for rows in self._batches(epoch):
@@ -260,7 +258,7 @@ class Student:
     def _batch(self, rows: Sequence[Row]) -> Generator[Assignment, Heard, None]:
         """One optimiser step: the mean loss over all of the batch's rows."""
         step = self.result.steps + 1
-        share = 1 / max(1, self._counted(rows))
+        share = 1 / max(1, self.reference.counted(rows))
         rate = rate_at(self.recipe, step, self.planned)
         total = yield from self._learn(rows, share, RowStep(step, rate, self.recipe))
         self.result.tokens += sum(row.used for row in rows)
@@ -281,13 +279,13 @@ class Student:
         """Held-out loss of the row as it is now.  Nothing of what comes later depends on it: no lesson is counted."""
         rows = self._held_out_rows
         answers = yield from self._read(Assignment(self._lessons(rows, False)))
-        return self._total(answers) / max(1, self._counted(rows))
+        return self.reference.total(answers) / max(1, self.reference.counted(rows))
 
     def _learn(self, rows: Sequence[Row], share: float, step: RowStep) -> Generator[Assignment, Heard, float]:
         """Have rows read to learn from; their summed loss."""
         first, self.lessons = self.lessons, self.lessons + len(rows)
         keys = [dropout_key(self.recipe.seed, first + number) for number in range(len(rows))]
-        return self._total((yield from self._read(Assignment(self._lessons(rows, True, share, keys), step))))
+        return self.reference.total((yield from self._read(Assignment(self._lessons(rows, True, share, keys), step))))
 
     def _lessons(
         self, rows: Sequence[Row], trains: bool, weight: float = 0.0, keys: Sequence[int] | None = None
@@ -296,7 +294,7 @@ class Student:
         dropout = self.recipe.method.dropout if weight else 0.0
         recurring = self._recurring_rows(trains)
         return tuple(
-            Lesson(row, weight, dropout, key, recurring, self._pairs(row, trains))
+            Lesson(row, weight, dropout, key, recurring, self.reference.pairs(row, trains))
             for row, key in zip(rows, keys or [0] * len(rows), strict=True)
         )
 
@@ -309,25 +307,6 @@ class Student:
             raise NotFinite("the gradient", self.result.steps)
         return answers
 
-    def _pairs(self, row: Row, trains: bool) -> Pairs | None:
-        """A row's pairs against what the base thinks of them; against nothing until it has been heard."""
-        if not self.recipe.objective.paired:
-            return None
-        known = self.reference[trains]
-        return Pairs(row, self.recipe.objective, tuple(known.get(index, 0.0) for index in row.examples[::2]))
-
-    def _counted(self, rows: Sequence[Row]) -> int:
-        """What losses are a mean over: predictions, or pairs."""
-        return sum(len(row.examples) // 2 if self.recipe.objective.paired else row.counted for row in rows)
-
-    def _total(self, answers: Answers) -> float:
-        """The summed loss."""
-        objective, heard = self.recipe.objective, list(chain(*answers))
-        if objective.paired:
-            gains_N = torch.tensor(heard, dtype=torch.float64)
-            heard = preference_losses(gains_N, objective.beta, objective.label_smoothing).tolist()
-        return math.fsum(heard)
-
     def _stale(self) -> bool:
         """Whether the last `patience` examinations were no better than the best."""
         since = [step for step, _ in self.result.held_out if step > self.result.best_step]
@@ -337,16 +316,3 @@ class Student:
 def dropout_key(seed: int, lesson: int) -> int:
     """The 63-bit key of one lesson's dropout mask: the user's seed and lesson, nothing of its slot."""
     return (seed * 0x9E3779B97F4A7C15 + lesson * 0xD1B54A32D192ED03 + 1) % 2**63
-
-
-def newest(examples: Sequence[AnyRendered], max_tokens: int | None) -> tuple[AnyRendered, ...]:
-    """The last examples that together have at most `max_tokens` tokens: equal budgets for unequal users."""
-    if max_tokens is None:
-        return tuple(examples)
-    kept: list[AnyRendered] = []
-    for rendered in reversed(examples):
-        max_tokens -= len(rendered.tokens)
-        if max_tokens < 0:
-            break
-        kept.append(rendered)
-    return tuple(reversed(kept))

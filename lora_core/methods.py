@@ -1,5 +1,6 @@
 """The settings of each parameter-efficient method: what a recipe holds under `method`.  No torch: recipes are text."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -20,11 +21,10 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class MethodSpec(Frozen):
+class MethodSpec(Frozen, ABC):
     """What every method has; each names itself, and overrides what it does otherwise."""
 
     name: str
-
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of what enters the adapted places, in training
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # None adapts every layer
 
@@ -39,9 +39,9 @@ class MethodSpec(Frozen):
         return 0
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[Hashable, ...]:
         """What decides where the numbers of a row lie: users of equal shape can share a cohort."""
-        raise NotImplementedError
 
 
 MOST_RANK, MOST_ALPHA = 512, 4096
@@ -225,4 +225,3 @@ class BottleneckSpec(MethodSpec):
 
 
 AnyMethod = Annotated[LoraSpec | PromptSpec | PrefixSpec | BottleneckSpec, Field(discriminator="name")]
-METHOD_NAMES = ("lora", "prompt_tuning", "prefix_tuning", "bottleneck")

@@ -4,8 +4,10 @@ The reference is the row of zeros, the base: what it thinks of a pair comes with
 N pairs a slot, D documents a slot and what is left of the row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -32,6 +34,38 @@ class Pairs:
         """Tokens of each document, as many as are asked for, and of the rest of the row."""
         found = list(self.row.lengths)
         return [*found, *[0] * (documents - len(found)), len(self.row.tokens) - sum(found)]
+
+
+class Reference:
+    """What a learner's answers come to: its objective's loss, of pairs against what the base thinks of each."""
+
+    def __init__(self, objective: ObjectiveSpec) -> None:
+        self.objective = objective
+        self._margins: dict[bool, dict[int, float]] = {True: {}, False: {}}  # the base's, of pairs learnt and held out
+
+    def hear(self, rows: Sequence[Row], trains: bool, answers: Sequence[Sequence[float]]) -> None:
+        """What the base answered to rows of pairs."""
+        for row, margins in zip(rows, answers, strict=True):
+            self._margins[trains].update(zip(row.examples[::2], margins, strict=True))
+
+    def pairs(self, row: Row, trains: bool) -> Pairs | None:
+        """A row's pairs against what the base thinks of them; against nothing until it has been heard."""
+        if not self.objective.paired:
+            return None
+        known = self._margins[trains]
+        return Pairs(row, self.objective, tuple(known.get(index, 0.0) for index in row.examples[::2]))
+
+    def counted(self, rows: Sequence[Row]) -> int:
+        """What losses are a mean over: predictions, or pairs."""
+        return sum(len(row.examples) // 2 if self.objective.paired else row.counted for row in rows)
+
+    def total(self, answers: Sequence[Sequence[float]]) -> float:
+        """The summed loss."""
+        heard = list(chain(*answers))
+        if self.objective.paired:
+            gains_N = torch.tensor(heard, dtype=torch.float64)
+            heard = preference_losses(gains_N, self.objective.beta, self.objective.label_smoothing).tolist()
+        return math.fsum(heard)
 
 
 def preference_losses(gains: Tensor, beta: Tensor | float, smoothing: Tensor | float) -> Tensor:

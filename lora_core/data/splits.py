@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_core.data.examples import Example, canonical_line
+from lora_core.data.rendering import AnyRendered
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,16 @@ def _rank(example: Example) -> float:
     """A number from 0 to 1 that depends on the example's content alone."""
     digest = hashlib.sha256(canonical_line(example).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def newest(examples: Sequence[AnyRendered], max_tokens: int | None) -> tuple[AnyRendered, ...]:
+    """The last examples that together have at most `max_tokens` tokens: equal budgets for unequal users."""
+    if max_tokens is None:
+        return tuple(examples)
+    kept: list[AnyRendered] = []
+    for rendered in reversed(examples):
+        max_tokens -= len(rendered.tokens)
+        if max_tokens < 0:
+            break
+        kept.append(rendered)
+    return tuple(reversed(kept))

@@ -31,7 +31,9 @@ from lora_core.recipe import Recipe, make_recipe
 from lora_core.row_store import RowMemory, RowStore
 from lora_core.train import train
 from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, examples, llama
-from tests.lora_core.test_exact import killed_and_resumed, run
+from tests.lora_core.killing import killed_and_resumed
+from tests.lora_core.test_exact import T as ROW_TOKENS
+from tests.lora_core.test_exact import run
 from tests.lora_core.test_peft_parity import padded
 
 BLOCKS = {
@@ -279,7 +281,7 @@ def test_a_user_is_the_same_alone_packed_taken_aside_killed_and_resumed(tmp_path
 
     alone = run(base, [one], slots, bank)[one.name]
     packed = run(base, cohort[:middle], slots, bank, cohort[middle:])[one.name]
-    resumed = killed_and_resumed(base, cohort, slots, bank, tmp_path, generator.randrange(1, 9))[one.name]
+    resumed = killed_and_resumed(base, cohort, slots, bank, tmp_path, generator.randrange(1, 9), ROW_TOKENS)[one.name]
 
     for other in (packed, resumed):
         assert torch.equal(alone.row_P, other.row_P)

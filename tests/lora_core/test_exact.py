@@ -13,9 +13,9 @@ from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner, Trained
 from lora_core.data.rendering import AnyRendered
 from lora_core.objectives import ObjectiveSpec
-from lora_core.saves import Saves
 from lora_core.train import train
 from tests.lora_core.conftest import examples, gpt2, llama, lora_of, pairs, recipe
+from tests.lora_core.killing import killed_and_resumed
 
 PACKS, T = 200, 32
 
@@ -62,38 +62,11 @@ def run(
     slots: int,
     bank: Bank,
     later: Sequence[Learner] = (),
-    saves: Saves | None = None,
 ) -> dict[str, Trained]:
     """Train some at once and let others arrive one by one."""
     coming = [[one] for one in later]
     arrive = lambda: coming.pop(0) if coming else ()  # noqa: E731
-    return {one.name: one for one in train(base, now, slots, T, bank, arrivals=arrive, saves=saves)}
-
-
-class Killed(Exception):
-    """The process ended here."""
-
-
-def killed_and_resumed(
-    base: BaseModel, cohort: Sequence[Learner], slots: int, bank: Bank, folder: Path, steps: int
-) -> dict[str, Trained]:
-    """Save after every micro-step, die after some, and go on in another order."""
-
-    def die() -> bool:
-        nonlocal steps
-        steps -= 1
-        if steps < 0:
-            raise Killed
-        return True
-
-    done: dict[str, Trained] = {}
-    try:
-        for one in train(base, cohort, slots, T, bank, saves=Saves(folder, "shape", die)):
-            done[one.name] = one
-    except Killed:
-        pass
-    rest = [one for one in reversed(cohort) if one.name not in done]
-    return done | run(base, rest, slots, bank, saves=Saves(folder, "shape", lambda: False))
+    return {one.name: one for one in train(base, now, slots, T, bank, arrivals=arrive)}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +86,7 @@ def test_a_user_is_the_same_alone_packed_taken_aside_killed_and_resumed(
 
     alone = run(base, [one], slots, bank)[one.name]
     packed = run(base, cohort[:middle], slots, bank, cohort[middle:])[one.name]
-    resumed = killed_and_resumed(base, cohort, slots, bank, tmp_path, generator.randrange(1, 12))[one.name]
+    resumed = killed_and_resumed(base, cohort, slots, bank, tmp_path, generator.randrange(1, 12), T)[one.name]
 
     for other in (packed, resumed):
         assert torch.equal(alone.row_P, other.row_P)

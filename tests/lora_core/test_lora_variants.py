@@ -21,7 +21,8 @@ from lora_core.intake import AdapterFiles, read_artifact
 from lora_core.methods import LoraSpec
 from lora_core.recipe import Recipe, make_recipe
 from tests.lora_core.conftest import ARCHITECTURES, examples, learner, lora_of, recipe
-from tests.lora_core.test_exact import killed_and_resumed
+from tests.lora_core.killing import killed_and_resumed
+from tests.lora_core.test_exact import T as ROW_TOKENS
 from tests.lora_core.test_exact import run as run_rows
 from tests.lora_core.test_peft_parity import load_row, our_logits, peft_loop, peft_model
 from tests.lora_core.test_train import run
@@ -207,7 +208,7 @@ def test_variants_and_plain_users_change_nobody(tmp_path: Path, pack: int) -> No
 
     alone = run_rows(base, [one], 3, bank)[one.name]
     packed = run_rows(base, cohort[:2], 3, bank, cohort[2:])[one.name]
-    resumed = killed_and_resumed(base, cohort, 3, bank, tmp_path, generator.randrange(1, 12))[one.name]
+    resumed = killed_and_resumed(base, cohort, 3, bank, tmp_path, generator.randrange(1, 12), ROW_TOKENS)[one.name]
 
     for other in (packed, resumed):
         assert torch.equal(alone.row_P, other.row_P)

@@ -34,7 +34,7 @@ from lora_core.row_store import RowMemory, RowStore
 from lora_core.saves import Saves
 from lora_core.train import train
 from tests.lora_core.conftest import ARCHITECTURES, T, learner, lora_of, pairs, recipe
-from tests.lora_core.test_exact import Killed
+from tests.lora_core.killing import Killed, doomed, resumed
 from tests.lora_core.test_peft_parity import load_row, padded, peft_model
 
 STEPS = 60
@@ -151,21 +151,12 @@ def test_killed_while_the_base_reads_or_later_it_goes_on_to_the_same_bytes(
 ) -> None:
     """What the base said of the pairs is part of what was heard."""
     cohort, bank = [chooser(seed, held_out=4, patience=3) for seed in (1, 2, 3)], LoraBank(llama_base.sites, 4)
-    left = steps
-
-    def die() -> bool:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Killed
-        return True
-
     whole = run(llama_base, cohort, 2, bank)
     with pytest.raises(Killed):
-        run(llama_base, cohort, 2, bank, saves=Saves(tmp_path, "shape", die))
-    resumed = run(llama_base, cohort[::-1], 2, bank, saves=Saves(tmp_path, "shape", lambda: False))
+        run(llama_base, cohort, 2, bank, saves=doomed(tmp_path, steps))
+    after = run(llama_base, cohort[::-1], 2, bank, saves=resumed(tmp_path))
 
-    assert all(same(whole[one.name], resumed[one.name]) for one in cohort)
+    assert all(same(whole[one.name], after[one.name]) for one in cohort)
 
 
 def test_a_save_of_a_time_before_answers_were_lists_is_none(llama_base: BaseModel, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lora_core.recipe import Recipe, make_recipe
 from lora_core.saves import Saves
 from lora_core.train import train
 from tests.lora_core.conftest import T, examples, learner, lora_of, recipe
+from tests.lora_core.killing import Killed, doomed, resumed
 
 K = 4
 GRID: dict[str, object] = {
@@ -92,28 +93,15 @@ def test_neighbours_change_neither_bytes_nor_verdicts(llama_base: BaseModel, see
         assert (found.won, found.rung, found.loss) == (expected.won, expected.rung, expected.loss)
 
 
-class Killed(Exception):
-    """The process ended here."""
-
-
 @pytest.mark.parametrize("steps", [3, 12, 20])
 def test_a_search_that_was_killed_ends_the_same(llama_base: BaseModel, tmp_path: Path, steps: int) -> None:
     """Verdicts that were heard stay; those that were not are found again."""
-    left = [steps]
-
-    def die() -> bool:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        return True
-
     with pytest.raises(Killed):
-        run(llama_base, list(halving(searcher()).trials.values()), saves=Saves(tmp_path, "shape", die))
+        run(llama_base, list(halving(searcher()).trials.values()), saves=doomed(tmp_path, steps))
     again = halving(searcher())
-    saves = Saves(tmp_path, "shape", lambda: False)
-    resumed = again.reports(run(llama_base, list(again.trials.values()), saves=saves))
+    found_again = again.reports(run(llama_base, list(again.trials.values()), saves=resumed(tmp_path)))
 
-    for found, expected in zip(resumed, searched(llama_base, searcher()), strict=True):
+    for found, expected in zip(found_again, searched(llama_base, searcher()), strict=True):
         assert torch.equal(found.trained.row_P, expected.trained.row_P)
         assert (found.won, found.rung, found.loss) == (expected.won, expected.rung, expected.loss)
 

@@ -32,7 +32,7 @@ from lora_core.row_store import RowMemory, RowStore
 from lora_core.saves import Saves
 from lora_core.train import train
 from tests.lora_core.conftest import ARCHITECTURES, T, examples, gpt2, llama, make_tokenizer
-from tests.lora_core.test_exact import Killed
+from tests.lora_core.killing import killed_and_resumed
 
 KINDS: dict[str, dict[str, object]] = {
     "prompt": {"method": "prompt_tuning"},
@@ -143,28 +143,6 @@ def test_what_lies_beyond_a_users_own_tokens_stays_zero(base: BaseModel, kind: s
         assert torch.equal(bank.from_tensors(bank.to_tensors(trained.row_P, spec), spec), trained.row_P)
 
 
-def killed_and_resumed(
-    base: BaseModel, learners: Sequence[Learner], bank: Bank, slots: int, folder: Path, steps: int
-) -> dict[str, Trained]:
-    """Save after every micro-step, die after some, and go on in another order."""
-
-    def die() -> bool:
-        nonlocal steps
-        steps -= 1
-        if steps < 0:
-            raise Killed
-        return True
-
-    done: dict[str, Trained] = {}
-    try:
-        for one in train(base, learners, slots, T, bank, saves=Saves(folder, "shape", die)):
-            done[one.name] = one
-    except Killed:
-        pass
-    rest = [one for one in reversed(learners) if one.name not in done]
-    return done | run(base, rest, bank, slots, Saves(folder, "shape", lambda: False))
-
-
 @pytest.mark.parametrize("pack_number", range(18))
 def test_a_user_is_the_same_alone_packed_taken_aside_killed_and_resumed(tmp_path: Path, pack_number: int) -> None:
     """Unlike numbers of virtual tokens, sizes, steps, slots, waiting lists: row and losses to the bit."""
@@ -196,7 +174,7 @@ def test_a_user_is_the_same_alone_packed_taken_aside_killed_and_resumed(tmp_path
 
     alone = run(base, [one], bank, slots)[one.name]
     packed = run(base, learners, bank, slots)[one.name]
-    resumed = killed_and_resumed(base, learners, bank, slots, tmp_path, generator.randrange(1, 12))[one.name]
+    resumed = killed_and_resumed(base, learners, slots, bank, tmp_path, generator.randrange(1, 12), T)[one.name]
 
     assert same(alone, packed)
     assert same(alone, resumed)
