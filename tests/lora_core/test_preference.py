@@ -215,7 +215,7 @@ def test_choosers_by_other_methods_are_the_same_alone_and_packed(llama_base: Bas
 @pytest.mark.parametrize("patience", [None, 3])
 def test_a_trial_of_a_choosers_search_is_the_plain_chooser(llama_base: BaseModel, patience: int | None) -> None:
     """Though the base reads held-out pairs for it that are nobody's without a search: dropout goes on the same."""
-    axes = {"rank": [2, 4], "learning_rate": [1e-3, 1e-2]}
+    axes = {"rank": [2, 4], "learning_rate": [1e-3, 1e-2], "finalists": 2}
     search = Halving(chooser(1, held_out=5, epochs=4, patience=patience, search=axes), lambda _: 1)
     bank = LoraBank(llama_base.sites, 4)
 
