@@ -51,22 +51,21 @@ def draw(results: Sequence[Compared], base_loss: float, path: Path) -> Path:
     """Held-out loss against numbers trained, and what each method costs in memory and time, as one PNG."""
     from matplotlib.figure import Figure  # imported late: a second to load, and only pictures need it
 
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.axhline(base_loss, color="grey", linestyle="--", label="the base itself")
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    quality, memory, time = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    quality.axhline(base_loss, color="grey", linestyle="--", label="the base itself")
     for one in results:
-        left.scatter(one.parameters, one.loss, s=60)
-        left.annotate(one.method, (one.parameters, one.loss), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    left.set(title="Quality", xscale="log", xlabel="numbers trained", ylabel="held-out loss, nats a token")
-    left.margins(x=0.25)
-    left.legend(fontsize=8)
-    places = range(len(results))
-    right.barh([place - 0.2 for place in places], [one.peak_bytes / 2**20 for one in results], 0.4, label="peak, MiB")
-    right.barh([place + 0.2 for place in places], [one.seconds for one in results], 0.4, label="training, seconds")
-    right.set_yticks(places, [one.method for one in results], fontsize=8)
-    right.set(title="Cost of training one user", xscale="log")
-    right.invert_yaxis()
-    right.legend(fontsize=8)
+        quality.scatter(one.parameters, one.loss, s=60, label=one.method)
+    quality.set(title="Quality", xlabel="numbers trained", ylabel="held-out loss, nats a token")
+    quality.set(xscale="log", yscale="log")
+    quality.legend(fontsize=8)
+    names, colours = [one.method for one in results], [f"C{number}" for number in range(len(results))]
+    memory.barh(names, [one.peak_bytes / 2**20 for one in results], color=colours)
+    memory.set(title="Memory to train one user", xlabel="peak, MiB")
+    time.barh(names, [one.seconds for one in results], color=colours)
+    time.set(title="Time to train one user", xlabel="seconds", yticks=[])
+    for axes in (memory, time):
+        axes.invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
