@@ -162,6 +162,19 @@ class DatabaseUnavailable(RegistryError):
         return "database {}: {}; {}".format(*self.args)
 
 
+class SchemaUnknown(RegistryError):
+    """The tables are of a release that this one does not know: where, their revision, and this release's."""
+
+    def __init__(self, url: str, revision: str, wanted: str) -> None:
+        super().__init__(url, revision, wanted)
+
+    def __str__(self) -> str:
+        return (
+            "database {}: its tables are {}, which this release ({}) does not know; use the release that made them, "
+            "or go back with it: lora setup --revision {}".format(*self.args, self.args[2])
+        )
+
+
 class StoreError(RegistryError):
     """Something is wrong between us and the object store."""
 
