@@ -163,16 +163,13 @@ class DatabaseUnavailable(RegistryError):
 
 
 class SchemaUnknown(RegistryError):
-    """The tables are of a release that this one does not know: where, their revision, and this release's."""
+    """This release does not know a revision of the tables: which, whose, and what to do."""
 
-    def __init__(self, url: str, revision: str, wanted: str) -> None:
-        super().__init__(url, revision, wanted)
+    def __init__(self, revision: str, whose: str, fix: str) -> None:
+        super().__init__(revision, whose, fix)
 
     def __str__(self) -> str:
-        return (
-            "database {}: its tables are {}, which this release ({}) does not know; use the release that made them, "
-            "or go back with it: lora setup --revision {}".format(*self.args, self.args[2])
-        )
+        return "revision {}, {}, is not one that this release knows; {}".format(*self.args)
 
 
 class StoreError(RegistryError):

@@ -53,14 +53,16 @@ def _revision(connection: Connection) -> str:
     return MigrationContext.configure(connection).get_current_revision() or ""
 
 
-def _is_older(engine: Engine, revision: str, other: str) -> bool:
-    """Whether the tables of one revision come before those of another.  Raises SchemaUnknown."""
+def _is_older(engine: Engine, revision: str, found: str) -> bool:
+    """Whether a revision comes before the one that was found.  Raises SchemaUnknown."""
     scripts = ScriptDirectory.from_config(_config())
     order = ["", *(one.revision for one in reversed(list(scripts.walk_revisions())))]
-    for one in (revision, other):
-        if one not in (*order, "head"):
-            raise SchemaUnknown(shown(engine), one, order[-1])
-    return revision != "head" and order.index(revision) < order.index(other)
+    if found not in order:
+        fix = f"use the release that made them, or go back with it: lora setup --revision {order[-1]}"
+        raise SchemaUnknown(found, f"of the tables in {shown(engine)}", fix)
+    if revision not in (*order, "head"):
+        raise SchemaUnknown(ascii(revision), "which was asked for", f"use one of {', '.join(order[1:])}")
+    return revision != "head" and order.index(revision) < order.index(found)
 
 
 def _config() -> Config:

@@ -131,7 +131,7 @@ def test_tables_of_a_release_that_is_not_known_are_left_alone(database_url: str)
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
 
     for meet in (lambda: migrate(engine), lambda: schema.present(engine)):
-        with pytest.raises(SchemaUnknown, match="its tables are 9999, which this release"):
+        with pytest.raises(SchemaUnknown, match="revision 9999, of the tables in .* use the release that made them"):
             meet()
     with engine.connect() as connection:
         assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "9999"
