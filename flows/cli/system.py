@@ -51,19 +51,17 @@ def setup(
     say(f"store     {factory.store.check()}")
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    as_json: AsJson = False,
+    ready: Annotated[bool, typer.Option(help="Only try registry, tables and store: what a probe asks.")] = False,
+) -> None:
     """Show the effective settings, try every connection, and name versions and GPU; exit code 1 if something is wrong.
 
     lora doctor
     """
     factory = Factory.from_environment()
-    settings = factory.settings.model_dump(mode="json", exclude=SECRET)
-    rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
     checks = [_tried(factory, *one) for one in (("registry", _registry), ("tables", _tables), ("store", _store))]
-    rows += [*checks, {"what": "python", "state": platform.python_version()}]
-    rows += [{"what": name, "state": _version(name)} for name in LIBRARIES]
-    rows.append({"what": "device", "state": _device()})
-    answer(rows, as_json, "")
+    answer(checks if ready else _everything(factory, checks), as_json, "")
     if any(str(row["state"]).startswith("error") for row in checks):
         raise typer.Exit(1)
 
@@ -80,6 +78,15 @@ def demo(
     from flows.demo.run import run
 
     run(home)
+
+
+def _everything(factory: Factory, checks: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Settings, connections, versions and device, a row each."""
+    settings = factory.settings.model_dump(mode="json", exclude=SECRET)
+    rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
+    rows += [*checks, {"what": "python", "state": platform.python_version()}]
+    rows += [{"what": name, "state": _version(name)} for name in LIBRARIES]
+    return [*rows, {"what": "device", "state": _device()}]
 
 
 def _registry(factory: Factory) -> str:

@@ -108,7 +108,7 @@ def test_a_release_can_be_gone_back_to_and_left_again(database_url: str, revisio
 
 @pytest.mark.parametrize("revision", REVISIONS[REVISIONS.index("0003") : -1])
 def test_the_release_before_runs_on_the_tables_of_the_next(postgres_url: str, revision: str) -> None:
-    """Workers may be replaced one after another: nothing that they name has gone, and what they do not name has a default."""
+    """Workers may be replaced one by one: what they name is there, and what they do not name has a default."""
     engine = open_database(postgres_url)
     migrate(engine, revision)
     old = shape(engine)
