@@ -65,7 +65,7 @@ class Factory:
     @cached_property
     def client(self) -> Client:
         """The pull client on the same registry and store."""
-        return Client(self.engine, self.store, self.settings.cache)
+        return Client(self.engine, self.store, self.settings.cache, self.settings.cache_size)
 
     def set_up(self) -> None:
         """Make what is missing: home folder, tables, bucket.  Safe to run again.  Raises Unready."""

@@ -111,7 +111,7 @@ class FolderStore:
     def _sync_folders(self, path: Path) -> None:
         """Every folder above a file up to the root: a power cut must not take away a name that a row relies on."""
         for folder in path.parents:
-            _sync_folder(folder)
+            sync_folder(folder)
             if folder == self.root:
                 break
 
@@ -169,7 +169,8 @@ def _tidy(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

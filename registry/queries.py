@@ -131,8 +131,13 @@ def version(session: Session, tenant: TenantId, reference: Reference) -> Adapter
         else owned.join(Alias, Alias.version_id == AdapterVersion.id).where(Alias.name == reference.alias)
     )
     if found is None:
-        raise NotFound("version", str(reference), f"see `lora history {reference.label}` for those there are")
+        raise no_version(reference)
     return found
+
+
+def no_version(reference: Reference) -> NotFound:
+    """That a reference means none, in words."""
+    return NotFound("version", str(reference), f"see `lora history {reference.label}` for those there are")
 
 
 def versions(session: Session, tenant: TenantId, adapter: AdapterId) -> list[AdapterVersion]:

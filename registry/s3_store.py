@@ -6,7 +6,7 @@ Only what all such servers agree on is used: PUT with If-None-Match, GET, HEAD, 
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry.errors import ObjectMissing, StoreUnavailable
@@ -58,7 +58,8 @@ class S3Store:
 
         response = self._call(key, lambda: self.client.get_object(Bucket=self.bucket, Key=self._key(key)))
         try:
-            yield from response["Body"].iter_chunks(_CHUNK)
+            with closing(response["Body"]) as body:  # read to its end, or it takes its connection with it
+                yield from body.iter_chunks(_CHUNK)
         except BotoCoreError as error:
             raise StoreUnavailable(self.name, f"{key} broke off ({type(error).__name__})", "try again") from error
 
@@ -167,6 +168,7 @@ def s3_client() -> "S3Client":
     config = Config(
         signature_version="s3v4",  # else boto3 presigns by the older one, which fewer servers take
         retries={"mode": "standard", "max_attempts": 5},
+        max_pool_connections=64,  # as many as pull at once keep theirs: a new one costs round trips
         connect_timeout=5,
         read_timeout=60,
         request_checksum_calculation="when_required",  # newer boto3 sends trailers that older servers answer with 411

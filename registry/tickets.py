@@ -14,10 +14,11 @@ from urllib.request import HTTPRedirectHandler, build_opener
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from registry.client import Puller, Resolved
 from registry.errors import KeyRefused, NameRefused, ObjectMissing, StoreUnavailable, TicketRefused
 from registry.keys import checked_key
 from registry.names import Reference, check_file, check_served
+from registry.pulling import Puller
+from registry.resolved import Resolved
 
 _CHUNK = 1 << 20
 _SECONDS = 60  # of silence, before a server counts as gone

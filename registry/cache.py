@@ -1,0 +1,212 @@
+"""The folder where pulled versions are kept: each is there whole, under the digest of its manifest, or not at all.
+
+    <root>/<sha256 of the manifest>/<served name>/       a version; the folder's time is when it was last asked for
+    <root>/.pulling/<sha256>-<served name> and .lock     one that is being fetched, and the lock of who fetches it
+    <root>/.pulling/gone-...                             one that has been taken away, and is being removed
+
+A version comes into its place by one rename of a folder whose files and names have been synced, and leaves it by one:
+so a power cut can cost a version that was there, and never leave half of one.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from registry.errors import PullFailed
+from registry.folder_store import sync_folder
+from registry.locks import alone, shared, taken
+from registry.resolved import Resolved
+
+FRESH_SECONDS = 3600  # since it was asked for last: until then whoever asked may be about to read it
+_PATIENCE = 2  # fetches that may fail while another waits for its turn, before it is told so
+_TOLD = 300  # characters of how a fetch failed, for those that waited for it
+_LOOK_EVERY = 20  # the whole is measured each time that a 20th of the limit has been added
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One version in the cache."""
+
+    folder: Path
+    size: int  # bytes
+    used: float  # when it was last asked for, in seconds since 1970
+
+    @property
+    def served_name(self) -> str:
+        """Under which an engine serves it."""
+        return self.folder.name
+
+
+class Cache:
+    """Verified versions on this machine, for all its threads and processes; at most `limit` bytes, 0 for any number."""
+
+    def __init__(self, root: Path, limit: int = 0) -> None:
+        self.root, self.limit = root, limit
+        self._pulling = root / ".pulling"
+        self._room, self._measuring = 0, Lock()
+
+    def find(self, found: Resolved) -> Path | None:
+        """The folder of a version that is there whole, which counts as asked for now; no file is read."""
+        with self.holding(found) as folder:
+            return folder
+
+    @contextmanager
+    def holding(self, found: Resolved) -> Iterator[Path | None]:
+        """As `find`, and the folder is not taken away while the block lasts."""
+        folder = self.root / found.sha256 / found.served_name
+        with shared(folder) as handle:
+            whole = handle is not None and _whole(folder, found)
+            if whole:
+                with suppress(PermissionError, OSError):  # a cache that this process may only read
+                    os.utime(handle if handle is not None else folder)
+            yield folder if whole else None
+
+    @contextmanager
+    def fetching(self, found: Resolved) -> Iterator[Path]:
+        """An empty folder to fetch a version into, for one thread or process at a time: the others wait here.
+
+        Who dies in it leaves it to the next.  Raises PullFailed for those that waited while two others failed.
+        """
+        self._pulling.mkdir(parents=True, exist_ok=True)
+        aside = self._pulling / f"{found.sha256}-{found.served_name}"
+        lock = aside.with_name(f"{aside.name}.lock")
+        failed_before, _ = _failures(lock)
+        with alone(lock) as handle:
+            assert handle is not None  # it waited
+            failed, why = _failures(lock)
+            if failed - failed_before >= _PATIENCE:
+                raise PullFailed(found.served_name, failed - failed_before, why)
+            shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
+            aside.mkdir()
+            try:
+                yield aside
+            except Exception as error:
+                os.truncate(handle, 0)
+                os.pwrite(handle, f"{failed + 1} {error}"[:_TOLD].replace("\n", " ").encode(), 0)
+                raise
+            else:
+                lock.unlink(missing_ok=True)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def place(self, aside: Path, found: Resolved) -> Path:
+        """Put a fetched folder in its place in one step, instead of a damaged one that is there."""
+        folder = self.root / found.sha256 / found.served_name
+        sync_folder(aside)
+        while True:
+            folder.parent.mkdir(exist_ok=True)
+            if folder.exists():
+                self._remove(folder)
+            with suppress(FileNotFoundError):  # the empty folder above it was being tidied away
+                aside.rename(folder)
+                break
+        return folder
+
+    def added(self, size: int) -> None:
+        """Count what was placed, and trim now and then; in one thread, while the others go on."""
+        if not self.limit or not self._measuring.acquire(blocking=False):
+            return
+        try:
+            self._room -= size
+            if self._room < 0:
+                self.trim(self.limit)
+                self._room = self.limit // _LOOK_EVERY
+        finally:
+            self._measuring.release()
+
+    def entries(self) -> list[Entry]:
+        """The versions that are there, the one that was asked for longest ago first."""
+        found = []
+        for digest in _folders(self.root):
+            for folder in _folders(digest):
+                with suppress(FileNotFoundError):
+                    size = sum(one.stat().st_size for one in folder.iterdir())
+                    found.append(Entry(folder, size, folder.stat().st_mtime))
+        return sorted(found, key=lambda entry: entry.used)
+
+    def trim(self, limit: int, fresh_seconds: float = FRESH_SECONDS) -> list[Entry]:
+        """Remove what was asked for longest ago until `limit` bytes are left; returns what was removed.
+
+        What is held, being fetched, or was asked for just now stays, and so may more than the limit.
+        """
+        self._tidy()
+        entries, removed = self.entries(), []
+        total, until = sum(entry.size for entry in entries), time.time() - fresh_seconds
+        for entry in entries:
+            if total <= limit or entry.used > until:
+                break
+            if self._evict(entry):
+                total -= entry.size
+                removed.append(entry)
+        return removed
+
+    def _evict(self, entry: Entry) -> bool:
+        """Take a version away, unless somebody holds it or has asked for it meanwhile."""
+        with taken(entry.folder) as handle:
+            if handle is None or os.fstat(handle).st_mtime > entry.used:
+                return False
+            gone = self._take_away(entry.folder)
+        shutil.rmtree(gone, ignore_errors=True)
+        with suppress(OSError):  # another version of the same bytes is there
+            entry.folder.parent.rmdir()
+        return True
+
+    def _remove(self, folder: Path) -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._take_away(folder), ignore_errors=True)
+
+    def _take_away(self, folder: Path) -> Path:
+        """Out of its place in one step: no reader finds half of it."""
+        self._pulling.mkdir(exist_ok=True)
+        return folder.rename(self._pulling / f"gone-{secrets.token_hex(8)}")
+
+    def _tidy(self) -> None:
+        """Remove what killed processes left aside."""
+        for gone in self._pulling.glob("gone-*"):
+            shutil.rmtree(gone, ignore_errors=True)
+        for lock in self._pulling.glob("*.lock"):
+            with alone(lock, wait=False) as handle:
+                if handle is not None:
+                    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                    lock.unlink(missing_ok=True)
+
+
+def intact(folder: Path, found: Resolved) -> bool:
+    """Whether a cached folder still holds the bytes that were pulled: every file is read and hashed."""
+    try:
+        for name, facts in found.files.items():
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                    return False
+    except OSError:
+        return False
+    return True
+
+
+def _whole(folder: Path, found: Resolved) -> bool:
+    """Whether every file has its size: the rename says that it was whole, this that nobody has cut it since."""
+    try:
+        return all((folder / name).stat().st_size == facts["size"] for name, facts in found.files.items())
+    except OSError:
+        return False
+
+
+def _failures(lock: Path) -> tuple[int, str]:
+    """How many fetches under this lock have failed in a row, and how the last one did."""
+    try:
+        count, _, why = lock.read_text(encoding="utf-8", errors="replace").partition(" ")
+        return int(count or 0), why
+    except (OSError, ValueError):
+        return 0, ""
+
+
+def _folders(above: Path) -> Iterator[Path]:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        yield from (Path(one.path) for one in os.scandir(above) if one.is_dir() and not one.name.startswith("."))
