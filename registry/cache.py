@@ -3,6 +3,7 @@
     <root>/<sha256 of the manifest>/<served name>/       a version; the folder's time is when it was last asked for
     <root>/.pulling/<sha256>-<served name> and .lock     one that is being fetched, and the lock of who fetches it
     <root>/.pulling/gone-...                             one that has been taken away, and is being removed
+    <root>/.known/                                       what pinned references were found to be: pins.py
 
 A version comes into its place by one rename of a folder whose files and names have been synced, and leaves it by one:
 so a power cut can cost a version that was there, and never leave half of one.
@@ -19,13 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from registry import pins
 from registry.errors import PullFailed
 from registry.folder_store import sync_folder
 from registry.locks import alone, shared, taken
 from registry.resolved import Resolved
 
+PINS = ".known"
 FRESH_SECONDS = 3600  # since it was asked for last: until then whoever asked may be about to read it
 _PATIENCE = 2  # fetches that may fail while another waits for its turn, before it is told so
+_TRIES = 5  # an evictor may take the empty folder away just before a version is put into it
 _TOLD = 300  # characters of how a fetch failed, for those that waited for it
 _LOOK_EVERY = 20  # the whole is measured each time that a 20th of the limit has been added
 
@@ -64,7 +68,7 @@ class Cache:
         with shared(folder) as handle:
             whole = handle is not None and _whole(folder, found)
             if whole:
-                with suppress(PermissionError, OSError):  # a cache that this process may only read
+                with suppress(OSError):  # a cache that this process may only read
                     os.utime(handle if handle is not None else folder)
             yield folder if whole else None
 
@@ -91,23 +95,18 @@ class Cache:
                 os.truncate(handle, 0)
                 os.pwrite(handle, f"{failed + 1} {error}"[:_TOLD].replace("\n", " ").encode(), 0)
                 raise
-            else:
-                lock.unlink(missing_ok=True)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
+            lock.unlink(missing_ok=True)  # last of all: whoever waits meets at a new file from here on
 
     def place(self, aside: Path, found: Resolved) -> Path:
         """Put a fetched folder in its place in one step, instead of a damaged one that is there."""
         folder = self.root / found.sha256 / found.served_name
         sync_folder(aside)
-        while True:
-            folder.parent.mkdir(exist_ok=True)
-            if folder.exists():
-                self._remove(folder)
-            with suppress(FileNotFoundError):  # the empty folder above it was being tidied away
-                aside.rename(folder)
-                break
-        return folder
+        for _ in range(_TRIES - 1):
+            with suppress(FileNotFoundError):
+                return self._put(aside, folder)
+        return self._put(aside, folder)
 
     def added(self, size: int) -> None:
         """Count what was placed, and trim now and then; in one thread, while the others go on."""
@@ -147,6 +146,11 @@ class Cache:
                 removed.append(entry)
         return removed
 
+    def clear(self) -> list[Entry]:
+        """Remove all that nobody holds or fetches; returns what was removed."""
+        pins.tidy(self.root / PINS, older_than=0)
+        return self.trim(0, fresh_seconds=0)
+
     def _evict(self, entry: Entry) -> bool:
         """Take a version away, unless somebody holds it or has asked for it meanwhile."""
         with taken(entry.folder) as handle:
@@ -158,9 +162,13 @@ class Cache:
             entry.folder.parent.rmdir()
         return True
 
-    def _remove(self, folder: Path) -> None:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self._take_away(folder), ignore_errors=True)
+    def _put(self, aside: Path, folder: Path) -> Path:
+        """Raises FileNotFoundError when the empty folder above it is tidied away meanwhile."""
+        folder.parent.mkdir(exist_ok=True)
+        if folder.exists():
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self._take_away(folder), ignore_errors=True)
+        return aside.rename(folder)
 
     def _take_away(self, folder: Path) -> Path:
         """Out of its place in one step: no reader finds half of it."""
@@ -168,7 +176,8 @@ class Cache:
         return folder.rename(self._pulling / f"gone-{secrets.token_hex(8)}")
 
     def _tidy(self) -> None:
-        """Remove what killed processes left aside."""
+        """Remove what killed processes left aside, and what counts no more."""
+        pins.tidy(self.root / PINS)
         for gone in self._pulling.glob("gone-*"):
             shutil.rmtree(gone, ignore_errors=True)
         for lock in self._pulling.glob("*.lock"):

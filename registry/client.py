@@ -8,6 +8,7 @@ from pathlib import Path
 from sqlalchemy.engine import Engine
 
 from registry import queries
+from registry.cache import PINS
 from registry.errors import NameRefused
 from registry.fleet import Where
 from registry.names import LATEST, Reference
@@ -27,7 +28,7 @@ class Client(Puller):
 
     def __init__(self, engine: Engine, store: ObjectStore, cache: Path, limit: int = 0) -> None:
         super().__init__(store, cache, limit)
-        self.engine, self.pins = engine, Pins(cache / ".known", shown(engine))
+        self.engine, self.pins = engine, Pins(cache / PINS, shown(engine))
 
     @classmethod
     def from_environment(cls) -> "Client":

@@ -48,14 +48,15 @@ class Pins:
             aside.write_text(json.dumps(facts), encoding="utf-8")
             aside.replace(path)
 
-    def tidy(self, older_than: float = TRUSTED_SECONDS) -> None:
-        """Remove those that count no more."""
-        until = time.time() - older_than
-        for path in self.folder.glob("*"):
-            with suppress(OSError):
-                if path.stat().st_mtime <= until:
-                    path.unlink()
-
     def _path(self, wanted: Reference) -> Path:
         name = f"{self.registry}\n{wanted.tenant}/{wanted.user}/{wanted.adapter}:{wanted.number}"
         return self.folder / hashlib.sha256(name.encode()).hexdigest()
+
+
+def tidy(folder: Path, older_than: float = TRUSTED_SECONDS) -> None:
+    """Remove the records that count no more."""
+    until = time.time() - older_than
+    for path in folder.glob("*"):
+        with suppress(OSError):
+            if path.stat().st_mtime <= until:
+                path.unlink()

@@ -7,8 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, ProgrammingError
@@ -66,6 +64,9 @@ def upgrade(engine: Engine, revision: str = "head", application: str | None = No
 
     With the engine of the tables' owner, `application` is the role that works with them and owns nothing.
     """
+    from alembic import command  # imported late: who only pulls waits for a fifth of a second less
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(files("registry") / "migrations"))
     with _known_faults(engine), engine.begin() as connection:

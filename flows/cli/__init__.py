@@ -12,11 +12,13 @@ import warnings
 import typer
 
 from flows.cli import (
+    caching,
     chatting,
     comparing,
     dataset,
     fleet,
     leave,
+    pulling,
     reading,
     scheduling,
     system,
@@ -39,7 +41,8 @@ app = typer.Typer(
 )
 app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
-for group in (system, training, tuning, reading, versions, fleet, leave, chatting, comparing):
+app.add_typer(caching.app, name="cache")
+for group in (system, training, tuning, reading, versions, pulling, fleet, leave, chatting, comparing):
     group.register(app)
 
 
