@@ -9,7 +9,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -65,7 +65,8 @@ class _Relay:
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_server, to_server = await asyncio.open_connection(self.server.hostname, self.server.port)
         there, back = self._pass_on(reader, to_server, self.seconds), self._pass_on(from_server, writer, 0)
-        await asyncio.gather(there, back, return_exceptions=True)
+        with suppress(asyncio.CancelledError):  # the end of it all
+            await asyncio.gather(there, back, return_exceptions=True)
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seconds: float) -> None:
         try:

@@ -20,7 +20,7 @@ from registry.names import check_file
 from registry.resolved import Pulled, Resolved
 
 FILES_AT_ONCE = 8  # of one version
-VERSIONS_AT_ONCE = 16  # of many; more wait for this process's one interpreter, not for the network
+VERSIONS_AT_ONCE = 32  # of many: enough to wait for the network and the disk while the interpreter is busy
 _AHEAD = 4  # versions in line for each that is under way
 _GIVE_UP = 64  # versions in a row that find no store: it is away, and the others would wait for it in vain
 

@@ -111,9 +111,9 @@ class SignedSource:
             raise StoreUnavailable(server, f"{key} broke off ({type(error).__name__})", "try again") from None
 
 
-def redeem(ticket: Ticket, cache: Path, verify: bool = False) -> Path:
+def redeem(ticket: Ticket, cache: Path, verify: bool = False, limit: int = 0) -> Path:
     """The local folder of the version that a ticket gives leave to, verified.  Raises as `Client.pull` does."""
-    return Puller(SignedSource(ticket), cache).fetch(ticket.resolved, verify)
+    return Puller(SignedSource(ticket), cache, limit).fetch(ticket.resolved, verify)
 
 
 class _Straight(HTTPRedirectHandler):

@@ -115,7 +115,7 @@ WITHOUT = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers", "peft", "prefect", "numpy", "pyarrow"):
+        if name.split(".")[0] in ("torch", "transformers", "peft", "prefect", "numpy", "pyarrow", "alembic", "boto3"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocked())
 from pathlib import Path
