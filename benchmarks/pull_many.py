@@ -5,7 +5,7 @@ files each, published the usual way, in a registry on PostgreSQL.  Three sides t
 
   loop       boto3's `download_file`, one file after another, with its defaults, SHA-256 checked afterwards
   get loop   the same with `get_object`, which saves the HEAD that `download_file` sends before each file
-  pull       `Client.pull_all`, from the name of the tenant to verified folders, registry and fsync included
+  pull       `Client.pull_all`, from the name of the tenant to verified folders, registry included
 
 The loops are told keys and digests; the pull asks the registry for them.  Then, with the store unplugged: how long a
 pull takes of a version that is there.  And 200 pulls of one version at once: how many GETs.

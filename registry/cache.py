@@ -5,8 +5,9 @@
     <root>/.pulling/gone-...                             one that has been taken away, and is being removed
     <root>/.known/                                       what pinned references were found to be: pins.py
 
-A version comes into its place by one rename of a folder whose files and names have been synced, and leaves it by one:
-so a power cut can cost a version that was there, and never leave half of one.
+A version comes into its place by one rename, once every byte of it has been checked, and leaves it by one.  Nothing is
+synced, since it could be fetched again: instead, a version that was asked for last before this machine was started is
+read and hashed once, as a power cut may have taken some of it.
 """
 
 import hashlib
@@ -22,16 +23,16 @@ from threading import Lock
 
 from registry import pins
 from registry.errors import PullFailed
-from registry.folder_store import sync_folder
 from registry.locks import alone, shared, taken
 from registry.resolved import Resolved
 
 PINS = ".known"
+_PROGRAM_STARTED = time.time()
 FRESH_SECONDS = 3600  # since it was asked for last: until then whoever asked may be about to read it
 _PATIENCE = 2  # fetches that may fail while another waits for its turn, before it is told so
 _TRIES = 5  # an evictor may take the empty folder away just before a version is put into it
 _TOLD = 300  # characters of how a fetch failed, for those that waited for it
-_LOOK_EVERY = 20  # the whole is measured each time that a 20th of the limit has been added
+_LOOK_EVERY = 20  # the whole is measured each time that this part of the limit has been added, and trimmed by as much
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,13 @@ class Cache:
     def __init__(self, root: Path, limit: int = 0) -> None:
         self.root, self.limit = root, limit
         self._pulling = root / ".pulling"
-        self._room, self._measuring = 0, Lock()
+        self._room, self._counting = 0, Lock()  # bytes that may be added before the next look
 
     def find(self, found: Resolved) -> Path | None:
-        """The folder of a version that is there whole, which counts as asked for now; no file is read."""
+        """The folder of a version that is there whole, which counts as asked for now.
+
+        Sizes are looked at, and no file is read, but for the first time since the machine was started.
+        """
         with self.holding(found) as folder:
             return folder
 
@@ -66,11 +70,12 @@ class Cache:
         """As `find`, and the folder is not taken away while the block lasts."""
         folder = self.root / found.sha256 / found.served_name
         with shared(folder) as handle:
-            whole = handle is not None and _whole(folder, found)
-            if whole:
-                with suppress(OSError):  # a cache that this process may only read
-                    os.utime(handle if handle is not None else folder)
-            yield folder if whole else None
+            if handle is None or not _whole(folder, found) or not (_seen_alive(handle) or intact(folder, found)):
+                yield None
+                return
+            with suppress(OSError):  # a cache that this process may only read
+                os.utime(handle)
+            yield folder
 
     @contextmanager
     def fetching(self, found: Resolved) -> Iterator[Path]:
@@ -102,23 +107,22 @@ class Cache:
     def place(self, aside: Path, found: Resolved) -> Path:
         """Put a fetched folder in its place in one step, instead of a damaged one that is there."""
         folder = self.root / found.sha256 / found.served_name
-        sync_folder(aside)
         for _ in range(_TRIES - 1):
             with suppress(FileNotFoundError):
                 return self._put(aside, folder)
         return self._put(aside, folder)
 
     def added(self, size: int) -> None:
-        """Count what was placed, and trim now and then; in one thread, while the others go on."""
-        if not self.limit or not self._measuring.acquire(blocking=False):
+        """Count what was placed, and now and then measure the whole and trim it."""
+        if not self.limit:
             return
-        try:
+        step = self.limit // _LOOK_EVERY
+        with self._counting:
             self._room -= size
-            if self._room < 0:
-                self.trim(self.limit)
-                self._room = self.limit // _LOOK_EVERY
-        finally:
-            self._measuring.release()
+            if self._room >= 0:
+                return
+            self._room = step
+        self.trim(self.limit - step)
 
     def entries(self) -> list[Entry]:
         """The versions that are there, the one that was asked for longest ago first."""
@@ -205,6 +209,17 @@ def _whole(folder: Path, found: Resolved) -> bool:
         return all((folder / name).stat().st_size == facts["size"] for name, facts in found.files.items())
     except OSError:
         return False
+
+
+def _seen_alive(handle: int) -> bool:
+    """Whether a folder was asked for since this machine was started: then no power cut came between."""
+    now = time.time()
+    return _started(now) <= os.fstat(handle).st_mtime <= now + 1  # a clock that was set back says nothing
+
+
+def _started(now: float) -> float:
+    """When this machine was started, in seconds since 1970; where the system does not say, this program."""
+    return now - time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else _PROGRAM_STARTED
 
 
 def _failures(lock: Path) -> tuple[int, str]:

@@ -111,7 +111,7 @@ class FolderStore:
     def _sync_folders(self, path: Path) -> None:
         """Every folder above a file up to the root: a power cut must not take away a name that a row relies on."""
         for folder in path.parents:
-            sync_folder(folder)
+            _sync_folder(folder)
             if folder == self.root:
                 break
 
@@ -169,8 +169,7 @@ def _tidy(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder survive a power cut."""
+def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

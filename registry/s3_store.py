@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry.errors import ObjectMissing, StoreUnavailable
@@ -120,8 +121,8 @@ class S3Store:
 
     def _from(self, key: str, start: int) -> Iterator[bytes]:
         """The object from a byte on: it is immutable, so that the rest of it fits what came before."""
-        place = {"Bucket": self.bucket, "Key": self._key(key)} | ({"Range": f"bytes={start}-"} if start else {})
-        response = self._call(key, lambda: self.client.get_object(**place))
+        get = partial(self.client.get_object, Bucket=self.bucket, Key=self._key(key))
+        response = self._call(key, lambda: get(Range=f"bytes={start}-") if start else get())
         with closing(response["Body"]) as body:  # read to its end, or it takes its connection with it
             yield from body.iter_chunks(_CHUNK)
 

@@ -36,12 +36,14 @@ class Memory:
     def version(self, number: int, size: int = 100) -> Resolved:
         """Version so-and-so, whose files have so many bytes in all."""
         weights = f"weights of {number}".encode()
-        named = {"weights.bin": {"sha256": hashlib.sha256(weights).hexdigest(), "size": len(weights)}}
+        named: dict[str, dict[str, int | str]] = {
+            "weights.bin": {"sha256": hashlib.sha256(weights).hexdigest(), "size": len(weights)}
+        }
         manifest = json.dumps({"files": named}).encode()
         manifest += b" " * (size - len(weights) - len(manifest))
         digest, prefix = hashlib.sha256(manifest).hexdigest(), f"t/acme/{number}"
         self.objects |= {f"{prefix}/weights.bin": weights, f"{prefix}/manifest.json": manifest}
-        files = {**named, "manifest.json": {"sha256": digest, "size": len(manifest)}}
+        files: dict[str, dict[str, int | str]] = {**named, "manifest.json": {"sha256": digest, "size": len(manifest)}}
         return Resolved(Reference("acme", "alice"), number, "accepted", f"default-{number}", prefix, digest, files)
 
     def stream(self, key: str) -> Iterator[bytes]:
@@ -87,7 +89,7 @@ def test_what_is_evicted(ages: list[int], held: set[int], limit: int, size: int)
 
 
 def test_a_cache_stays_within_its_limit(tmp_path: Path) -> None:
-    """As versions are pulled; within a twentieth."""
+    """As versions are pulled; but for the one that has just come."""
     source, most = Memory(), 0
     puller = Puller(source, tmp_path / "cache", limit=10_000)
     for number in range(60):
@@ -95,7 +97,7 @@ def test_a_cache_stays_within_its_limit(tmp_path: Path) -> None:
         age(folder, OLD - number)
         most = max(most, sum(one.size for one in puller.cache.entries()))
 
-    assert 9_000 < most <= 10_500
+    assert 9_000 < most <= 10_400
     assert [one.served_name for one in puller.cache.entries()][-1] == "default-59"
 
 

@@ -1,5 +1,6 @@
 """Pulls of many versions, and many pulls of one: fetched once, one bad one alone, warm without any network."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ class Watched(FolderStore):
         super().__init__(root)
         self.asked: list[str] = []
         self.failures = 0
-        self.before_failing = lambda: None
+        self.before_failing: Callable[[], None] = lambda: None
 
     def stream(self, key: str) -> Iterator[bytes]:
         """An object, or a store that is away."""
@@ -223,6 +224,23 @@ def test_a_cached_version_that_was_cut_short_is_fetched_again(client: Client, pu
     (folder / "weights.bin").write_text("")
 
     assert (client.pull("acme/alice") / "weights.bin").read_text().startswith("alice")
+
+
+@pytest.mark.parametrize("asked_for", [0.0, time.time() + 10**6], ids=["before the start", "in the future"])
+def test_a_version_that_was_not_seen_since_the_machine_was_started_is_hashed(
+    client: Client, published: None, store: Watched, asked_for: float
+) -> None:
+    """A power cut may have kept a file's length and lost its bytes; after that, once, sizes are enough again."""
+    folder = client.pull("acme/alice")
+    good = (folder / "weights.bin").read_text()
+    (folder / "weights.bin").write_text("\0" * len(good))
+    os.utime(folder, (asked_for, asked_for))
+
+    assert (client.pull("acme/alice") / "weights.bin").read_text() == good
+    store.asked.clear()
+    os.utime(folder, (asked_for, asked_for))
+    assert client.pull("acme/alice") == folder
+    assert store.asked == []
 
 
 @pytest.mark.parametrize("manifest", ["[]", "{}", '{"files": {"weights.bin": 3}}', "nonsense", "[" * 10**5])
