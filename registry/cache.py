@@ -97,8 +97,7 @@ class Cache:
             try:
                 yield aside
             except Exception as error:
-                os.truncate(handle, 0)
-                os.pwrite(handle, f"{failed + 1} {error}"[:_TOLD].replace("\n", " ").encode(), 0)
+                _note_failure(handle, failed + 1, error)
                 raise
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -220,6 +219,12 @@ def _seen_alive(handle: int) -> bool:
 def _started(now: float) -> float:
     """When this machine was started, in seconds since 1970; where the system does not say, this program."""
     return now - time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else _PROGRAM_STARTED
+
+
+def _note_failure(handle: int, count: int, error: Exception) -> None:
+    with suppress(OSError):  # a full disk: then those that wait try in their turn
+        os.truncate(handle, 0)
+        os.pwrite(handle, f"{count} {error}"[:_TOLD].replace("\n", " ").encode(errors="replace"), 0)
 
 
 def _failures(lock: Path) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """The client: from a reference to a verified local folder.  What an inference host installs; no torch."""
 
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -16,7 +17,7 @@ from registry.pins import Pins
 from registry.pulling import Puller
 from registry.resolved import Pulled, Resolved
 from registry.resolving import PAGE, resolve_all, resolve_page
-from registry.session import open_database, reading, shown
+from registry.session import open_database, reading
 from registry.settings import RegistrySettings
 from registry.store import ObjectStore, open_store
 
@@ -28,7 +29,7 @@ class Client(Puller):
 
     def __init__(self, engine: Engine, store: ObjectStore, cache: Path, limit: int = 0) -> None:
         super().__init__(store, cache, limit)
-        self.engine, self.pins = engine, Pins(cache / PINS, shown(engine))
+        self.engine, self.pins = engine, Pins(cache / PINS, _identity(engine))
 
     @classmethod
     def from_environment(cls) -> "Client":
@@ -93,6 +94,15 @@ class Client(Puller):
             for asked, one in zip(page, read, strict=True):
                 meant = found[one] if isinstance(one, Reference) else one
                 yield meant if isinstance(meant, Resolved) else Pulled(asked, error=meant)
+
+
+def _identity(engine: Engine) -> str:
+    """Which registry this is: files of one relative name in two folders are two, and one in memory is like no other."""
+    if engine.dialect.name == "sqlite":
+        file = engine.url.database
+        return str(Path(file).absolute()) if file and file != ":memory:" else secrets.token_hex(16)
+    place = {name: value for name, value in engine.url.query.items() if "pass" not in name}  # host= may be there
+    return engine.url.set(password=None, query=place).render_as_string()
 
 
 def _read(reference: str | Reference) -> Reference:

@@ -39,7 +39,7 @@ def clear(
     cache = Cache(RegistrySettings.read().cache)
     removed = cache.trim(_bytes(keep), fresh_seconds=0) if keep else cache.clear()
     left = cache.entries()
-    say(f"{len(removed)} versions removed, {_total(removed)}; {len(left)} left, {_total(left)}")
+    say(f"removed {len(removed)} of {len(removed) + len(left)} versions, {_total(removed)}; {_total(left)} left")
 
 
 def _bytes(text: str) -> int:

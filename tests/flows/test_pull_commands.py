@@ -117,9 +117,9 @@ def test_the_cache_is_listed_and_emptied(lora_here: LoraHere, tmp_path: Path) ->
     assert len(rows) == 3
     assert rows[-1]["folder"] == newest
     kept = lora_here("cache", "clear", "--keep", str(rows[-1]["size"]))
-    assert "2 versions removed" in kept.out
+    assert "removed 2 of 3 versions" in kept.out
     assert Path(newest).is_dir()
-    assert "1 versions removed" in lora_here("cache", "clear").out
+    assert "removed 1 of 1 versions" in lora_here("cache", "clear").out
     assert list((tmp_path / "home" / "pulled").glob("[!.]*")) == []
 
 

@@ -185,6 +185,15 @@ def test_what_a_pinned_version_was_is_asked_again_after_a_day(
     assert client.pins.recall(wanted) is None
 
 
+def test_what_is_being_used_is_not_evicted(client: Client, published: None) -> None:
+    """An engine that reads a folder now and then says so."""
+    with client.using("acme/alice") as folder:
+        assert client.cache.clear() == []
+        assert (folder / "weights.bin").exists()
+
+    assert [one.folder for one in client.cache.clear()] == [folder]
+
+
 def test_what_one_registry_said_counts_for_no_other(
     client: Client, published: None, store: Watched, tmp_path: Path
 ) -> None:
