@@ -26,7 +26,7 @@ from flows.cli import (
     tuning,
     versions,
 )
-from flows.cli.printing import fail
+from flows.cli.printing import fail, in_words
 from flows.errors import FlowError
 from lora_core.errors import LoraError
 from registry.errors import NotFound, RegistryError
@@ -80,12 +80,7 @@ def _run() -> None:
 def _in_words(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return _missing(error)
-    if isinstance(error, OSError):
-        what = error.strerror or str(error)
-        return (
-            f"{str(error.filename)[:200]}: {what}; check the path, its rights and the space" if error.filename else what
-        )
-    return str(error)
+    return in_words(error)
 
 
 def _missing(error: ModuleNotFoundError) -> str:

@@ -23,7 +23,7 @@ def list_(as_json: AsJson = False) -> None:
     entries = Cache(settings.cache).entries()
     answer([_row(one, as_json) for one in entries], as_json, "nothing has been pulled yet")
     limit = f"of {size(settings.cache_size)}" if settings.cache_size else "without a limit"
-    remark(f"{len(entries)} versions, {_total(entries)} {limit}, in {settings.cache}")
+    remark(f"versions: {len(entries)}; {_total(entries)} {limit}, in {settings.cache}")
 
 
 @app.command()

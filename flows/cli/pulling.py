@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from flows.cli.fleet import All, Conditions
-from flows.cli.printing import AsJson, Row, answer, answer_one, fail, remark, say, size
+from flows.cli.printing import AsJson, Row, answer, answer_one, fail, in_words, remark, say, size
 from flows.errors import Unready
 from registry.client import Client, Pulled
 from registry.errors import NotFound
@@ -97,7 +97,7 @@ def _report(outcomes: Iterator[Pulled], asked_for: str, as_json: bool) -> None:
     for done in _shown(outcomes):
         if done.error:
             failed += 1
-            fail(f"{done.reference}: {done.error}", 1)
+            fail(f"{str(done.reference)[:200]}: {in_words(done.error)}", 1)
         elif not as_json:
             say(f"{done.reference}  {done.folder}")
         cached += done.folder is not None and not done.fetched
@@ -115,7 +115,7 @@ def _report(outcomes: Iterator[Pulled], asked_for: str, as_json: bool) -> None:
 
 def _row(done: Pulled) -> Row:
     facts = {"reference": str(done.reference), "number": done.number or None, "folder": done.folder}
-    return {**facts, "fetched": done.fetched, "error": str(done.error) if done.error else None}
+    return {**facts, "fetched": done.fetched, "error": in_words(done.error) if done.error else None}
 
 
 def _shown(outcomes: Iterable[Pulled]) -> Iterator[Pulled]:
