@@ -131,13 +131,8 @@ def version(session: Session, tenant: TenantId, reference: Reference) -> Adapter
         else owned.join(Alias, Alias.version_id == AdapterVersion.id).where(Alias.name == reference.alias)
     )
     if found is None:
-        raise no_version(reference)
+        raise reference.not_found()
     return found
-
-
-def no_version(reference: Reference) -> NotFound:
-    """That a reference means none, in words."""
-    return NotFound("version", str(reference), f"see `lora history {reference.label}` for those there are")
 
 
 def versions(session: Session, tenant: TenantId, adapter: AdapterId) -> list[AdapterVersion]:

@@ -25,7 +25,7 @@ _FACTS = (
 
 def resolve_page(engine: Engine, wanted: Sequence[Reference]) -> dict[Reference, Resolved | NotFound]:
     """What each reference means now, or that it means nothing: a few statements for each tenant among them."""
-    found: dict[Reference, Resolved | NotFound] = {one: queries.no_version(one) for one in wanted}
+    found: dict[Reference, Resolved | NotFound] = {one: one.not_found() for one in wanted}
     by_tenant = defaultdict(list)
     for one in wanted:
         by_tenant[one.tenant].append(one)
