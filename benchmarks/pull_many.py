@@ -19,6 +19,8 @@ import json
 import os
 import platform
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -232,6 +234,7 @@ def main() -> None:
     parser.add_argument("--pulls", type=int, default=200, help="of one version at once")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end as well
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)  # PostgreSQL's own user goes through it
     try:
