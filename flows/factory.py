@@ -23,7 +23,6 @@ from registry.datasets import Content, add_dataset
 from registry.jobs import Enqueued, Order, enqueue
 from registry.models import SharedBase
 from registry.names import Reference
-from registry.schema import migrate
 from registry.session import open_database
 from registry.store import ObjectStore, open_store, s3_client
 
@@ -66,13 +65,15 @@ class Factory:
     @cached_property
     def client(self) -> Client:
         """The pull client on the same registry and store."""
-        return Client(self.engine, self.store, self.settings.cache)
+        return Client(self.engine, self.store, self.settings.cache, self.settings.cache_size)
 
     def set_up(self, revision: str | None = None) -> None:
         """Make what is missing: home folder, tables, bucket.  Safe to run again.  Raises Unready, SchemaUnknown.
 
         With the revision of an earlier release, the tables go back to it.
         """
+        from registry.schema import migrate  # imported late: who only pulls waits for less
+
         home = self.settings.home_folder
         try:
             home.mkdir(parents=True, exist_ok=True)

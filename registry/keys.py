@@ -8,6 +8,8 @@ import re
 
 from registry.errors import KeyRefused, ObjectDiffers
 
+MANIFEST = "manifest.json"  # names a version's other files and their digests; uploaded last
+
 _PART = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*")
 
 

@@ -18,15 +18,14 @@ from sqlalchemy.orm import Session, aliased
 from registry import aliases, uploads
 from registry.errors import ContentDiffers, LeaseLost
 from registry.jobs import ClaimedJob, close
+from registry.keys import MANIFEST, version_prefix
 from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Facts, Job
 from registry.names import LATEST, RunId, VersionId, check_file
 from registry.protection import is_protected
 from registry.queries import note
 from registry.session import reading, transaction
-from registry.store import ObjectStore, version_prefix
+from registry.store import ObjectStore
 from registry.tenancy import enter
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)

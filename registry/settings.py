@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from registry.errors import SettingRefused
@@ -20,6 +20,7 @@ class RegistrySettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LORA_", frozen=True, extra="ignore", env_ignore_empty=True)
 
     home: Path = Path("~/.lora")  # caches, and registry and store where no URL says otherwise
+    cache_size: ByteSize = ByteSize(50 * 1024**3)  # of pulled adapters, such as 20GB; 0: as many as are pulled
     database_url: str = Field(default="", repr=False)  # may hold a password
     database_owner_url: str = Field(default="", repr=False)  # PostgreSQL: whose tables they are; for `lora setup` only
     store_url: str = ""

@@ -12,11 +12,13 @@ import warnings
 import typer
 
 from flows.cli import (
+    caching,
     chatting,
     comparing,
     dataset,
     fleet,
     leave,
+    pulling,
     reading,
     scheduling,
     system,
@@ -24,7 +26,7 @@ from flows.cli import (
     tuning,
     versions,
 )
-from flows.cli.printing import fail
+from flows.cli.printing import fail, in_words
 from flows.errors import FlowError
 from lora_core.errors import LoraError
 from registry.errors import NotFound, RegistryError
@@ -39,7 +41,8 @@ app = typer.Typer(
 )
 app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
-for group in (system, training, tuning, reading, versions, fleet, leave, chatting, comparing):
+app.add_typer(caching.app, name="cache")
+for group in (system, training, tuning, reading, versions, pulling, fleet, leave, chatting, comparing):
     group.register(app)
 
 
@@ -77,12 +80,7 @@ def _run() -> None:
 def _in_words(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return _missing(error)
-    if isinstance(error, OSError):
-        what = error.strerror or str(error)
-        return (
-            f"{str(error.filename)[:200]}: {what}; check the path, its rights and the space" if error.filename else what
-        )
-    return str(error)
+    return in_words(error)
 
 
 def _missing(error: ModuleNotFoundError) -> str:

@@ -11,7 +11,6 @@ import typer
 
 from flows.cli.printing import AsJson, answer, say
 from flows.factory import Factory
-from registry import schema
 from registry.errors import RegistryError
 from registry.session import reading, shown
 from registry.tenancy import unbound
@@ -45,9 +44,11 @@ def setup(
 
     LORA_DATABASE_URL=postgresql+psycopg://lora_app@... LORA_DATABASE_OWNER_URL=postgresql+psycopg://lora@... lora setup
     """
+    from registry.schema import present
+
     factory = Factory.from_environment()
     factory.set_up(revision)
-    say(f"registry  {shown(factory.engine)}, tables {schema.present(factory.engine)}")
+    say(f"registry  {shown(factory.engine)}, tables {present(factory.engine)}")
     say(f"store     {factory.store.check()}")
 
 
@@ -100,9 +101,11 @@ def _registry(factory: Factory) -> str:
 
 
 def _tables(factory: Factory) -> str:
-    found, wanted = schema.present(factory.engine), schema.wanted()
-    if found != wanted:
-        return f"error: they are {found or 'missing'}, this release wants {wanted}; run `lora setup`"
+    from registry.schema import present, wanted
+
+    found = present(factory.engine)
+    if found != wanted():
+        return f"error: they are {found or 'missing'}, this release wants {wanted()}; run `lora setup`"
     return found
 
 
