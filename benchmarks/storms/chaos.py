@@ -1,0 +1,60 @@
+"""A seeded hand that kills a service every few seconds and starts it again, until it is told to stop."""
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from benchmarks.storms.servers import Site
+from benchmarks.storms.watching import Watch
+
+PAUSE_SECONDS, AWAY_SECONDS = (4.0, 16.0), (0.0, 8.0)  # between kills; until it is started again
+
+
+@dataclass
+class Chaos:
+    """Who was killed when, and for how long it was away."""
+
+    site: Site
+    watch: Watch
+    rng: random.Random
+    kills: bool
+    marks: list[dict[str, object]] = field(default_factory=list)
+
+    def go(self, over: threading.Event) -> None:
+        """Kill and restart; what ends by itself is started again, as a supervisor would."""
+        while not over.is_set():
+            if self.kills:
+                self._kill_one(over)
+            for name in list(self.site.services):
+                if self.site.services[name].dead:
+                    self._restart(name, "ended", self.watch.seconds)
+            over.wait(self.rng.uniform(*PAUSE_SECONDS) if self.kills else 1)
+
+    def _kill_one(self, over: threading.Event) -> None:
+        """Workers as often as all servers together."""
+        servers = ["postgres", "store", "prefect", "clock"]
+        name = self.rng.choice(self.site.workers if self.rng.random() < 0.5 else servers)
+        at = self.watch.seconds
+        self.site.services[name].kill()
+        over.wait(self.rng.uniform(*AWAY_SECONDS))
+        self._restart(name, "killed", at)
+
+    def _restart(self, name: str, how: str, at: float) -> None:
+        self.site.services[name].start()
+        away = round(self.watch.seconds - at, 1)
+        self.marks.append({"at": round(at, 1), "service": name, "how": how, "away": away})
+
+
+@contextmanager
+def supervised(site: Site, watch: Watch, seed: int, kills: bool) -> Iterator[Chaos]:
+    """Services that end are started again; with `kills`, they are made to."""
+    chaos, over = Chaos(site, watch, random.Random(seed), kills), threading.Event()
+    thread = threading.Thread(target=chaos.go, args=(over,), name="chaos", daemon=True)
+    thread.start()
+    try:
+        yield chaos
+    finally:
+        over.set()
+        thread.join()
