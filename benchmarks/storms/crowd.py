@@ -24,7 +24,7 @@ from registry.session import transaction
 TENANTS = ("acme", "globex", "initech", "umbrella", "hooli")
 BASE = Plan(vocabulary=512, width=64, inner=192, layers=2, steps=150)
 RECIPE: Mapping[str, object] = {
-    "rank": 4, "learning_rate": 2e-2, "epochs": 6, "batch_size": 4, "row_tokens": 256, "max_length": 256,
+    "rank": 4, "learning_rate": 5e-3, "epochs": 4, "batch_size": 4, "row_tokens": 256, "max_length": 256,
     "warmup": 0.1, "holdout.minimum": 4, "gate.significance": 1.0,
 }  # fmt: skip
 _CHUNK = 50  # users added by one process in one go
