@@ -27,7 +27,7 @@ from prefect.deployments import run_deployment
 from prefect.tasks import exponential_backoff
 
 from flows import cohort as steps
-from flows import report
+from flows import report, runs
 from flows.cohort import Cohort
 from flows.factory import Factory, pin_base, request_training
 from flows.work import enqueue_due, run_cohort, sweep
@@ -51,7 +51,7 @@ TASKS: dict[Callable[..., Any], Any] = {
     )(steps.publish_all),
     enqueue_due: task(name="due", retries=2)(enqueue_due),
     sweep: task(name="sweep", retries=2)(sweep),
-    steps.runs_wanted: task(name="count")(steps.runs_wanted),
+    runs.runs_wanted: task(name="count")(runs.runs_wanted),
 }
 
 
@@ -95,10 +95,10 @@ def tick(deployment: str = "adapt-cohort/adapt-cohort") -> int:
     for trouble in as_task(enqueue_due, factory):
         get_run_logger().warning("not queued: %s", trouble)
     as_task(sweep, factory)
-    runs: int = max(0, as_task(steps.runs_wanted, factory) - _runs_waiting(deployment))
-    for _ in range(runs):
+    wanted: int = max(0, as_task(runs.runs_wanted, factory) - _runs_waiting(deployment))
+    for _ in range(wanted):
         run_deployment(deployment, timeout=0, as_subflow=False)
-    return runs
+    return wanted
 
 
 def _runs_waiting(deployment: str) -> int:
@@ -106,13 +106,13 @@ def _runs_waiting(deployment: str) -> int:
     flow_name, _, name = deployment.partition("/")
     not_begun = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING]))
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(
+        found = client.read_flow_runs(
             flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])),
             deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name])),
             flow_run_filter=FlowRunFilter(state=not_begun),
-            limit=steps.MOST_RUNS,
+            limit=runs.MOST_RUNS,
         )
-    return len(runs)
+    return len(found)
 
 
 def _named_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives

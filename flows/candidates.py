@@ -3,11 +3,11 @@
 Pure of databases and stores: `cohort.py` brings snapshots and earlier versions in and carries files out.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lora_core.data.examples import Example, Preference
 from lora_core.data.rendering import AnyRendered, render, render_prompt
 from lora_core.data.snapshot import Snapshot
 from lora_core.data.splits import newest, split
+from lora_core.door import Door
 from lora_core.errors import TemplateRefused, TrainingError
 from lora_core.evaluate import Asked, Scores, Trial, evaluate_all
 from lora_core.gate import Verdict, judge
@@ -78,6 +79,20 @@ class Candidate:
         """How many slots it makes good use of: as many as go on after a search's first rung."""
         return self.search.spec.places(len(self.learners)) if self.search else 1
 
+    def slim(self) -> None:
+        """Forget examples and weights: what it came to is safe elsewhere, and many come after it."""
+        self.learner, self.held_out, self.live, self.search = _slim(self.learner), (), None, None
+        self.trials = [
+            replace(one, learner=_slim(one.learner), trained=replace(one.trained, row_P=one.trained.row_P[:0]))
+            for one in self.trials
+        ]
+        if self.trained:
+            self.trained = replace(self.trained, row_P=self.trained.row_P[:0])
+
+
+def _slim(learner: Learner) -> Learner:
+    return replace(learner, train=(), held_out=(), start=None, referee=None)
+
 
 def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel) -> Candidate:
     """Split and render one user's examples.  Raises TrainingError where nothing is left to learn from."""
@@ -114,6 +129,23 @@ def _check_kind(label: str, examples: Sequence[Example], objective: ObjectiveSpe
         )
 
 
+class Guests(Protocol):
+    """Who comes to a cohort while it trains: `lora_core.door.Door` for candidates."""
+
+    def arrivals(self, places: int) -> Sequence[Candidate]:
+        """Who comes in now, so that they can be trained beside the others: of equal base, row length and bank."""
+        ...
+
+    def dismissed(self) -> Collection[str]:
+        """The labels of those whose result nobody wants any more."""
+        ...
+
+    @property
+    def closing(self) -> bool:
+        """Whether to stop now, with everybody's progress saved."""
+        ...
+
+
 def train_candidates(
     base: BaseModel,
     candidates: Sequence[Candidate],
@@ -121,26 +153,65 @@ def train_candidates(
     watch: Callable[[Pace], None] | None = None,
     saves: Saves | None = None,
     states: RowStore | None = None,
-) -> Plan:
-    """Train a cohort packed, and tell by which plan it ended: a smaller one where memory ran out.
+    guests: Guests | None = None,
+) -> Iterator[Candidate]:
+    """Train a cohort packed, and yield each candidate once it is done, with the plan it was trained by.
 
     Its recipes share base, row length and bank, so neighbours change nobody's bytes.
     """
     bank = training_bank(base, candidates)
-    learners = [learner for candidate in candidates for learner in candidate.learners]
     compute = LowerLayers(base, bank, states).read_rows if states else None
-    found: dict[str, tuple[Trained, Plan]] = {}
-    for trained, used in train_planned(base, learners, planned, bank, watch, compute, saves):
+    inside = _Inside(candidates, guests)
+    for trained, used in train_planned(base, inside.learners, planned, bank, watch, compute, saves, inside):
+        if candidate := inside.done(trained, used):
+            yield candidate
+
+
+class _Inside(Door):
+    """Whose learners are in training, and what has become of those that are done."""
+
+    def __init__(self, candidates: Sequence[Candidate], guests: Guests | None) -> None:
+        self.guests = guests
+        self._of: dict[str, Candidate] = {}  # by learner
+        self._found: dict[str, dict[str, tuple[Trained, Plan]]] = {}  # by candidate, then learner
+        self.learners = self._seated(candidates)
+
+    def arrivals(self, places: int) -> Sequence[Learner]:
+        """The learners of the candidates who come."""
+        return self._seated(self.guests.arrivals(places)) if self.guests else ()
+
+    def dismissed(self) -> Collection[str]:
+        """All learners of the candidates who are sent away."""
+        unwanted = self.guests.dismissed() if self.guests else ()
+        return {name for name, candidate in self._of.items() if candidate.label in unwanted} if unwanted else ()
+
+    @property
+    def closing(self) -> bool:
+        """As the guests' door is."""
+        return self.guests is not None and self.guests.closing
+
+    def done(self, trained: Trained, used: Plan) -> Candidate | None:
+        """Take a learner's result in; its candidate, if that was the last."""
+        candidate = self._of.pop(trained.name)
+        found = self._found.setdefault(candidate.label, {})
         found[trained.name] = trained, used
-        planned = used
-    for candidate in candidates:
-        _take(candidate, found)
-    return planned
+        if len(found) < len(candidate.learners):
+            return None
+        _take(candidate, self._found.pop(candidate.label))
+        return candidate
+
+    def _seated(self, candidates: Sequence[Candidate]) -> list[Learner]:
+        learners = [(learner, candidate) for candidate in candidates for learner in candidate.learners]
+        self._of.update({learner.name: candidate for learner, candidate in learners})
+        return [learner for learner, _ in learners]
 
 
 def _take(candidate: Candidate, found: Mapping[str, tuple[Trained, Plan]]) -> None:
     """What became of a candidate; of a search its winner, under the winner's own recipe."""
     name = candidate.label
+    if any(trained.outcome == "dismissed" for trained, _ in found.values()):
+        candidate.trouble = "nobody wants its result any more"
+        return
     if candidate.search:
         try:
             candidate.trials = candidate.search.reports({trial: trained for trial, (trained, _) in found.items()})

@@ -27,7 +27,8 @@ def rehearse(
     check_device(factory.settings.device or "cpu")
     loaded = load_base(base.name, base.revision, factory.settings.device or None, quantise=base.quantised)
     candidate = make_candidate(label, recipe, snapshot, loaded)
-    train_candidates(loaded, [candidate], planned(factory.settings, loaded, candidate), watch)
+    for _ in train_candidates(loaded, [candidate], planned(factory.settings, loaded, candidate), watch):
+        pass
     if candidate.trained is None:
         raise TrainingError(label, candidate.trouble, "or look at the data")
     return candidate

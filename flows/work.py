@@ -10,6 +10,8 @@ from flows import cohort as steps
 from flows.cohort import Cohort
 from flows.errors import FlowError
 from flows.factory import Factory, Pinned, now, pin_base, request_training
+from flows.hands import in_hand
+from flows.leaving import Leave
 from lora_core.errors import LoraError
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
@@ -31,15 +33,23 @@ def run_cohort(
     only: Sequence[JobId] | None = None,
     watch: Callable[[Pace], None] | None = None,
     do: Do = plainly,
+    leave: Leave | None = None,
+    tick: Callable[[], object] = tuple,
 ) -> Cohort | None:
-    """Take one cohort of waiting jobs from raw datasets to published versions; None when nobody waits."""
+    """Take one cohort of waiting jobs from raw datasets to published versions; None when nobody waits.
+
+    Unless it is for some jobs `only`, others that can share it are let in while it trains, and `tick` is called before
+    each look for them.  Told to `leave`, it takes nobody more, and puts back who is unfinished when the time to train
+    is over.
+    """
+    leave, look = leave or Leave(factory.settings.grace), tick if only is None else None
     claimed = do(steps.claim, factory, only)
     if not claimed:
         return None
-    with steps.in_hand(factory, claimed):
-        cohort: Cohort = do(steps.prepare, factory, claimed)  # a user with bad data drops out alone
-        do(steps.train, factory, cohort, watch)  # one process, one frozen base, every user
-        do(steps.judge, factory, cohort)  # against the base and the live version
+    with in_hand(factory, claimed) as hands:
+        cohort: Cohort = do(steps.prepare, factory, claimed, hands, leave, look is not None)  # or drops out alone
+        do(steps.train, factory, cohort, watch, look)  # one process, one frozen base, every user
+        do(steps.judge, factory, cohort)  # who was not while others trained: against the base and the live version
         do(steps.publish_all, factory, cohort)  # bytes first, row second
     return cohort
 

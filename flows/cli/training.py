@@ -1,6 +1,5 @@
 """`lora train` and `lora work`: the whole job without a Prefect server, on the same steps."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from flows.cli.printing import AsJson, answer, console, fail, say
 from flows.errors import FlowError
 from flows.factory import Factory, add_data, pin_base, request_training
+from flows.leaving import Leave, on_signals
 from lora_core.errors import LoraError
 from registry import queries
 from registry.errors import RegistryError
@@ -82,43 +82,72 @@ def work(
     once: Annotated[bool, typer.Option("--once", help="Stop when nobody waits; else go on for ever.")] = False,
     memory: MemoryOption = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks when nobody waits.")] = 5.0,
+    grace: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="From SIGTERM or Ctrl-C to the end, such as 30s; else LORA_GRACE."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="The GPU to train on, such as cuda:1, or cpu; else LORA_DEVICE.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Do what is due: fire schedules, train waiting jobs in cohorts, sweep up.  No Prefect server is needed.
 
+    Start one for each GPU, on any number of machines.  Told to go, it saves who is unfinished for another worker.
+
     lora work --once
+
+    lora work --device cuda:1 --grace 2m
     """
+    factory = Factory.from_environment(memory=memory, grace=grace, device=device)
+    factory.set_up()
+    leave = Leave(factory.settings.grace)
+    with on_signals(leave, lambda words: fail(words, 0)):
+        while not leave.asked:
+            rows = work_once(factory, leave, every, once, quiet=as_json)
+            if once and not leave.asked:
+                finish(rows, as_json)
+                break
+            if rows:
+                show(rows, as_json)
+            leave.idle(every)
+
+
+def work_once(factory: Factory, leave: Leave, every: float, once: bool, quiet: bool) -> list[dict[str, str]]:
+    """Do what is due now; one row a user.  What is wrong with database or store is told, unless it is the only time."""
     from flows.work import enqueue_due, sweep
 
-    factory = Factory.from_environment(memory=memory)
-    factory.set_up()
-    while True:
-        try:
-            for trouble in enqueue_due(factory):
-                fail(f"not queued: {trouble}", 0)
-            rows = drain(factory, None, quiet=as_json)
-            sweep(factory)
-        except (RegistryError, LoraError, FlowError) as error:
-            if once:
-                raise
-            fail(f"{error}; looking again in {every:g} s", 0)
-            rows = []
+    def tick() -> None:
+        for trouble in enqueue_due(factory):
+            fail(f"not queued: {trouble}", 0)
+
+    try:
+        tick()
+        rows = drain(factory, None, quiet, leave, tick)
+        sweep(factory)
+        return rows
+    except (RegistryError, LoraError, FlowError) as error:
         if once:
-            return finish(rows, as_json)
-        if rows:
-            show(rows, as_json)
-        time.sleep(every)
+            raise
+        fail(f"{error}; looking again in {every:g} s", 0)
+        return []
 
 
-def drain(factory: Factory, only: list[JobId] | None, quiet: bool) -> list[dict[str, str]]:
-    """Cohort after cohort until nobody waits; one row a user."""
+def drain(
+    factory: Factory,
+    only: list[JobId] | None,
+    quiet: bool,
+    leave: Leave | None = None,
+    tick: Callable[[], object] = tuple,
+) -> list[dict[str, str]]:
+    """Cohort after cohort until nobody waits, or until told to leave; one row a user."""
     from flows import report
     from flows.work import run_cohort
 
     rows: list[dict[str, str]] = []
-    while only is None or only:
+    while (only is None or only) and not (leave and leave.asked):
         with progress_bar(quiet) as watch:
-            cohort: Cohort | None = run_cohort(factory, only, watch)
+            cohort: Cohort | None = run_cohort(factory, only, watch, leave=leave, tick=tick)
         if cohort is None:
             break
         rows += report.rows(cohort)

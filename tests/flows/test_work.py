@@ -14,6 +14,7 @@ from flows import candidates
 from flows import cohort as steps
 from flows.factory import Factory, Pinned, add_data, now, pin_base, request_training
 from flows.fitting import usual_plan
+from flows.runs import runs_wanted
 from flows.settings import FactorySettings
 from flows.work import run_cohort
 from lora_core import train
@@ -176,16 +177,16 @@ def test_a_lost_lease_is_told_once_and_publishes_nothing(
 
 def test_runs_are_wanted_for_every_group_and_for_dead_workers_jobs(factory: Factory, ask: Ask) -> None:
     """What a claim could take is what is counted."""
-    assert steps.runs_wanted(factory) == 0
+    assert runs_wanted(factory) == 0
     ask("acme/alice")
     ask("acme/bob", rank=2)
-    assert steps.runs_wanted(factory) == 2
+    assert runs_wanted(factory) == 2
 
     with transaction(factory.engine) as session:
         long_ago = now() - timedelta(days=1)
         assert len(jobs.claim(session, "dead", timedelta(minutes=5), 4, long_ago)) == 1
 
-    assert steps.runs_wanted(factory) == 2
+    assert runs_wanted(factory) == 2
 
 
 def test_a_cohort_is_planned_to_fit_into_memory(base_folder: Path, ask: Ask) -> None:
