@@ -53,7 +53,7 @@ def storm(site: Site, crowd: Crowd, options: argparse.Namespace) -> dict[str, An
     add_everybody(crowd, site.environment)
     start_clock(site)
     watch = Watch(site, engine).settle()
-    with supervised(site, watch, options.seed, options.kill) as chaos, watching(watch):
+    with supervised(site, watch, options.seed, options.pause if options.kill else 0) as chaos, watching(watch):
         ended = _wait(site, watch, crowd.users, options.minutes)
     finished = story.finished(engine, watch.began)
     wall = finished[-1][1] if finished else watch.seconds
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--kill", action="store_true", help="kill everything at random; S3's objects are on disk then")
+    parser.add_argument("--pause", type=float, default=10, help="seconds between kills, on average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60, help="give up after so long")
     parser.add_argument("--plain-users", type=int, default=PLAIN_USERS, help="0: no tax is told")

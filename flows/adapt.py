@@ -1,4 +1,4 @@
-"""The Prefect flows.  Each is a table of contents: the steps are in `cohort.py`, their order in `work.py`.
+"""The Prefect flows that train.  Each is a table of contents: the steps are in `cohort.py`, their order in `work.py`.
 
 Prefect decides where and when, retries, and shows; what is true is in the registry.  No data is passed as a parameter,
 and no result is persisted: the registry is the cache.
@@ -9,28 +9,20 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+from httpx import HTTPError
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterName,
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
-from prefect.deployments import run_deployment
+from prefect.exceptions import PrefectException
 from prefect.tasks import exponential_backoff
 
 from flows import cohort as steps
-from flows import report, runs
+from flows import report
 from flows.cohort import Cohort
+from flows.errors import OrchestratorAway
 from flows.factory import Factory, pin_base, request_training
-from flows.work import enqueue_due, run_cohort, sweep
+from flows.work import run_cohort
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
 from registry import uploads
@@ -49,15 +41,15 @@ TASKS: dict[Callable[..., Any], Any] = {
     steps.publish_all: task(
         name="publish", retries=5, retry_delay_seconds=exponential_backoff(2), timeout_seconds=UPLOADS
     )(steps.publish_all),
-    enqueue_due: task(name="due", retries=2)(enqueue_due),
-    sweep: task(name="sweep", retries=2)(sweep),
-    runs.runs_wanted: task(name="count")(runs.runs_wanted),
 }
 
 
 def as_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives
-    """Run a step as its Prefect task, keeping no result."""
-    return TASKS[step].with_options(persist_result=False)(*arguments)
+    """Run a step as its Prefect task, keeping no result.  Raises OrchestratorAway for what is Prefect's own trouble."""
+    try:
+        return TASKS[step].with_options(persist_result=False)(*arguments)
+    except (HTTPError, PrefectException) as error:  # the steps tell what goes wrong in their own words
+        raise OrchestratorAway(step.__name__, f"{type(error).__name__}: {error}") from error
 
 
 @flow(name="adapt-cohort", flow_run_name="cohort", persist_result=False)
@@ -86,33 +78,6 @@ def adapt_user(reference: str, base: str | None = None, recipe: dict[str, Any] |
         return {reference: "another worker has it"}
     _show(cohort)
     return {row["user"]: row["result"] for row in report.rows(cohort)}
-
-
-@flow(name="tick", flow_run_name="tick", persist_result=False)
-def tick(deployment: str = "adapt-cohort/adapt-cohort") -> int:
-    """Turn due schedules into jobs, and waiting jobs into cohort runs; returns how many runs were asked for."""
-    factory = Factory.from_environment()
-    for trouble in as_task(enqueue_due, factory):
-        get_run_logger().warning("not queued: %s", trouble)
-    as_task(sweep, factory)
-    wanted: int = max(0, as_task(runs.runs_wanted, factory) - _runs_waiting(deployment))
-    for _ in range(wanted):
-        run_deployment(deployment, timeout=0, as_subflow=False)
-    return wanted
-
-
-def _runs_waiting(deployment: str) -> int:
-    """How many runs were asked for before and have not begun: with every worker busy, more would only pile up."""
-    flow_name, _, name = deployment.partition("/")
-    not_begun = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING]))
-    with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])),
-            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name])),
-            flow_run_filter=FlowRunFilter(state=not_begun),
-            limit=runs.MOST_RUNS,
-        )
-    return len(found)
 
 
 def _named_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives

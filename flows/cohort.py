@@ -20,7 +20,7 @@ from flows.hands import Hands
 from flows.joining import drop, join, newcomers, put_off
 from flows.keeping import row_store, saves
 from flows.leaving import Leave
-from flows.outgoing import Outgoing
+from flows.outgoing import Done, Outgoing
 from flows.runs import close_run, open_run
 from flows.shelf import StoreShelf
 from lora_core.banks.bank import Bank
@@ -34,9 +34,11 @@ from registry import jobs
 from registry.errors import LeaseLost, RegistryError
 from registry.jobs import ClaimedJob
 from registry.names import JobId, RunId
-from registry.publishing import Published, publish
+from registry.publishing import Published
 from registry.session import transaction
+from registry.together import publish_together
 
+TOGETHER = 64  # users published in one transaction
 Watch = Callable[[Pace], None]  # is told once a micro-step how far a cohort is
 
 
@@ -182,7 +184,7 @@ def _at_desk(factory: Factory, cohort: Cohort, look: Callable[[], object] | None
     if look and plan.row_tokens == recipe.row_tokens:  # else rows are as short as the examples of those here allow
         fetch = partial(newcomers, factory, cohort, look)
         entrance = Entrance(fetch, cohort.leave, plan.slots, factory.settings.admit_seconds)
-    outgoing = Outgoing(partial(_judge, cohort), partial(publish_one, factory, cohort), max(1, plan.slots // 3))
+    outgoing = Outgoing(partial(_judge, cohort), partial(publish_some, factory, cohort), max(1, plan.slots // 3))
     try:
         yield Desk(outgoing, entrance, cohort.leave, cohort.enter, cohort.lost, len(cohort.work))
     finally:
@@ -215,11 +217,11 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
 
     A store or database that fails for one does not hold up the others; the trouble is raised at the end.
     """
+    left = [(job, candidate) for job, candidate in cohort.work.values() if job.id not in cohort.versions]
     trouble: RegistryError | None = None
-    for job, candidate in list(cohort.work.values()):
+    for start in range(0, len(left), TOGETHER):
         try:
-            if job.id not in cohort.versions:
-                publish_one(factory, cohort, job, candidate)
+            publish_some(factory, cohort, left[start : start + TOGETHER])
         except RegistryError as error:
             trouble = error
     if trouble:
@@ -228,19 +230,31 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
         close_run(factory, cohort)
 
 
-def publish_one(factory: Factory, cohort: Cohort, job: ClaimedJob, candidate: Candidate) -> None:
-    """Publish a user's version, here and nowhere else; one whose job went to another worker is left to it.
+def publish_some(factory: Factory, cohort: Cohort, done: Sequence[Done]) -> None:
+    """Publish users' versions, here and nowhere else; one whose job went to another worker is left to it.
 
-    Raises RegistryError.
+    Raises RegistryError, once everybody who can be is published.
     """
-    try:
-        result = finished(cohort.backstage, cohort.run_id, cohort.bank, job, candidate)
-        version = publish(factory.engine, factory.store, job, result, now())
-    except LeaseLost as error:
-        cohort.failed[candidate.label] = str(error)
-        del cohort.work[job.id]
-        cohort.hands.let_go(job)
-        return
+    bank, run = cohort.bank, cohort.run_id
+    results = [(job, finished(cohort.backstage, run, bank, job, candidate)) for job, candidate in done]
+    outcomes = publish_together(factory.engine, factory.store, results, now())
+    troubles = []
+    for job, candidate in done:
+        outcome = outcomes[job.id]
+        if isinstance(outcome, Published):
+            _settle(cohort, job, candidate, outcome)
+        elif isinstance(outcome, LeaseLost):
+            cohort.failed[candidate.label] = str(outcome)
+            del cohort.work[job.id]
+            cohort.hands.let_go(job)
+        else:
+            troubles.append(outcome)
+    if troubles:
+        raise troubles[0]
+
+
+def _settle(cohort: Cohort, job: ClaimedJob, candidate: Candidate, version: Published) -> None:
+    """One user is safe elsewhere: forget what was kept for them here."""
     cohort.hands.let_go(job)
     for learner in candidate.learners:
         cohort.saves.drop(learner.name)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+from flows.errors import OrchestratorAway
 from flows.factory import Factory, now
 from registry import jobs
 from registry.errors import RegistryError
@@ -68,7 +69,7 @@ class Hands:
 def in_hand(factory: Factory, claimed: Sequence[ClaimedJob]) -> Iterator[Hands]:
     """Renew the jobs' leases from a thread while the block works; when it breaks, put back what is still held.
 
-    An interruption and a fault of the database or the store cost no attempt; any other error does.
+    An interruption and a fault of database, store or orchestrator cost no attempt; any other error does.
     """
     hands, done = Hands(factory, claimed), threading.Event()
 
@@ -83,7 +84,7 @@ def in_hand(factory: Factory, claimed: Sequence[ClaimedJob]) -> Iterator[Hands]:
     try:
         yield hands
     except BaseException as error:
-        blamed = isinstance(error, Exception) and not isinstance(error, RegistryError)
+        blamed = isinstance(error, Exception) and not isinstance(error, RegistryError | OrchestratorAway)
         hands.put_all_back(f"{type(error).__name__}: {error}" if blamed else None)
         raise
     finally:

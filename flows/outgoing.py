@@ -1,4 +1,4 @@
-"""Users of a cohort who are done while others still train: judged a few at a time, published by threads."""
+"""Users of a cohort who are done while others still train: judged a few at a time, published together by a thread."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,18 +9,18 @@ from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
 
 PATIENCE_SECONDS = 3.0  # how long one who is done waits for others to be judged with
-PUBLISHERS = 4  # threads: publishing is waiting for a store and a database
+PUBLISHERS = 2  # threads: publishing is waiting for a store and a database
 Done = tuple[ClaimedJob, Candidate]
 
 
 class Outgoing:
-    """Where users go who are done.  `judge` takes a few of them at once, `publish` one; a thread calls it.
+    """Where users go who are done.  `judge` takes a few of them at once, then `publish` does, called by a thread.
 
     Whoever cannot be published now, with the store or the database away, is left for the cohort's end.
     """
 
     def __init__(
-        self, judge: Callable[[Sequence[Candidate]], None], publish: Callable[[ClaimedJob, Candidate], None], batch: int
+        self, judge: Callable[[Sequence[Candidate]], None], publish: Callable[[Sequence[Done]], None], batch: int
     ) -> None:
         self._judge, self._publish, self._batch = judge, publish, batch
         self._threads = ThreadPoolExecutor(PUBLISHERS, "publish")
@@ -42,7 +42,7 @@ class Outgoing:
         if self._done and (at_once or len(self._done) >= self._batch or self._waited >= PATIENCE_SECONDS):
             ready, self._done = self._done, []
             self._judge([candidate for _, candidate in ready])
-            self._under_way += [self._threads.submit(self._try_to_publish, *one) for one in ready]
+            self._under_way.append(self._threads.submit(self._try_to_publish, ready))
         finished = [future for future in self._under_way if future.done()]
         self._under_way = [future for future in self._under_way if not future.done()]
         for future in finished:
@@ -59,8 +59,8 @@ class Outgoing:
         for future in self._under_way:
             future.result()
 
-    def _try_to_publish(self, job: ClaimedJob, candidate: Candidate) -> None:
+    def _try_to_publish(self, done: Sequence[Done]) -> None:
         try:
-            self._publish(job, candidate)
+            self._publish(done)
         except RegistryError:
             return

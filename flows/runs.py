@@ -1,18 +1,14 @@
-"""Runs of cohorts as the registry records them, and how many are wanted."""
+"""Runs of cohorts as the registry records them."""
 
-import math
 from typing import TYPE_CHECKING
 
 from flows.factory import Factory, now
 from flows.finished import computed_on
-from registry import jobs
 from registry.models import Run
-from registry.session import reading, transaction
+from registry.session import transaction
 
 if TYPE_CHECKING:
     from flows.cohort import Cohort
-
-MOST_RUNS = 16  # cohort runs asked for in one tick: more would only wait in line
 
 
 def open_run(factory: Factory, cohort: "Cohort") -> None:
@@ -33,10 +29,3 @@ def close_run(factory: Factory, cohort: "Cohort") -> None:
         run = session.get_one(Run, cohort.run_id)
         run.finished_at = now()
         run.facts = {"published": len(cohort.published), "failed": len(cohort.failed)}
-
-
-def runs_wanted(factory: Factory) -> int:
-    """How many cohort runs the waiting jobs need, at most a few at a time."""
-    with reading(factory.engine) as session:
-        groups = jobs.waiting(session, now())
-    return min(MOST_RUNS, sum(math.ceil(count / factory.settings.slots) for count in groups.values()))

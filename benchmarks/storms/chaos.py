@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from benchmarks.storms.servers import Site
 from benchmarks.storms.watching import Watch
 
-PAUSE_SECONDS, AWAY_SECONDS = (4.0, 16.0), (0.0, 8.0)  # between kills; until it is started again
+AWAY_SECONDS = (0.0, 8.0)  # until what was killed is started again
 
 
 @dataclass
@@ -19,21 +19,24 @@ class Chaos:
     site: Site
     watch: Watch
     rng: random.Random
-    kills: bool
+    pause_seconds: float  # between kills, on average; 0: nothing is killed
     marks: list[dict[str, object]] = field(default_factory=list)
 
     def go(self, over: threading.Event) -> None:
         """Kill and restart; what ends by itself is started again, as a supervisor would."""
         while not over.is_set():
-            if self.kills:
+            if self.pause_seconds:
+                over.wait(self.rng.uniform(0.4, 1.6) * self.pause_seconds)
                 self._kill_one(over)
             for name in list(self.site.services):
                 if self.site.services[name].dead:
                     self._restart(name, "ended", self.watch.seconds)
-            over.wait(self.rng.uniform(*PAUSE_SECONDS) if self.kills else 1)
+            over.wait(1)
 
     def _kill_one(self, over: threading.Event) -> None:
         """Workers as often as all servers together."""
+        if over.is_set():
+            return
         servers = ["postgres", "store", "prefect", "clock"]
         name = self.rng.choice(self.site.workers if self.rng.random() < 0.5 else servers)
         at = self.watch.seconds
@@ -48,9 +51,9 @@ class Chaos:
 
 
 @contextmanager
-def supervised(site: Site, watch: Watch, seed: int, kills: bool) -> Iterator[Chaos]:
-    """Services that end are started again; with `kills`, they are made to."""
-    chaos, over = Chaos(site, watch, random.Random(seed), kills), threading.Event()
+def supervised(site: Site, watch: Watch, seed: int, pause_seconds: float) -> Iterator[Chaos]:
+    """Services that end are started again; with a pause, they are made to end so far apart."""
+    chaos, over = Chaos(site, watch, random.Random(seed), pause_seconds), threading.Event()
     thread = threading.Thread(target=chaos.go, args=(over,), name="chaos", daemon=True)
     thread.start()
     try:

@@ -67,7 +67,8 @@ def _train(files: Sequence[Path], slots: int) -> dict[str, float]:
     cpu = time.process_time()
     candidates = [_candidate(_base, file) for file in files]
     marks.append(time.monotonic())
-    plan = train_candidates(_base, candidates, Plan(slots, candidates[0].recipe.row_tokens, compiled=False))
+    plan = Plan(slots, candidates[0].recipe.row_tokens, compiled=False)
+    assert len(list(train_candidates(_base, candidates, plan))) == len(candidates)
     marks.append(time.monotonic())
     judge_candidates(_base, candidates, plan.slots, plan.row_tokens)
     marks.append(time.monotonic())

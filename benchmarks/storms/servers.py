@@ -163,12 +163,12 @@ def running_site(folder: Path, on_disk: bool, settings: Mapping[str, str]) -> It
 def start_workers(site: Site, count: int) -> None:
     """So many workers, each of one cohort at a time, as the compose file starts them."""
     for number in range(1, count + 1):
-        site.start(_worker(site, f"worker-{number}", "gpu", ["--limit", "1"]))
+        site.start(_worker(site, f"worker-{number}", "gpu"))
 
 
 def start_clock(site: Site) -> None:
     """The worker that runs the ticks."""
-    site.start(_worker(site, "clock", "clock", []))
+    site.start(_worker(site, "clock", "clock"))
 
 
 def postgres_programs() -> Path | None:
@@ -217,8 +217,8 @@ def _prefect_server(site: Site, port: int) -> Process:
     return Process("prefect", command, site.environment, site.folder / "prefect.log", lambda: _responds(health))
 
 
-def _worker(site: Site, name: str, pool: str, words: Sequence[str]) -> Process:
-    command = [PREFECT, "worker", "start", "--pool", pool, "--type", "process", "--name", name, *words]
+def _worker(site: Site, name: str, pool: str) -> Process:
+    command = [PREFECT, "worker", "start", "--pool", pool, "--type", "process", "--name", name, "--limit", "1"]
     environment = site.environment | {"LORA_WORKER": name}
     return Process(name, command, environment, site.folder / f"{name}.log", lambda: True)
 

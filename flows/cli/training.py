@@ -115,7 +115,7 @@ def work(
 
 def work_once(factory: Factory, leave: Leave, every: float, once: bool, quiet: bool) -> list[dict[str, str]]:
     """Do what is due now; one row a user.  What is wrong with database or store is told, unless it is the only time."""
-    from flows.work import enqueue_due, sweep
+    from flows.due import enqueue_due, sweep
 
     def tick() -> None:
         for trouble in enqueue_due(factory):

@@ -5,16 +5,19 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from httpx import ConnectError
 from pydantic import ByteSize
 
 from flows import candidates
 from flows import cohort as steps
+from flows.due import runs_wanted
+from flows.errors import OrchestratorAway
 from flows.factory import Factory, Pinned, add_data, now, pin_base, request_training
 from flows.fitting import usual_plan
-from flows.runs import runs_wanted
 from flows.settings import FactorySettings
 from flows.work import run_cohort
 from lora_core import train
@@ -124,6 +127,23 @@ def test_an_interrupted_worker_puts_its_jobs_back(factory: Factory, ask: Ask, mo
 
     with pytest.raises(KeyboardInterrupt):
         run_cohort(factory)
+
+    assert (state(factory, job).state, state(factory, job).attempts) == ("queued", 0)
+
+
+def test_prefects_trouble_costs_nobody_an_attempt(factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server may be away for longer than its client is patient; the jobs wait for the next run."""
+    from flows import adapt
+
+    job = ask("acme/alice").job_id
+    unreachable = Mock(with_options=lambda **_: Mock(side_effect=ConnectError("refused")))
+    monkeypatch.setitem(adapt.TASKS, steps.train, unreachable)
+
+    def as_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives
+        return adapt.as_task(step, *arguments) if step is steps.train else step(*arguments)
+
+    with pytest.raises(OrchestratorAway, match="train: Prefect's server could not be told"):
+        run_cohort(factory, do=as_task)
 
     assert (state(factory, job).state, state(factory, job).attempts) == ("queued", 0)
 
