@@ -3,8 +3,10 @@
 Real PostgreSQL, Ceph RGW, Prefect's server on that PostgreSQL and four Prefect workers are started; users with 12 to 20
 examples each, in five tenants, are added as anybody's are, with schedules whose moment has come; one tick is fired,
 and everybody is waited for.  Then database and store are read from end to end: everybody has one version, number 1,
-whole by SHA-256, `latest` points to it where the gate accepted it, and after a sweep nothing is left over.  With
-`--kill` a seeded hand kills workers, Prefect's server, clock, database and store with SIGKILL all the while.
+whole by SHA-256, `latest` points to it where the gate accepted it, and after a sweep nothing is left over.
+
+With `--kill` a seeded hand kills workers, Prefect's server, clock, database and store with SIGKILL all the while.  With
+`--no-prefect` the workers run `lora work`: the difference is Prefect's share.
 
 The tax is what the factory adds to training: the same users in the same cohorts are trained, judged and written to
 local files in as many processes with nothing around them (`storms/plain.py`), and
@@ -48,28 +50,34 @@ def storm(site: Site, crowd: Crowd, options: argparse.Namespace) -> dict[str, An
     """Bring the storm about, wait for its end and tell what happened."""
     os.environ.update(site.environment)
     engine = open_database(site.environment["LORA_DATABASE_URL"])
-    start_workers(site, options.workers)
+    if options.prefect:
+        start_workers(site, options.workers)
     say(f"{crowd.users} users are added")
     add_everybody(crowd, site.environment)
-    start_clock(site)
+    if options.prefect:
+        start_clock(site)
+    else:
+        start_workers(site, options.workers)
     watch = Watch(site, engine).settle()
     with supervised(site, watch, options.seed, options.pause if options.kill else 0) as chaos, watching(watch):
         ended = _wait(site, watch, crowd.users, options.minutes)
     finished = story.finished(engine, watch.began)
     wall = finished[-1][1] if finished else watch.seconds
+    steps = story.phases(watch.began) if options.prefect else {}
     say("database and store are read from end to end")
     counted = count(engine, open_store(site.environment["LORA_STORE_URL"]), crowd.users)
     return {
         "wall_seconds": round(wall, 1), "ended": ended, "counted": asdict(counted), "kills": chaos.marks,
         "cpu_seconds": watch.cpu_seconds, "services": list(site.services), "samples": watch.samples,
-        "runs": story.runs(engine, watch.began), "finished": finished,
+        "runs": story.runs(engine, watch.began, steps), "finished": finished,
     }  # fmt: skip
 
 
 def _wait(site: Site, watch: Watch, users: int, minutes: float) -> bool:
     """Fire the tick and wait until everybody is through; False when the time is over first."""
     until, shown = time.monotonic() + 60 * minutes, 0.0
-    _fire(site)
+    if "prefect" in site.services:
+        _fire(site)
     while time.monotonic() < until:
         time.sleep(0.5)
         last = watch.samples[-1] if watch.samples else {}
@@ -104,6 +112,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--kill", action="store_true", help="kill everything at random; S3's objects are on disk then")
+    parser.add_argument("--no-prefect", dest="prefect", action="store_false", help="workers run `lora work`")
     parser.add_argument("--pause", type=float, default=10, help="seconds between kills, on average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60, help="give up after so long")
@@ -114,7 +123,7 @@ def main() -> None:
     with _place(options.folder) as folder:
         crowd = make_crowd(options.users, options.seed, folder)
         told = _told(folder, crowd, options)
-    name = f"storm_{options.users}{'_killed' if options.kill else ''}"
+    name = f"storm_{options.users}{'' if options.prefect else '_no_prefect'}{'_killed' if options.kill else ''}"
     path = options.save or RESULTS / f"{name}.json"
     path.write_text(json.dumps(told, indent=None, separators=(",", ":")) + "\n")
     story.draw(told, path.with_suffix(".png"))
@@ -126,7 +135,7 @@ def _told(folder: Path, crowd: Crowd, options: argparse.Namespace) -> dict[str, 
     settings = {"LORA_SLOTS": str(options.slots), "LORA_DEVICE": "cpu", "LORA_BASE": str(crowd.base)}
     if options.kill:
         settings["LORA_LEASE_SECONDS"] = "20"  # how soon a dead worker's users are taken over
-    with running_site(folder, options.kill, settings) as site:
+    with running_site(folder, options.kill, settings, options.prefect) as site:
         told = storm(site, crowd, options)
     plain_users = 0 if options.kill else min(options.plain_users, options.users)
     if plain_users:

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ class Chaos:
     rng: random.Random
     pause_seconds: float  # between kills, on average; 0: nothing is killed
     marks: list[dict[str, object]] = field(default_factory=list)
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def go(self, over: threading.Event) -> None:
         """Kill and restart; what ends by itself is started again, as a supervisor would."""
@@ -28,21 +30,26 @@ class Chaos:
             if self.pause_seconds:
                 over.wait(self.rng.uniform(0.4, 1.6) * self.pause_seconds)
                 self._kill_one(over)
-            for name in list(self.site.services):
-                if self.site.services[name].dead:
-                    self._restart(name, "ended", self.watch.seconds)
+            with self._one_at_a_time:
+                for name in list(self.site.services):
+                    if self.site.services[name].dead:
+                        self._restart(name, "ended", self.watch.seconds)
             over.wait(1)
 
     def _kill_one(self, over: threading.Event) -> None:
         """Workers as often as all servers together."""
-        if over.is_set():
-            return
-        servers = ["postgres", "store", "prefect", "clock"]
+        servers = [name for name in self.site.services if name not in self.site.workers]
         name = self.rng.choice(self.site.workers if self.rng.random() < 0.5 else servers)
-        at = self.watch.seconds
-        self.site.services[name].kill()
-        over.wait(self.rng.uniform(*AWAY_SECONDS))
-        self._restart(name, "killed", at)
+        if not over.is_set():
+            self.kill(name, self.rng.uniform(*AWAY_SECONDS))
+
+    def kill(self, name: str, away_seconds: float) -> None:
+        """SIGKILL a service, and start it again after so long."""
+        with self._one_at_a_time:
+            at = self.watch.seconds
+            self.site.services[name].kill()
+            time.sleep(away_seconds)
+            self._restart(name, "killed", at)
 
     def _restart(self, name: str, how: str, at: float) -> None:
         self.site.services[name].start()

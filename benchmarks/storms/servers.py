@@ -138,7 +138,7 @@ class Site:
 
 
 @contextmanager
-def running_site(folder: Path, on_disk: bool, settings: Mapping[str, str]) -> Iterator[Site]:
+def running_site(folder: Path, on_disk: bool, settings: Mapping[str, str], prefect: bool = True) -> Iterator[Site]:
     """PostgreSQL, S3, the registry's tables, Prefect's server and its deployments; stopped at the end."""
     programs = postgres_programs()
     if programs is None or not shutil.which("radosgw"):
@@ -153,6 +153,9 @@ def running_site(folder: Path, on_disk: bool, settings: Mapping[str, str]) -> It
         site.start(Store("store", folder / "s3", ports["s3"], on_disk))
         owner = {"LORA_DATABASE_OWNER_URL": _registry_url("postgres", ports["postgres"])}
         _once(site, [LORA, "setup"], owner)
+        if not prefect:
+            yield site
+            return
         site.start(_prefect_server(site, ports["prefect"]))
         for pool in ("gpu", "clock"):
             _once(site, [PREFECT, "work-pool", "create", pool, "--type", "process", "--overwrite"])
@@ -161,9 +164,10 @@ def running_site(folder: Path, on_disk: bool, settings: Mapping[str, str]) -> It
 
 
 def start_workers(site: Site, count: int) -> None:
-    """So many workers, each of one cohort at a time, as the compose file starts them."""
+    """So many workers, each of one cohort at a time, as the compose file starts them; plain ones without Prefect."""
     for number in range(1, count + 1):
-        site.start(_worker(site, f"worker-{number}", "gpu"))
+        name = f"worker-{number}"
+        site.start(_worker(site, name, "gpu") if "prefect" in site.services else _plain_worker(site, name))
 
 
 def start_clock(site: Site) -> None:
@@ -220,6 +224,12 @@ def _prefect_server(site: Site, port: int) -> Process:
 def _worker(site: Site, name: str, pool: str) -> Process:
     command = [PREFECT, "worker", "start", "--pool", pool, "--type", "process", "--name", name, "--limit", "1"]
     environment = site.environment | {"LORA_WORKER": name}
+    return Process(name, command, environment, site.folder / f"{name}.log", lambda: True)
+
+
+def _plain_worker(site: Site, name: str) -> Process:
+    environment = site.environment | {"LORA_WORKER": name}
+    command = [LORA, "work", "--every", "1", "--json"]
     return Process(name, command, environment, site.folder / f"{name}.log", lambda: True)
 
 

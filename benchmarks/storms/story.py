@@ -1,6 +1,8 @@
 """What happened in a storm, from the registry's own rows: whose cohort ran when on which worker; and its picture."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,21 +13,46 @@ from registry.models import Job, Run
 from tests.conftest import looking
 
 Facts = Mapping[str, Any]  # JSON
+Span = tuple[str, float | None, float | None]  # what, from when to when, in seconds of the storm
+_PAGE = 200  # as many as Prefect's server gives at once
 COLOURS = {"prepare": "#8da0cb", "train": "#66c2a5", "judge": "#a6d854", "publish": "#fc8d62", "": "#bbbbbb"}
 _KILLED, _BACK = "#d62728", "#2ca02c"
 
 
-def runs(engine: Engine, began: float) -> list[dict[str, Any]]:
+def runs(engine: Engine, began: float, phases: Mapping[str, list[Span]]) -> list[dict[str, Any]]:
     """Every cohort's run: worker, start and end in seconds of the storm (end None: its worker died), and phases."""
     with looking(engine) as session:
         found = session.scalars(select(Run).order_by(Run.started_at)).all()
         return [
             {
                 "worker": run.worker, "start": _since(began, run.started_at), "end": _since(began, run.finished_at),
-                "facts": dict(run.facts),
+                "phases": phases.get(str(run.id)[:8], []),
             }
             for run in found
         ]  # fmt: skip
+
+
+def phases(began: float) -> Mapping[str, list[Span]]:
+    """What Prefect recorded of every cohort's steps, by the beginning of the run's id, with which its name ends."""
+    from prefect.client.orchestration import get_client  # imported late: it reads the environment
+
+    found: dict[str, list[Span]] = defaultdict(list)
+    with get_client(sync_client=True) as client:
+        names = {run.id: run.name.rpartition("-")[2] for run in _all(client.read_flow_runs) if "-users-" in run.name}
+        for step in _all(client.read_task_runs):
+            if step.flow_run_id in names and step.start_time:
+                span = (step.name.rpartition("-")[0], _since(began, step.start_time), _since(began, step.end_time))
+                found[names[step.flow_run_id]].append(span)
+    return found
+
+
+def _all(read: Callable[..., Sequence[Any]]) -> Iterator[Any]:  # Prefect's runs
+    """Every page of an answer."""
+    for start in itertools.count(0, _PAGE):
+        page = read(limit=_PAGE, offset=start)
+        yield from page
+        if len(page) < _PAGE:
+            return
 
 
 def finished(engine: Engine, began: float) -> list[tuple[str, float]]:
@@ -56,7 +83,7 @@ def _draw_runs(axes: Any, names: Sequence[str], told: Facts) -> None:  # matplot
     for run in told["runs"]:
         if run["worker"] not in names:
             continue
-        lane, spans = names.index(run["worker"]), run["facts"].get("phases") or [["", run["start"], run["end"]]]
+        lane, spans = names.index(run["worker"]), run["phases"] or [["", run["start"], run["end"]]]
         for phase, start, end in spans:
             width = (_end_of(run, told["kills"], told["wall_seconds"]) if end is None else end) - start
             axes.broken_barh([(start, width)], (lane - 0.35, 0.7), facecolors=COLOURS.get(phase, COLOURS[""]))
