@@ -16,7 +16,7 @@ Facts = Mapping[str, Any]  # JSON
 Span = tuple[str, float | None, float | None]  # what, from when to when, in seconds of the storm
 _PAGE = 200  # as many as Prefect's server gives at once
 COLOURS = {"prepare": "#8da0cb", "train": "#66c2a5", "judge": "#a6d854", "publish": "#fc8d62", "": "#bbbbbb"}
-_KILLED, _BACK = "#d62728", "#2ca02c"
+_KILLED = "#d62728"
 
 
 def runs(engine: Engine, began: float, phases: Mapping[str, list[Span]]) -> list[dict[str, Any]]:
@@ -65,6 +65,7 @@ def finished(engine: Engine, began: float) -> list[tuple[str, float]]:
 def draw(told: Facts, path: Path) -> Path:
     """Workers as lanes of cohorts, servers as lanes of absences, and below them who waits, works and is done."""
     from matplotlib.figure import Figure  # imported late: a second to load
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     lanes, crowd = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
@@ -72,8 +73,9 @@ def draw(told: Facts, path: Path) -> Path:
     _draw_runs(lanes, names, told)
     _draw_kills(lanes, names, told["kills"])
     lanes.set_yticks(range(len(names)), names)
-    lanes.invert_yaxis()
-    lanes.set_title(told["title"])
+    lanes.set(title=told["title"], ylim=(len(names) - 0.5, -0.5), xlim=(0, told["wall_seconds"]))
+    shown = {phase for run in told["runs"] for phase, *_ in run["phases"]}
+    lanes.legend(handles=[Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in shown])
     _draw_crowd(crowd, told["samples"], told["finished"])
     figure.savefig(path, dpi=110)
     return path
