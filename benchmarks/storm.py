@@ -8,7 +8,7 @@ whole by SHA-256, `latest` points to it where the gate accepted it, and after a 
 With `--kill` a seeded hand kills workers, Prefect's server, clock, database and store with SIGKILL all the while.  With
 `--no-prefect` the workers run `lora work`: the difference is Prefect's share.
 
-The tax is what the factory adds to training: the same users in the same cohorts are trained, judged and written to
+The tax is what the factory adds to training: the same users are trained, judged and written to
 local files in as many processes with nothing around them (`storms/plain.py`), and
 
     tax = (storm's wall a user) / (plain wall a user) - 1.
@@ -133,6 +133,7 @@ def main() -> None:
 
 def _told(folder: Path, crowd: Crowd, options: argparse.Namespace) -> dict[str, Any]:
     settings = {"LORA_SLOTS": str(options.slots), "LORA_DEVICE": "cpu", "LORA_BASE": str(crowd.base)}
+    settings["LORA_ADMIT_SECONDS"] = "3600"  # all are of one group: a process need not start anew for others' sake
     if options.kill:
         settings["LORA_LEASE_SECONDS"] = "20"  # how soon a dead worker's users are taken over
     with running_site(folder, options.kill, settings, options.prefect) as site:

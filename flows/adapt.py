@@ -4,6 +4,8 @@ Prefect decides where and when, retries, and shows; what is true is in the regis
 and no result is persisted: the registry is the cache.
 """
 
+import math
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -29,6 +31,7 @@ from registry import uploads
 from registry.names import JobId, Reference
 from registry.session import transaction
 
+LOG_SECONDS = 10.0  # between lines of progress
 UPLOADS = uploads.UPLOAD_LEASE / timedelta(seconds=1)
 
 # What each step may do when it fails.  Training is not retried in place: its jobs' leases run out and the next cohort
@@ -106,12 +109,12 @@ def _show(cohort: Cohort) -> None:
 
 
 def _log_pace() -> Callable[[Pace], None]:
-    """Progress as log lines: one every fifty micro-steps, and whenever a user finishes."""
-    logger, last = get_run_logger(), [0]
+    """Progress as log lines, one in ten seconds at most: Prefect's server writes each of them to its database."""
+    logger, last = get_run_logger(), [-math.inf]
 
     def watch(pace: Pace) -> None:
-        if pace.micro_steps % 50 == 0 or pace.finished > last[0]:
-            last[0] = pace.finished
+        if time.monotonic() - last[0] >= LOG_SECONDS:
+            last[0] = time.monotonic()
             counts = (pace.micro_steps, len(pace.training), pace.waiting, pace.finished, pace.tokens / pace.room)
             logger.info(
                 "step %d: %d training, %d waiting, %d finished, %.0f%% of room used", *counts[:4], 100 * counts[4]

@@ -184,7 +184,7 @@ def _at_desk(factory: Factory, cohort: Cohort, look: Callable[[], object] | None
     if look and plan.row_tokens == recipe.row_tokens:  # else rows are as short as the examples of those here allow
         fetch = partial(newcomers, factory, cohort, look)
         entrance = Entrance(fetch, cohort.leave, plan.slots, factory.settings.admit_seconds)
-    outgoing = Outgoing(partial(_judge, cohort), partial(publish_some, factory, cohort), max(1, plan.slots // 3))
+    outgoing = Outgoing(partial(_judge, cohort), partial(publish_some, factory, cohort), plan.slots)
     try:
         yield Desk(outgoing, entrance, cohort.leave, cohort.enter, cohort.lost, len(cohort.work))
     finally:

@@ -8,13 +8,13 @@ from flows.candidates import Candidate
 from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
 
-PATIENCE_SECONDS = 3.0  # how long one who is done waits for others to be judged with
+PATIENCE_SECONDS = 15.0  # how long one who is done waits for others: rows that nobody fills are computed all the same
 PUBLISHERS = 2  # threads: publishing is waiting for a store and a database
 Done = tuple[ClaimedJob, Candidate]
 
 
 class Outgoing:
-    """Where users go who are done.  `judge` takes a few of them at once, then `publish` does, called by a thread.
+    """Where users go who are done.  `judge` takes a batch of rows of them at once, then `publish`, called by a thread.
 
     Whoever cannot be published now, with the store or the database away, is left for the cohort's end.
     """
@@ -39,7 +39,7 @@ class Outgoing:
 
         Raises whatever a publisher raised that is not the store's or the database's trouble.
         """
-        if self._done and (at_once or len(self._done) >= self._batch or self._waited >= PATIENCE_SECONDS):
+        if self._done and (at_once or self._rows >= self._batch or self._waited >= PATIENCE_SECONDS):
             ready, self._done = self._done, []
             self._judge([candidate for _, candidate in ready])
             self._under_way.append(self._threads.submit(self._try_to_publish, ready))
@@ -47,6 +47,11 @@ class Outgoing:
         self._under_way = [future for future in self._under_way if not future.done()]
         for future in finished:
             future.result()
+
+    @property
+    def _rows(self) -> int:
+        """What judging takes at least: a row for each rival, the candidate itself among them."""
+        return sum(3 if candidate.live else 2 for _, candidate in self._done)
 
     @property
     def _waited(self) -> float:

@@ -1,6 +1,7 @@
-"""The training itself: the same users in the same cohorts in as many processes, and nothing around it.
+"""The training itself: the same users in as many processes and slots, and nothing around it.
 
-No queue, no database, no store, no Prefect: snapshots come from local files, adapters go to local files.
+Each process has its share of the users from the start; whoever is done leaves the slot to the next, as in a worker.  No
+queue, no database, no store, no Prefect: snapshots come from local files, adapters go to local files.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from lora_core.recipe import make_recipe
 
 @dataclass(frozen=True)
 class Plain:
-    """What the training itself takes: wall from the first cohort's start, and CPU of all processes."""
+    """What the training itself takes: wall from the first step, and CPU of all processes."""
 
     users: int
     wall_seconds: float
@@ -37,11 +38,11 @@ def train_plainly(crowd: Crowd, folder: Path, users: int, processes: int, slots:
         snapshot = crowd.snapshot(number, folder)
         (folder / f"{number}.{snapshot.digest}").write_bytes(snapshot.content)
     files = sorted(folder.iterdir())
-    cohorts = [files[start : start + slots] for start in range(0, users, slots)]
+    shares = [files[number::processes] for number in range(processes)]
     with ProcessPoolExecutor(processes, get_context("spawn"), _load, (str(crowd.base),)) as pool:
         list(pool.map(_settled, range(processes)))
         start = time.monotonic()
-        found = list(pool.map(_train, cohorts, [slots] * len(cohorts)))
+        found = list(pool.map(_train, shares, [slots] * processes))
         wall = time.monotonic() - start
     steps = {name: round(sum(one[name] for one in found), 2) for name in found[0]}
     return Plain(users, wall, steps.pop("cpu"), steps)
@@ -61,7 +62,7 @@ def _settled(_: int) -> None:
 
 
 def _train(files: Sequence[Path], slots: int) -> dict[str, float]:
-    """One cohort; seconds by step."""
+    """One process's share; seconds by step."""
     assert _base  # loaded when the process began
     marks = [time.monotonic()]
     cpu = time.process_time()

@@ -68,6 +68,11 @@ class Process:
         return _tree(self.process.pid) if self.process else []
 
     @property
+    def trees(self) -> dict[int, list[int]]:
+        """The same by the first of them."""
+        return {self.process.pid: self.pids} if self.process else {}
+
+    @property
     def dead(self) -> bool:
         """Whether it ended by itself."""
         return self.process is not None and self.process.poll() is not None
@@ -102,6 +107,11 @@ class Store:
     def pids(self) -> list[int]:
         """Its daemons that live."""
         return [pid for daemon in DAEMONS for pid in self._pid(daemon)]
+
+    @property
+    def trees(self) -> dict[int, list[int]]:
+        """Each is alone."""
+        return {pid: [pid] for pid in self.pids}
 
     @property
     def dead(self) -> bool:

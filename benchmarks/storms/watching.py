@@ -1,5 +1,6 @@
 """What is seen of a storm while it lasts: how many wait, are in work and are done, and which service takes the CPU."""
 
+import itertools
 import threading
 import time
 from collections import Counter, defaultdict
@@ -15,9 +16,10 @@ from benchmarks.storms.servers import Site
 from registry.errors import RegistryError
 from registry.jobs import OVER
 from registry.models import Job, Schedule
-from tests.conftest import looking
+from registry.session import open_database, reading
 
-_Lived = tuple[str, int, float]  # service, process id, when that process began
+_Root = tuple[str, int]  # service and process id
+_MEASURE_EVERY = 5  # looks: walking through all processes is no small work
 
 
 @dataclass
@@ -28,8 +30,12 @@ class Watch:
     engine: Engine
     began: float = field(default_factory=time.time)
     samples: list[dict[str, float]] = field(default_factory=list)
-    _cpu: dict[_Lived, float] = field(default_factory=dict)
-    _before: dict[_Lived, float] = field(default_factory=dict)  # what it had taken when the storm began
+    _cpu: dict[_Root, float] = field(default_factory=dict)
+    _before: dict[_Root, float] = field(default_factory=dict)  # what it had taken when the storm began
+
+    def __post_init__(self) -> None:
+        owner = self.engine.url.set(username="postgres")  # whom no policy binds
+        self._owner = open_database(owner.render_as_string(hide_password=False))
 
     @property
     def seconds(self) -> float:
@@ -40,14 +46,15 @@ class Watch:
     def cpu_seconds(self) -> dict[str, float]:
         """What every service and its children took since it began, as far as they lived to be seen."""
         total: defaultdict[str, float] = defaultdict(float)
-        for lived, seconds in self._cpu.items():
-            total[lived[0]] += seconds - self._before.get(lived, 0.0)
+        for root, seconds in self._cpu.items():
+            total[root[0]] += seconds - self._before.get(root, 0.0)
         return {name: round(seconds, 1) for name, seconds in sorted(total.items())}
 
-    def look(self) -> dict[str, float] | None:
+    def look(self, measured: bool = False) -> dict[str, float] | None:
         """One sample; None while the database is away."""
-        self._measure()
-        with suppress(RegistryError, SQLAlchemyError), looking(self.engine) as session:
+        if measured:
+            self._measure()
+        with suppress(RegistryError, SQLAlchemyError), reading(self._owner) as session:
             due = select(func.count()).where(Schedule.last_fired_at.is_(None))
             states = Counter(dict(session.execute(select(Job.state, func.count()).group_by(Job.state)).tuples().all()))
             found = {
@@ -59,12 +66,10 @@ class Watch:
         return None
 
     def _measure(self) -> None:
+        """Every service's first process and all below it, with what those took who have ended and were waited for."""
         for name, service in list(self.site.services.items()):
-            for pid in service.pids:
-                with suppress(psutil.NoSuchProcess):
-                    one = psutil.Process(pid)
-                    times = one.cpu_times()
-                    self._cpu[name, pid, one.create_time()] = times.user + times.system
+            for root, pids in service.trees.items():
+                self._cpu[name, root] = sum(_taken(pid) for pid in pids)
 
     def settle(self) -> "Watch":
         """Begin now: what was taken before does not count."""
@@ -73,14 +78,24 @@ class Watch:
         return self
 
 
+def _taken(pid: int) -> float:
+    """Seconds of CPU of a process and of its children that have ended."""
+    with suppress(psutil.NoSuchProcess):
+        times = psutil.Process(pid).cpu_times()
+        return float(times.user + times.system + times.children_user + times.children_system)
+    return 0.0
+
+
 @contextmanager
 def watching(watch: Watch) -> Iterator[Watch]:
     """Look once a second from a thread."""
     over = threading.Event()
 
     def go() -> None:
-        while not over.wait(1):
-            watch.look()
+        for number in itertools.count():
+            if over.wait(1):
+                return
+            watch.look(measured=number % _MEASURE_EVERY == 0)
 
     thread = threading.Thread(target=go, name="watch", daemon=True)
     thread.start()
