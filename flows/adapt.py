@@ -30,6 +30,7 @@ from flows import cohort as steps
 from flows import report, runs
 from flows.cohort import Cohort
 from flows.factory import Factory, pin_base, request_training
+from flows.leaving import Leave, on_signals
 from flows.work import enqueue_due, run_cohort, sweep
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
@@ -65,7 +66,9 @@ def adapt_cohort(jobs: list[str] | None = None) -> dict[str, str]:
     """Take one cohort of waiting jobs (or of these) from raw datasets to published versions; each user's outcome."""
     factory = Factory.from_environment()
     only = None if jobs is None else [JobId(UUID(job)) for job in jobs]
-    cohort = run_cohort(factory, only, _log_pace(), do=_named_task)
+    leave = Leave(factory.settings.grace, note=factory.settings.leave_note)
+    with on_signals(leave, get_run_logger().warning):  # Kubernetes sends them to the flow itself
+        cohort = run_cohort(factory, only, _log_pace(), _named_task, leave)
     if cohort is None:
         return {}
     _show(cohort)
