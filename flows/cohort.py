@@ -76,6 +76,11 @@ class Cohort:
         jobs_there = [(id_, self.work[id_][0].reference.label) for id_ in self.versions]
         return {label: self.versions[id_] for id_, label in jobs_there}
 
+    @property
+    def unpublished(self) -> set[str]:
+        """The labels of those who are on their way."""
+        return {job.reference.label for id_, (job, _) in list(self.work.items()) if id_ not in self.versions}
+
     def enter(self, came: Sequence[Newcomer]) -> None:
         """Write down who has come."""
         for job, candidate in came:
@@ -247,3 +252,4 @@ def publish_one(factory: Factory, cohort: Cohort, job: ClaimedJob, candidate: Ca
     cohort.shelf.clear(job)
     candidate.slim()
     cohort.versions[job.id] = version
+    cohort.failed.pop(candidate.label, None)  # of an earlier lease, that was lost

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from flows.entrance import Entrance, Newcomer
-from flows.factory import Factory, add_data, pin_base, request_training
+from flows.factory import Factory, add_data, now, pin_base, request_training
 from flows.leaving import Leave, on_signals
 from flows.reproduce import reproduce
 from flows.settings import FactorySettings
@@ -103,6 +104,34 @@ def test_newcomers_are_let_in_published_while_others_go_on_and_those_go_on_elsew
 
     assert goes_on_on("second", base_folder, tmp_path) == ["acme/alice"]
     assert progress_kept(tmp_path) == []
+
+
+def test_a_worker_that_meets_its_own_lost_job_begins_it_again_once_it_has_noticed(
+    base_folder: Path, tmp_path: Path, factory: Factory, ask: Ask
+) -> None:
+    """It stood still, or the database was away, for longer than a lease: the queue gives it what it is at already."""
+    job = ask("acme/alice", **LONG)
+    settings = factory.settings.model_copy(update={"lease_seconds": 2, "save_seconds": 0.1})
+    fences = set[int]()
+
+    def watch(pace: Pace) -> None:
+        assert pace.micro_steps < PATIENCE
+        if pace.micro_steps == 5:
+            with transaction(factory.engine) as session:
+                session.get_one(Job, job).lease_until = now() - timedelta(seconds=1)
+        if pace.micro_steps % 20 == 0:
+            fences.add(job_now(factory, job).fence)
+        if len(fences) < 3:
+            time.sleep(0.02)
+
+    cohort = run_cohort(Factory(settings), watch=watch)
+
+    assert cohort
+    assert len(fences) >= 3
+    assert cohort.failed == {}
+    assert cohort.published["acme/alice"].number == 1
+    assert job_now(factory, job).state == "published"
+    assert reproduce(factory, "acme/alice").equal
 
 
 def goes_on_on(name: str, base_folder: Path, shared: Path) -> list[str]:
