@@ -24,7 +24,8 @@ from flows import report
 from flows.cohort import Cohort
 from flows.errors import OrchestratorAway
 from flows.factory import Factory, pin_base, request_training
-from flows.work import run_cohort
+from flows.leaving import Leave, on_signals
+from flows.work import Do, run_cohort
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
 from registry import uploads
@@ -60,7 +61,7 @@ def adapt_cohort(jobs: list[str] | None = None) -> dict[str, str]:
     """Take one cohort of waiting jobs (or of these) from raw datasets to published versions; each user's outcome."""
     factory = Factory.from_environment()
     only = None if jobs is None else [JobId(UUID(job)) for job in jobs]
-    cohort = run_cohort(factory, only, _log_pace(), do=_named_task)
+    cohort = _run(factory, only, _named_task)
     if cohort is None:
         return {}
     _show(cohort)
@@ -76,11 +77,18 @@ def adapt_user(reference: str, base: str | None = None, recipe: dict[str, Any] |
         job = request_training(session, Reference.parse_adapter(reference), pinned, make_recipe(recipe or {}))
     if job.unchanged:
         return {reference: "unchanged"}
-    cohort = run_cohort(factory, [job.job_id], _log_pace(), do=as_task)
+    cohort = _run(factory, [job.job_id], as_task)
     if cohort is None:
         return {reference: "another worker has it"}
     _show(cohort)
     return {row["user"]: row["result"] for row in report.rows(cohort)}
+
+
+def _run(factory: Factory, only: list[JobId] | None, do: Do) -> Cohort | None:
+    """One cohort, told to leave by a signal, as Kubernetes sends it to the flow itself, or by a worker's note."""
+    leave = Leave(factory.settings.grace, note=factory.settings.leave_note)
+    with on_signals(leave, get_run_logger().warning):
+        return run_cohort(factory, only, _log_pace(), do, leave)
 
 
 def _named_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives

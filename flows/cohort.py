@@ -78,6 +78,11 @@ class Cohort:
         jobs_there = [(id_, self.work[id_][0].reference.label) for id_ in self.versions]
         return {label: self.versions[id_] for id_, label in jobs_there}
 
+    @property
+    def unpublished(self) -> set[str]:
+        """The labels of those who are on their way."""
+        return {job.reference.label for id_, (job, _) in list(self.work.items()) if id_ not in self.versions}
+
     def enter(self, came: Sequence[Newcomer]) -> None:
         """Write down who has come."""
         for job, candidate in came:
@@ -261,3 +266,4 @@ def _settle(cohort: Cohort, job: ClaimedJob, candidate: Candidate, version: Publ
     cohort.shelf.clear(job)
     candidate.slim()
     cohort.versions[job.id] = version
+    cohort.failed.pop(candidate.label, None)  # of an earlier lease, that was lost

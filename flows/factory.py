@@ -23,7 +23,8 @@ from registry.datasets import Content, add_dataset
 from registry.jobs import Enqueued, Order, enqueue
 from registry.models import SharedBase
 from registry.names import Reference
-from registry.session import open_database, upgrade
+from registry.schema import migrate
+from registry.session import open_database
 from registry.store import ObjectStore, open_store, s3_client
 
 if TYPE_CHECKING:
@@ -70,8 +71,11 @@ class Factory:
         """The pull client on the same registry and store."""
         return Client(self.engine, self.store, self.settings.cache)
 
-    def set_up(self) -> None:
-        """Make what is missing: home folder, tables, bucket.  Safe to run again.  Raises Unready."""
+    def set_up(self, revision: str | None = None) -> None:
+        """Make what is missing: home folder, tables, bucket.  Safe to run again.  Raises Unready, SchemaUnknown.
+
+        With the revision of an earlier release, the tables go back to it.
+        """
         home = self.settings.home_folder
         try:
             home.mkdir(parents=True, exist_ok=True)
@@ -79,10 +83,10 @@ class Factory:
             raise Unready(f"the home {home} cannot be made ({error.strerror})", "set LORA_HOME to a folder") from None
         if self.settings.database_owner_url:
             owner = open_database(self.settings.database_owner_url)
-            upgrade(owner, application=self.engine.url.username)
+            migrate(owner, revision or "head", application=self.engine.url.username)
             owner.dispose()
         else:
-            upgrade(self.engine)
+            migrate(self.engine, revision or "head")
         self.store.set_up()
 
 

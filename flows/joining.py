@@ -42,10 +42,13 @@ def newcomers(factory: Factory, cohort: "Cohort", look: Callable[[], object], pl
     if _outgrown(factory, cohort):
         return []
     settings = factory.settings
+    lease, here = timedelta(seconds=settings.lease_seconds), cohort.unpublished
     with transaction(factory.engine) as session:
-        claimed = jobs.claim(
-            session, settings.worker, timedelta(seconds=settings.lease_seconds), places, now(), group=cohort.group
-        )
+        found = jobs.claim(session, settings.worker, lease, places, now(), group=cohort.group)
+        for job in found:
+            if job.reference.label in here:  # under a lease that is over, which nobody has noticed yet
+                jobs.release(session, job, now())
+    claimed = [job for job in found if job.reference.label not in here]
     cohort.hands.take(claimed)
     try:
         return join(factory, cohort, claimed)

@@ -24,10 +24,12 @@ class Leave:
     ) -> None:
         self.grace_seconds, self._clock, self._note = grace_seconds, clock, note
         self._until: float | None = None
+        self.hurried = False  # asked again
 
     def ask(self) -> None:
         """Go, within the grace time; asked again, at once."""
-        share = TRAINING_SHARE if self._until is None else 0
+        self.hurried = self._until is not None
+        share = 0 if self.hurried else TRAINING_SHARE
         self._until = self._clock() + share * self.grace_seconds
 
     @property

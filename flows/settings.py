@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
@@ -44,6 +45,7 @@ class FactorySettings(RegistrySettings):
     save_seconds: Annotated[float, Field(ge=0)] = 60  # between saves of a training's progress
     save_to: Literal["home", "store"] = "home"  # where; in the store any worker goes on after one that was killed
     grace: Annotated[float, BeforeValidator(_seconds), Field(ge=0, le=86400)] = 30  # from SIGTERM to the end
+    leave_note: Path | None = None  # a file that asks to leave by being there: `lora work --pool` sets it for its runs
     admit_seconds: Annotated[float, Field(ge=0)] = 600  # so long a cohort lets newcomers in; other groups wait for it
     worker: Annotated[str, AfterValidator(_tellable)] = Field(default_factory=_worker_name)
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of a dataset's rows, before it is refused

@@ -162,6 +162,16 @@ class DatabaseUnavailable(RegistryError):
         return "database {}: {}; {}".format(*self.args)
 
 
+class SchemaUnknown(RegistryError):
+    """This release does not know a revision of the tables: which, whose, and what to do."""
+
+    def __init__(self, revision: str, whose: str, fix: str) -> None:
+        super().__init__(revision, whose, fix)
+
+    def __str__(self) -> str:
+        return "revision {}, {}, is not one that this release knows; {}".format(*self.args)
+
+
 class StoreError(RegistryError):
     """Something is wrong between us and the object store."""
 

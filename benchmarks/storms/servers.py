@@ -174,7 +174,7 @@ def running_site(folder: Path, on_disk: bool, settings: Mapping[str, str], prefe
 
 
 def start_workers(site: Site, count: int) -> None:
-    """So many workers, each of one cohort at a time, as the compose file starts them; plain ones without Prefect."""
+    """So many workers, each of one cohort at a time: of Prefect's pool, or plain ones where there is no Prefect."""
     for number in range(1, count + 1):
         name = f"worker-{number}"
         site.start(_worker(site, name, "gpu") if "prefect" in site.services else _plain_worker(site, name))

@@ -1,5 +1,6 @@
 """`lora train` and `lora work`: the whole job without a Prefect server, on the same steps."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +9,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flows.cli.printing import AsJson, answer, console, fail, say
-from flows.errors import FlowError
+from flows.errors import FlowError, Unready
 from flows.factory import Factory, add_data, pin_base, request_training
 from flows.leaving import Leave, on_signals
 from lora_core.errors import LoraError
@@ -89,19 +90,29 @@ def work(
     device: Annotated[
         str | None, typer.Option(help="The GPU to train on, such as cuda:1, or cpu; else LORA_DEVICE.")
     ] = None,
+    pool: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Take runs of this Prefect work pool; needs a Prefect server.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Do what is due: fire schedules, train waiting jobs in cohorts, sweep up.  No Prefect server is needed.
 
     Start one for each GPU, on any number of machines.  Told to go, it saves who is unfinished for another worker.
+    With --pool Prefect's server decides what it runs, and shows it.
 
     lora work --once
 
     lora work --device cuda:1 --grace 2m
+
+    lora work --pool gpu --device cuda:1
     """
+    if pool and (once or as_json):
+        raise typer.BadParameter("--pool goes on for ever and reports to Prefect; leave out --once and --json")
     factory = Factory.from_environment(memory=memory, grace=grace, device=device)
-    factory.set_up()
     leave = Leave(factory.settings.grace)
+    if pool:
+        raise typer.Exit(serve_pool(factory, leave, pool))
+    factory.set_up()
     with on_signals(leave, lambda words: fail(words, 0)):
         while not leave.asked:
             rows = work_once(factory, leave, every, once, quiet=as_json)
@@ -111,6 +122,21 @@ def work(
             if rows:
                 show(rows, as_json)
             leave.idle(every)
+
+
+def serve_pool(factory: Factory, leave: Leave, pool: str) -> int:
+    """Be the worker of a Prefect work pool; its exit code.  Raises Unready, DeviceMissing."""
+    from flows.pool import health_port, serve
+    from lora_core.base_model import check_device
+
+    if not os.environ.get("PREFECT_API_URL"):
+        raise Unready("no Prefect server is named", "set PREFECT_API_URL, or leave out --pool to work without one")
+    settings = factory.settings
+    check_device(settings.device or "cpu")
+    given = {"LORA_GRACE": f"{settings.grace:g}s", "LORA_DEVICE": settings.device}
+    given |= {"LORA_MEMORY": str(int(settings.memory))} if settings.memory else {}
+    ports = {"PREFECT_WORKER_WEBSERVER_PORT": health_port(settings.device)}
+    return serve(pool, leave, {**ports, **os.environ, **given}, lambda words: fail(words, 0))
 
 
 def work_once(factory: Factory, leave: Leave, every: float, once: bool, quiet: bool) -> list[dict[str, str]]:
