@@ -166,9 +166,12 @@ def _in_work(now: datetime) -> ColumnElement[bool]:
 
 
 def renew(session: Session, jobs: Sequence[ClaimedJob], lease: timedelta, now: datetime) -> list[JobId]:
-    """Extend the leases that are still held; returns their jobs.  What is missing belongs to somebody else."""
+    """Extend the leases that are still held; returns their jobs.  What is missing belongs to somebody else.
+
+    Rows are locked in the order in which `together.py` locks them: a heartbeat and a publisher of the same jobs meet.
+    """
     held: list[JobId] = []
-    for job in jobs:
+    for job in sorted(jobs, key=lambda job: (job.tenant_id, job.id)):
         enter(session, job.tenant_id)
         kept = update(Job).where(*_held(job)).values(lease_until=now + lease).returning(Job.id)
         held += session.scalars(kept).all()

@@ -207,7 +207,7 @@ def _point_at(
                 aliases.begin(session, tenant, version, LATEST, actor="gate", reason=reason, now=now)
     except IntegrityError:  # somebody pointed one there meanwhile
         first = {}
-    for version, parcel in accepted.items():
+    for version, parcel in sorted(accepted.items(), key=lambda one: one[0].adapter_id):  # locks in one order
         if version not in first and not overtaken(session, parcel.job):
             reason = parcel.finished.reason
             aliases.move(session, tenant, version, LATEST, actor="gate", reason=reason, now=now)

@@ -16,7 +16,7 @@ from benchmarks.storms.watching import Watch, watching
 from registry.session import open_database
 from registry.store import open_store
 
-USERS, WORKERS = 40, 2
+USERS, WORKERS = 24, 2
 KILLED = ("worker-1", "postgres", "store", "worker-2")
 PATIENCE_SECONDS = 240  # not how long it takes: after so long something hangs
 

@@ -1,6 +1,8 @@
 """Many jobs published at once come to what each would come to alone, whatever becomes of the others."""
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -188,3 +190,25 @@ def _break_second(monkeypatch: pytest.MonkeyPatch, module: object, after: bool) 
 def _number(outcome: Published | RegistryError) -> int:
     assert isinstance(outcome, Published), outcome
     return outcome.number
+
+
+def test_a_heartbeat_and_a_publisher_of_the_same_jobs_wait_for_each_other_in_one_order(
+    engine: Engine, store: FolderStore, claim: Claim
+) -> None:
+    """Both lock every job of a cohort; in two orders each would sooner or later hold what the other waits for."""
+    users = [f"acme/u{number}" for number in range(12)]
+    held = [claim(1, user)[0] for user in users]
+    beating = threading.Event()
+
+    def beat() -> None:
+        while not beating.is_set():
+            with transaction(engine) as session:
+                jobs.renew(session, sorted(held, key=lambda job: job.id, reverse=True), LEASE, NOW)
+
+    with ThreadPoolExecutor(1) as threads:
+        heart = threads.submit(beat)
+        found = publish_together(engine, store, [(job, finished(str(job.id))) for job in held], NOW)
+        beating.set()
+        heart.result()
+
+    assert [_number(found[job.id]) for job in held] == [1] * len(held)
