@@ -3,11 +3,11 @@
 Pure of databases and stores: `cohort.py` brings snapshots and earlier versions in and carries files out.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,22 +20,17 @@ from lora_core.data.examples import Example, Preference
 from lora_core.data.rendering import AnyRendered, render, render_prompt
 from lora_core.data.snapshot import Snapshot
 from lora_core.data.splits import newest, split
-from lora_core.door import Door
 from lora_core.errors import TemplateRefused, TrainingError
 from lora_core.evaluate import Asked, Scores, Trial, evaluate_all
 from lora_core.gate import Verdict, judge
 from lora_core.generate import TaskScore, generate, task_score
 from lora_core.halving import Halving, Report
 from lora_core.intake import AdapterFiles
-from lora_core.lower_layers import LowerLayers
 from lora_core.methods import AnyMethod
 from lora_core.objectives import ObjectiveSpec
 from lora_core.pair_scores import as_judged
-from lora_core.planner import Plan, plan, train_planned
+from lora_core.planner import Plan, plan
 from lora_core.recipe import Recipe
-from lora_core.row_store import RowStore
-from lora_core.saves import Saves
-from lora_core.train import Pace
 
 ANSWERS_JUDGED = 8  # held-out prompts a user that are answered and compared: generation is the slow part
 ANSWER_TOKENS = 48
@@ -127,100 +122,6 @@ def _check_kind(label: str, examples: Sequence[Example], objective: ObjectiveSpe
         raise TrainingError(
             label, f"{why}, which objective {objective.name} learns from", "add them, or set objective=sft"
         )
-
-
-class Guests(Protocol):
-    """Who comes to a cohort while it trains: `lora_core.door.Door` for candidates."""
-
-    def arrivals(self, places: int) -> Sequence[Candidate]:
-        """Who comes in now, so that they can be trained beside the others: of equal base, row length and bank."""
-        ...
-
-    def dismissed(self) -> Collection[str]:
-        """The labels of those whose result nobody wants any more."""
-        ...
-
-    @property
-    def closing(self) -> bool:
-        """Whether to stop now, with everybody's progress saved."""
-        ...
-
-
-def train_candidates(
-    base: BaseModel,
-    candidates: Sequence[Candidate],
-    planned: Plan,
-    watch: Callable[[Pace], None] | None = None,
-    saves: Saves | None = None,
-    states: RowStore | None = None,
-    guests: Guests | None = None,
-) -> Iterator[Candidate]:
-    """Train a cohort packed, and yield each candidate once it is done, with the plan it was trained by.
-
-    Its recipes share base, row length and bank, so neighbours change nobody's bytes.
-    """
-    bank = training_bank(base, candidates)
-    compute = LowerLayers(base, bank, states).read_rows if states else None
-    inside = _Inside(candidates, guests)
-    for trained, used in train_planned(base, inside.learners, planned, bank, watch, compute, saves, inside):
-        if candidate := inside.done(trained, used):
-            yield candidate
-
-
-class _Inside(Door):
-    """Whose learners are in training, and what has become of those that are done."""
-
-    def __init__(self, candidates: Sequence[Candidate], guests: Guests | None) -> None:
-        self.guests = guests
-        self._of: dict[str, Candidate] = {}  # by learner
-        self._found: dict[str, dict[str, tuple[Trained, Plan]]] = {}  # by candidate, then learner
-        self.learners = self._seated(candidates)
-
-    def arrivals(self, places: int) -> Sequence[Learner]:
-        """The learners of the candidates who come."""
-        return self._seated(self.guests.arrivals(places)) if self.guests else ()
-
-    def dismissed(self) -> Collection[str]:
-        """All learners of the candidates who are sent away."""
-        unwanted = self.guests.dismissed() if self.guests else ()
-        return {name for name, candidate in self._of.items() if candidate.label in unwanted} if unwanted else ()
-
-    @property
-    def closing(self) -> bool:
-        """As the guests' door is."""
-        return self.guests is not None and self.guests.closing
-
-    def done(self, trained: Trained, used: Plan) -> Candidate | None:
-        """Take a learner's result in; its candidate, if that was the last."""
-        candidate = self._of.pop(trained.name)
-        found = self._found.setdefault(candidate.label, {})
-        found[trained.name] = trained, used
-        if len(found) < len(candidate.learners):
-            return None
-        _take(candidate, self._found.pop(candidate.label))
-        return candidate
-
-    def _seated(self, candidates: Sequence[Candidate]) -> list[Learner]:
-        learners = [(learner, candidate) for candidate in candidates for learner in candidate.learners]
-        self._of.update({learner.name: candidate for learner, candidate in learners})
-        return [learner for learner, _ in learners]
-
-
-def _take(candidate: Candidate, found: Mapping[str, tuple[Trained, Plan]]) -> None:
-    """What became of a candidate; of a search its winner, under the winner's own recipe."""
-    name = candidate.label
-    if any(trained.outcome == "dismissed" for trained, _ in found.values()):
-        candidate.trouble = "nobody wants its result any more"
-        return
-    if candidate.search:
-        try:
-            candidate.trials = candidate.search.reports({trial: trained for trial, (trained, _) in found.items()})
-        except TrainingError as error:
-            candidate.trouble = str(error)
-            return
-        winner = next(report.learner for report in candidate.trials if report.won)
-        candidate.recipe, name = winner.recipe, winner.name
-    candidate.trained, candidate.plan = found[name]
 
 
 def plan_training(base: BaseModel, candidates: Sequence[Candidate], budget_bytes: int, most_slots: int) -> Plan:

@@ -10,12 +10,13 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
-from flows.candidates import Candidate, finite, judge_candidates, train_candidates, training_bank
+from flows.candidates import Candidate, finite, judge_candidates, training_bank
 from flows.desk import Desk
 from flows.entrance import Entrance, Newcomer
 from flows.factory import Factory, now
 from flows.finished import finished
 from flows.fitting import budget_bytes, load_for, plan_fitting, seats_for_more, usual_plan
+from flows.guests import train_candidates
 from flows.hands import Hands
 from flows.joining import drop, join, newcomers, put_off
 from flows.keeping import row_store, saves

@@ -10,7 +10,7 @@ from registry.jobs import ClaimedJob
 
 
 class Desk:
-    """The cohort's door, as `flows.candidates.Guests` has it.  `enter` writes newcomers into the cohort."""
+    """The cohort's door, as `flows.guests.Guests` has it.  `enter` writes newcomers into the cohort."""
 
     def __init__(
         self,

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from flows.candidates import Candidate, make_candidate, train_candidates
+from flows.candidates import Candidate, make_candidate
 from flows.factory import Factory, Pinned
 from flows.fitting import planned
+from flows.guests import train_candidates
 from lora_core.base_model import check_device, load_base
 from lora_core.data.snapshot import Snapshot, load_snapshot
 from lora_core.errors import TrainingError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flows.cli.printing import AsJson, answer, console, fail, say
+from flows.cli.printing import AsJson, answer, console, fail, remark, say
 from flows.errors import FlowError, Unready
 from flows.factory import Factory, add_data, pin_base, request_training
 from flows.leaving import Leave, on_signals
@@ -113,7 +113,7 @@ def work(
     if pool:
         raise typer.Exit(serve_pool(factory, leave, pool))
     factory.set_up()
-    with on_signals(leave, lambda words: fail(words, 0)):
+    with on_signals(leave, remark):
         while not leave.asked:
             rows = work_once(factory, leave, every, once, quiet=as_json)
             if once and not leave.asked:
@@ -136,7 +136,7 @@ def serve_pool(factory: Factory, leave: Leave, pool: str) -> int:
     given = {"LORA_GRACE": f"{settings.grace:g}s", "LORA_DEVICE": settings.device}
     given |= {"LORA_MEMORY": str(int(settings.memory))} if settings.memory else {}
     ports = {"PREFECT_WORKER_WEBSERVER_PORT": health_port(settings.device)}
-    return serve(pool, leave, {**ports, **os.environ, **given}, lambda words: fail(words, 0))
+    return serve(pool, leave, {**ports, **os.environ, **given}, remark)
 
 
 def work_once(factory: Factory, leave: Leave, every: float, once: bool, quiet: bool) -> list[dict[str, str]]:
