@@ -13,7 +13,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.storms.crowd import RECIPE, Crowd
-from flows.candidates import Candidate, judge_candidates, make_candidate, train_candidates, training_bank
+from flows.candidates import Candidate, judge_candidates, make_candidate, training_bank
+from flows.guests import train_candidates
 from lora_core.artifact import write_artifact
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data.snapshot import load_snapshot
