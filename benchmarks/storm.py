@@ -120,6 +120,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where everything runs; it is kept")
     parser.add_argument("--save", type=Path, help="a .json; its picture lies beside it")
     options = parser.parse_args()
+    if min(options.users, options.workers, options.slots) < 1:
+        parser.error("there must be a user, a worker and a slot at least")
+    if options.folder and options.folder.exists() and any(options.folder.iterdir()):
+        parser.error(f"{options.folder} is not empty; name a new folder")
     with _place(options.folder) as folder:
         crowd = make_crowd(options.users, options.seed, folder)
         told = _told(folder, crowd, options)
