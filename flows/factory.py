@@ -29,6 +29,8 @@ from registry.store import ObjectStore, open_store, s3_client
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+    from lora_core.base_model import BaseModel
+
 
 @dataclass(frozen=True)
 class Pinned:
@@ -46,6 +48,7 @@ class Factory:
 
     def __init__(self, settings: FactorySettings) -> None:
         self.settings = settings
+        self.loaded: BaseModel | None = None  # the base that was trained on last
 
     @classmethod
     def from_environment(cls, **given: object) -> "Factory":
