@@ -1,10 +1,9 @@
 """A worker of a Prefect work pool that can be told to go: Prefect's own would wait for its flows, however long.
 
-SIGTERM makes Prefect's worker take no more runs and wait for those under way; they learn of it by a note, a file that
-they look for between micro-steps, save their progress and end.
+Prefect's worker, told to go, leaves the processes of its runs behind.  Ours first lets them know by a note, a file that
+they look for between micro-steps: they save their progress and end, and then so does the worker.
 """
 
-import os
 import re
 import signal
 import subprocess
@@ -15,10 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from flows.leaving import Leave, on_signals
 
 HEALTH_PORT = 8080  # of the worker for the first GPU; the next ones have the numbers after it
-_LOOK, _MARGIN = 0.1, 30.0  # seconds: between looks; for Prefect to record what has ended
+_LOOK, _MARGIN, _STOPPING = 0.1, 20.0, 10.0  # seconds: between looks; for Prefect to record a run's end; to stop itself
 
 
 def serve(pool: str, leave: Leave, environment: Mapping[str, str], tell: Callable[[str], object]) -> int:
@@ -33,8 +34,9 @@ def serve(pool: str, leave: Leave, environment: Mapping[str, str], tell: Callabl
         if process.poll() is not None:
             return process.returncode
         note.touch()
-        process.send_signal(signal.SIGTERM)
-        _wait(process, leave)
+        runs = _runs(process.pid)
+        _wait_for(runs, leave)
+        _stop(process, [*runs, *_runs(process.pid)])
         return 0
 
 
@@ -50,12 +52,33 @@ def health_port(device: str) -> str:
     return str(HEALTH_PORT + (int(number[1]) if number else 0))
 
 
-def _wait(process: subprocess.Popen[bytes], leave: Leave) -> None:
-    """Until it is over; without patience once the grace is over, or when told to go at once."""
+def _runs(worker: int) -> list[psutil.Process]:
+    """The processes of the runs under way, which are sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        return [one for one in psutil.Process(worker).children(recursive=True) if "prefect.engine" in one.cmdline()]
+    return []
+
+
+def _wait_for(runs: Sequence[psutil.Process], leave: Leave) -> None:
+    """Until runs are over; without patience once the grace is over, or when told to go at once."""
     end = time.monotonic() + leave.grace_seconds + _MARGIN
-    while process.poll() is None and time.monotonic() < end and not leave.hurried:
+    while any(map(_goes_on, runs)) and time.monotonic() < end and not leave.hurried:
         time.sleep(_LOOK)
-    if process.poll() is None:  # leases run out, and others go on from what was saved
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+
+
+def _goes_on(run: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(run.is_running() and run.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def _stop(process: subprocess.Popen[bytes], runs: Sequence[psutil.Process]) -> None:
+    """End Prefect's worker, and runs that have not ended or were begun meanwhile: others go on from what was saved."""
+    process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_STOPPING)
+    process.kill()
+    for run in runs:
+        with suppress(psutil.NoSuchProcess):
+            run.kill()
+    process.wait()

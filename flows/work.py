@@ -37,7 +37,7 @@ def run_cohort(
     is over.
     """
     leave, look = leave or Leave(factory.settings.grace), tick if only is None else None
-    claimed = do(steps.claim, factory, only)
+    claimed = None if leave.asked else do(steps.claim, factory, only)
     if not claimed:
         return None
     with in_hand(factory, claimed) as hands:
