@@ -102,19 +102,22 @@ def claim(
     limit: int,
     now: datetime,
     only: Sequence[JobId] | None = None,
+    group: str | None = None,
 ) -> list[ClaimedJob]:
-    """Take up to `limit` waiting jobs of one group, the oldest job's, and at most one of an adapter.
+    """Take up to `limit` waiting jobs of one group, the oldest job's or the one that is named; one of an adapter.
 
     Jobs whose worker died count as waiting; an adapter that is in work elsewhere waits, and so does a job that was put
     off, unless `only` asks for it.
     Concurrent claims share nothing out twice (SKIP LOCKED on PostgreSQL, one writer at a time on SQLite).
     """
     wanted = and_(_due(now), ~_in_work(now)) if only is None else and_(_waiting(now), Job.id.in_(only))
+    if group is not None:
+        wanted = and_(wanted, Job.cohort_group == group)
     with across(session, Across.CLAIM):
         oldest = select(Job).where(wanted).order_by(Job.created_at, Job.id).with_for_update(skip_locked=True)
         while (first := session.scalar(oldest.limit(1))) is not None:
-            group = session.scalars(oldest.where(Job.cohort_group == first.cohort_group).limit(limit)).all()
-            taken = list({job.adapter_id: job for job in reversed(group)}.values())
+            alike = session.scalars(oldest.where(Job.cohort_group == first.cohort_group).limit(limit)).all()
+            taken = list({job.adapter_id: job for job in reversed(alike)}.values())
             for job in taken:
                 _take(session, job, worker, now + lease, now)
             session.flush()

@@ -91,6 +91,20 @@ def test_a_claim_takes_only_jobs_that_can_share_a_cohort(engine: Engine) -> None
         assert jobs.waiting(session, NOW) == {"two": 1}
 
 
+def test_a_claim_can_ask_for_more_of_one_group(engine: Engine) -> None:
+    """A cohort with a free slot takes who fits beside the others, however long somebody else has waited."""
+    with transaction(engine) as session:
+        enqueue(session, "acme/alice", 1, group="one")
+        enqueue(session, "acme/bob", 1, group="two", now=NOW + timedelta(seconds=1))
+
+    with transaction(engine) as session:
+        (job,) = jobs.claim(session, "w", LEASE, 10, NOW, group="two")
+    with transaction(engine) as session:
+        assert jobs.claim(session, "w", LEASE, 10, NOW, group="two") == []
+
+    assert job.reference.label == "acme/bob"
+
+
 def test_two_jobs_of_one_adapter_are_worked_off_one_after_the_other(engine: Engine) -> None:
     """In a cohort they would be one name twice, and on two workers the older data could win."""
     with transaction(engine) as session:
