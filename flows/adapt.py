@@ -29,8 +29,9 @@ from prefect.tasks import exponential_backoff
 from flows import cohort as steps
 from flows import report
 from flows.cohort import Cohort
+from flows.due import Ticked, fire_due
 from flows.factory import Factory, pin_base, request_training
-from flows.work import enqueue_due, run_cohort, sweep
+from flows.work import run_cohort, sweep
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
 from registry import uploads
@@ -49,7 +50,7 @@ TASKS: dict[Callable[..., Any], Any] = {
     steps.publish_all: task(
         name="publish", retries=5, retry_delay_seconds=exponential_backoff(2), timeout_seconds=UPLOADS
     )(steps.publish_all),
-    enqueue_due: task(name="due", retries=2)(enqueue_due),
+    fire_due: task(name="due", retries=2)(fire_due),
     sweep: task(name="sweep", retries=2)(sweep),
     steps.runs_wanted: task(name="count")(steps.runs_wanted),
 }
@@ -92,8 +93,7 @@ def adapt_user(reference: str, base: str | None = None, recipe: dict[str, Any] |
 def tick(deployment: str = "adapt-cohort/adapt-cohort") -> int:
     """Turn due schedules into jobs, and waiting jobs into cohort runs; returns how many runs were asked for."""
     factory = Factory.from_environment()
-    for trouble in as_task(enqueue_due, factory):
-        get_run_logger().warning("not queued: %s", trouble)
+    _show_tick(as_task(fire_due, factory))
     as_task(sweep, factory)
     runs: int = max(0, as_task(steps.runs_wanted, factory) - _runs_waiting(deployment))
     for _ in range(runs):
@@ -138,6 +138,16 @@ def _show(cohort: Cohort) -> None:
     create_table_artifact(table=table, key=key, description="Every user of the cohort")
     curves = [{"user": row["user"], "held-out loss": row.get("curve", "")} for row in table]
     create_markdown_artifact(report.markdown(curves), key=f"{key}-curves", description="Loss curves")
+
+
+def _show_tick(ticked: list[Ticked]) -> None:
+    """Leave what a tick claimed where Prefect's page shows it, and log who could not be queued."""
+    for one in ticked:
+        if one.result == "not queued":
+            get_run_logger().warning("not queued: %s: %s", one.label, one.why)
+    if ticked:
+        table, words = report.ticked(ticked)
+        create_table_artifact(table=table, key="tick", description=words)
 
 
 def _log_pace() -> Callable[[Pace], None]:

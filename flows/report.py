@@ -1,14 +1,17 @@
 """What people look at: a cohort as rows of a table, its curves, and whose adapter serves whose data, as pictures."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flows.candidates import Candidate
 from flows.cohort import Cohort
+from flows.due import Ticked
 from flows.matrix import Matrix
 
 BARS = "▁▂▃▄▅▆▇█"
+MOST_TICKED = 500  # rows of a tick's table: Prefect's page is for looking, not for keeping
 
 Row = dict[str, str]
 
@@ -38,6 +41,15 @@ def _row(cohort: Cohort, candidate: Candidate) -> Row:
         "curve": sparkline([loss for _, loss in trained.held_out] or [loss for _, loss in trained.losses]),
         "why": verdict.reason,
     }
+
+
+def ticked(found: Sequence[Ticked]) -> tuple[list[Row], str]:
+    """What a tick made of who was due, the odd ones first, and how many of each; references and ids only."""
+    counts = Counter(one.result for one in found)
+    odd = sorted(found, key=lambda one: (one.result == "queued", one.result == "unchanged", one.label))
+    table = [{"user": one.label, "result": one.result, "job": one.job or "-"} for one in odd[:MOST_TICKED]]
+    words = ", ".join(f"{count} {result}" for result, count in sorted(counts.items()))
+    return table, words + (f"; the first {MOST_TICKED} are shown" if len(found) > MOST_TICKED else "")
 
 
 def _answers(candidate: Candidate) -> str:

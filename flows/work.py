@@ -1,4 +1,4 @@
-"""The whole job in order: who is due, claim, prepare, train, judge, publish.  The same lines with and without Prefect.
+"""The whole job in order: claim, prepare, train, judge, publish.  The same lines with and without Prefect.
 
 `do` says how a step is run: called plainly here, as a Prefect task in `adapt.py`.
 """
@@ -8,15 +8,10 @@ from typing import Any
 
 from flows import cohort as steps
 from flows.cohort import Cohort
-from flows.errors import FlowError
-from flows.factory import Factory, Pinned, now, pin_base, request_training
-from lora_core.errors import LoraError
-from lora_core.recipe import make_recipe
+from flows.factory import Factory, now
 from lora_core.train import Pace
-from registry import schedules, uploads
-from registry.errors import RegistryError
+from registry import uploads
 from registry.names import JobId
-from registry.session import reading, transaction
 
 Do = Callable[..., Any]  # runs a step: do(step, *arguments) returns what the step returns
 
@@ -42,36 +37,6 @@ def run_cohort(
         do(steps.judge, factory, cohort)  # against the base and the live version
         do(steps.publish_all, factory, cohort)  # bytes first, row second
     return cohort
-
-
-def enqueue_due(factory: Factory) -> list[str]:
-    """Turn the schedules that are due into jobs; returns what could not be turned, and why.
-
-    Bases are read before the transaction that takes the schedules, so that no lock waits for a disk.
-    """
-    with reading(factory.engine) as session:
-        bases = schedules.due_bases(session, now())
-    pinned: dict[str, Pinned | str] = {name: _pinned(factory, name) for name in bases}
-    troubles = []
-    with transaction(factory.engine) as session:
-        for one in schedules.fire(session, now()):
-            base = pinned.get(one.base) or _pinned(factory, one.base)
-            try:
-                if isinstance(base, str):
-                    troubles.append(f"{one.reference.label}: {base}")
-                else:
-                    request_training(session, one.reference, base, make_recipe(one.recipe))
-            except (LoraError, RegistryError) as error:
-                troubles.append(f"{one.reference.label}: {error}")
-    return troubles
-
-
-def _pinned(factory: Factory, name: str) -> Pinned | str:
-    """A base, or why it cannot be read: one tenant's missing base must not stop another's schedule."""
-    try:
-        return pin_base(factory, name)
-    except (LoraError, FlowError) as error:
-        return str(error)
 
 
 def sweep(factory: Factory) -> list[str]:

@@ -11,18 +11,18 @@ from sqlalchemy import and_, func, select, update
 from sqlalchemy.orm import Session
 
 from registry.errors import LeaseLost, QuotaReached
-from registry.line import behind, count_served, group_of_first, line, oldest, ready, seat, unclaimed
+from registry.line import behind, count_served, group_of_first, keep_to_indexes, line, oldest, ready, seat, unclaimed
 from registry.models import Adapter, AdapterVersion, Dataset, Facts, Job, Share, SharedBase, Tenant, User
 from registry.names import AdapterId, DatasetId, JobId, Reference, TenantId
 from registry.queries import Holder, find_or_add, note
-from registry.shares import room, share
+from registry.shares import MADE, room, share
 from registry.tenancy import Across, across, enter
 
 MAX_ATTEMPTS = 3  # a job that broke its worker this often has failed
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=30), timedelta(hours=1)  # after a job broke its worker
 STEP = timedelta(hours=1)  # of waiting that one step of priority is worth
 PATIENCE = timedelta(minutes=10)  # how much longer another group may wait while a cohort fills up with its own
-OVER, GIVEN_UP = ("published", "refused"), ("failed", "cancelled")
+GIVEN_UP = ("failed", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def enqueue(
     session.flush()
     made = (AdapterVersion.tenant_id == tenant, AdapterVersion.job_id == job.id)
     number = session.scalar(select(AdapterVersion.number).where(*made))
-    return Enqueued(job.id, job.state, job.state in OVER, number)
+    return Enqueued(job.id, job.state, job.state in MADE, number)
 
 
 def place_in_line(asked_at: datetime, priority: int) -> datetime:
@@ -153,6 +153,7 @@ def claim(
     """
     wanted = and_(ready(now), ~behind(now)) if only is None else and_(unclaimed(now), Job.id.in_(only))
     with across(session, Across.CLAIM):
+        keep_to_indexes(session)
         while turns := line(session, wanted, limit, now, patient=only is not None):
             chosen = group or group_of_first(session, turns[0].tenant, wanted)
             alike = and_(wanted, Job.cohort_group == chosen)

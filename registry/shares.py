@@ -3,15 +3,16 @@
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from registry.errors import QuotaRefused
 from registry.models import Facts, Job, Share
-from registry.names import TenantId
+from registry.names import AdapterId, TenantId
 from registry.queries import find_or_add, note
 
 DAY = timedelta(hours=24)
+MADE = ("published", "refused")  # states of a job that became a version
 _NO_END = 1 << 30  # room of a tenant without a quota
 _LIGHTEST, _HEAVIEST, _MOST = 0.01, 100.0, 1_000_000_000
 
@@ -45,6 +46,20 @@ def room(session: Session, share: Share, now: datetime) -> int:
     free = _NO_END if share.max_running is None else share.max_running - running
     if share.max_versions is None:
         return free
-    made = (Job.finished_at > now - DAY, Job.state.in_(("published", "refused")))
+    made = (Job.finished_at > now - DAY, Job.state.in_(MADE))
     done = session.scalar(select(func.count(Job.id)).where(*mine, *made)) or 0
     return min(free, share.max_versions - done - running)
+
+
+def full_until(session: Session, tenant: TenantId, adapter: AdapterId, most: int, now: datetime) -> datetime | None:
+    """Until when an adapter has as many versions of the last 24 hours as it may; None where it has fewer.
+
+    A job that waits or runs counts as the version that it will be.
+    """
+    mine = (Job.tenant_id == tenant, Job.adapter_id == adapter)
+    recent = or_(Job.finished_at.is_(None), and_(Job.finished_at > now - DAY, Job.state.in_(MADE)))
+    found = session.scalars(select(Job.finished_at).where(*mine, recent)).all()
+    if len(found) < most:
+        return None
+    over = sorted(moment for moment in found if moment)
+    return over[len(found) - most] + DAY if len(found) - most < len(over) else now + DAY

@@ -88,7 +88,8 @@ def work(
 
     lora work --once
     """
-    from flows.work import enqueue_due, sweep
+    from flows.due import enqueue_due
+    from flows.work import sweep
 
     factory = Factory.from_environment(memory=memory)
     factory.set_up()
