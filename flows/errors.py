@@ -1,7 +1,8 @@
 """What can go wrong between the registry and the training core.
 
 FlowError
-└── Unready    a command needs something that is not set up or not installed
+├── Unready       a command needs something that is not set up or not installed
+└── FieldRefused  one field of what somebody wrote down cannot be followed
 """
 
 
@@ -17,3 +18,13 @@ class Unready(FlowError):
 
     def __str__(self) -> str:
         return "{}; {}".format(*self.args)
+
+
+class FieldRefused(FlowError):
+    """One field of what somebody wrote down cannot be followed: which, why, and what to do."""
+
+    def __init__(self, field: str, why: str, fix: str) -> None:
+        super().__init__(field, why, fix)
+
+    def __str__(self) -> str:
+        return "{}: {}; {}".format(*self.args)

@@ -223,7 +223,7 @@ def pause_after(job: JobId, attempts: int) -> timedelta:
 
     The lot is the job's own: jobs that broke together do not come back together.
     """
-    longest = min(FIRST_PAUSE * 2 ** (attempts - 1), LONGEST_PAUSE)
+    longest = min(FIRST_PAUSE * float(2 ** (attempts - 1)), LONGEST_PAUSE)
     lot = hashlib.sha256(f"{job} {attempts}".encode()).digest()
     return longest * (0.5 + int.from_bytes(lot[:4], "big") / 2**33)
 

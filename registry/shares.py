@@ -1,7 +1,6 @@
 """What a tenant may have of the factory: its weight beside others, and how many jobs and versions."""
 
 from datetime import datetime, timedelta
-from typing import Any
 
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
@@ -40,14 +39,14 @@ def room(session: Session, share: Share, now: datetime) -> int:
     """How many more jobs a tenant may have started now: for a claim's block, or the tenant's own."""
     if not share.limited:
         return _NO_END
-    mine: tuple[Any, ...] = (Job.tenant_id == share.tenant_id,)  # SQLAlchemy's conditions
     alive = (Job.finished_at.is_(None), Job.state == "running", Job.lease_until >= now)
-    running = session.scalar(select(func.count(Job.id)).where(*mine, *alive)) or 0
+    counted = select(func.count(Job.id)).where(Job.tenant_id == share.tenant_id, *alive)
+    running = session.scalar(counted) or 0
     free = _NO_END if share.max_running is None else share.max_running - running
     if share.max_versions is None:
         return free
     made = (Job.finished_at > now - DAY, Job.state.in_(MADE))
-    done = session.scalar(select(func.count(Job.id)).where(*mine, *made)) or 0
+    done = session.scalar(select(func.count(Job.id)).where(Job.tenant_id == share.tenant_id, *made)) or 0
     return min(free, share.max_versions - done - running)
 
 

@@ -17,6 +17,7 @@ from flows.cli import (
     dataset,
     fleet,
     leave,
+    queueing,
     reading,
     scheduling,
     system,
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
+app.add_typer(queueing.app, name="queue")
 for group in (system, training, tuning, reading, versions, fleet, leave, chatting, comparing):
     group.register(app)
 

@@ -22,9 +22,9 @@ from registry.models import AdapterVersion, Base
 from registry.names import Reference
 from registry.publishing import publish
 from registry.queries import Holder
-from registry.schedules import Timing
 from registry.session import open_database, transaction
 from registry.store import FolderStore
+from registry.timing import Timing
 from tests.conftest import looking
 from tests.registry.conftest import LEASE, NOW, finished
 from tests.registry.mutants import alive, mutants
