@@ -79,7 +79,9 @@ class Candidate:
         return self.search.spec.places(len(self.learners)) if self.search else 1
 
 
-def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel) -> Candidate:
+def make_candidate(
+    label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel, withdrawn: Callable[[], bool] | None = None
+) -> Candidate:
     """Split and render one user's examples.  Raises TrainingError where nothing is left to learn from."""
     _check_kind(label, snapshot.examples, recipe.objective)
     halves = split(snapshot.examples, recipe.holdout.share, recipe.holdout.by, recipe.holdout.minimum)
@@ -91,7 +93,7 @@ def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseMod
         )
     cut = sum(rendered.truncated for rendered in (*learned, *judged))
     dropped = len(snapshot.examples) - len(learned) - len(judged)
-    learner = Learner(label, recipe, newest(learned, recipe.max_tokens), judged)
+    learner = Learner(label, recipe, newest(learned, recipe.max_tokens), judged, withdrawn=withdrawn)
     search = Halving(learner, lambda spec: _file_bytes(base, spec)) if recipe.search else None
     return Candidate(label, recipe, learner, halves.held_out, cut, dropped, search=search)
 

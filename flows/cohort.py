@@ -61,6 +61,7 @@ class Cohort:
         self.failed: dict[str, str] = {}  # label to reason
         self.put_off: dict[JobId, tuple[str, str]] = {}  # label and reason of who needs more memory than is here
         self.published: dict[str, Published] = {}  # by label
+        self.lost: set[JobId] = set()  # cancelled, in other hands, or over: as the last renewal of leases found
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -106,7 +107,7 @@ def _admit(factory: Factory, cohort: Cohort, claimed: Sequence[ClaimedJob]) -> N
     """Everybody whose examples can be used."""
     for job in claimed:
         try:
-            cohort.work[job.id] = (job, _candidate(factory, cohort.base, job))
+            cohort.work[job.id] = (job, _candidate(factory, cohort, job))
         except (LoraError, ObjectMissing, ObjectDiffers) as error:
             _drop(factory, cohort, job, str(error))
 
@@ -170,24 +171,27 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
 
 
 @contextmanager
-def in_hand(factory: Factory, claimed: Sequence[ClaimedJob]) -> Iterator[None]:
+def in_hand(factory: Factory, claimed: Sequence[ClaimedJob]) -> Iterator[set[JobId]]:
     """Renew the jobs' leases from a thread while the block works; when it breaks, put back what is still held.
+
+    Gives the jobs that are held no more, as they become known: cancelled, in other hands, or over.
 
     An interruption and a fault of the database or the store cost no attempt; any other error does.
     """
-    done = threading.Event()
+    done, lost = threading.Event(), set[JobId]()
     lease = timedelta(seconds=factory.settings.lease_seconds)
 
     def beat() -> None:
         while not done.wait(lease.total_seconds() / 3):
             # Whatever is wrong with the database now, the next beat comes before the lease is over.
             with suppress(Exception), transaction(factory.engine) as session:
-                jobs.renew(session, claimed, lease, now())
+                held = jobs.renew(session, claimed, lease, now())
+                lost.update({job.id for job in claimed} - set(held))
 
     thread = threading.Thread(target=beat, name="leases", daemon=True)
     thread.start()
     try:
-        yield
+        yield lost
     except BaseException as error:
         blamed = isinstance(error, Exception) and not isinstance(error, RegistryError)
         _put_back(factory, claimed, f"{type(error).__name__}: {error}" if blamed else None)
@@ -204,10 +208,10 @@ def _put_back(factory: Factory, claimed: Sequence[ClaimedJob], error: str | None
             jobs.release(session, job, now(), error)
 
 
-def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob) -> Candidate:
-    snapshot = load_snapshot(factory.store.get(job.dataset_key), job.dataset_digest)
-    candidate = make_candidate(job.reference.label, make_recipe(job.recipe), snapshot, base)
-    candidate.live, candidate.live_number = _live(factory, base, job)
+def _candidate(factory: Factory, cohort: Cohort, job: ClaimedJob) -> Candidate:
+    snapshot, recipe = load_snapshot(factory.store.get(job.dataset_key), job.dataset_digest), make_recipe(job.recipe)
+    candidate = make_candidate(job.reference.label, recipe, snapshot, cohort.base, lambda: job.id in cohort.lost)
+    candidate.live, candidate.live_number = _live(factory, cohort.base, job)
     return candidate
 
 

@@ -21,6 +21,7 @@ from registry.names import AdapterId
 from registry.schedules import Due
 from registry.session import reading, transaction
 from registry.shares import full_until
+from registry.tenancy import enter
 
 BATCH = 200  # schedules a transaction
 AGAIN = timedelta(minutes=5)  # until a schedule is looked at again that something in the way held back
@@ -80,6 +81,7 @@ def _tick(session: Session, due: Due, bases: Bases, growths: Growths) -> Ticked:
 
 def _held(session: Session, due: Due, growths: Growths) -> Due | None:
     """A schedule whose conditions are not met, with why; None where it may go on."""
+    enter(session, due.tenant_id)
     if due.terms.min_examples or due.terms.min_bytes:
         known = growths.get(due.adapter_id, "its data was not compared yet")
         if isinstance(known, str):

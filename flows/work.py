@@ -31,8 +31,9 @@ def run_cohort(
     claimed = do(steps.claim, factory, only)
     if not claimed:
         return None
-    with steps.in_hand(factory, claimed):
+    with steps.in_hand(factory, claimed) as lost:
         cohort: Cohort = do(steps.prepare, factory, claimed)  # a user with bad data drops out alone
+        cohort.lost = lost
         do(steps.train, factory, cohort, watch)  # one process, one frozen base, every user
         do(steps.judge, factory, cohort)  # against the base and the live version
         do(steps.publish_all, factory, cohort)  # bytes first, row second

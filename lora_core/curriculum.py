@@ -38,6 +38,7 @@ class Learner:
     start: Tensor | None = None  # row P to go on from; None starts afresh from the recipe's seed
     priority: int = 0  # the higher goes first
     referee: Referee | None = None  # may stop it half-way
+    withdrawn: Callable[[], bool] | None = None  # whether nobody wants it any more: asked before every step
 
     @cached_property
     def digest(self) -> str:
@@ -88,6 +89,16 @@ class Trained:
     waited: int = 0  # micro-steps without a slot, the longest time
     losses: list[tuple[int, float]] = field(default_factory=list)  # step, mean training loss of its batch
     held_out: list[tuple[int, float]] = field(default_factory=list)  # step, mean held-out loss
+
+
+class Withdrawn(LoraError):
+    """Whoever asked for a learner wants it no more: after which step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+
+    def __str__(self) -> str:
+        return "cancelled, or in another worker's hands, after step {}".format(*self.args)
 
 
 class NotFinite(LoraError):
@@ -144,7 +155,7 @@ class Student:
         try:
             yield from self._hear_base()
             yield from self._epochs()
-        except NotFinite as trouble:
+        except (NotFinite, Withdrawn) as trouble:
             self.result.outcome, self.result.reason = "retired", str(trouble)
         except Dropped as verdict:
             self.result.outcome, self.result.reason = "dropped", str(verdict)
@@ -215,6 +226,8 @@ class Student:
         for rows in self._batches(epoch):
             if self.result.steps == self.planned:
                 return
+            if self.learner.withdrawn and self.learner.withdrawn():
+                raise Withdrawn(self.result.steps)
             yield from self._batch(rows)
             if self.learner.referee:
                 yield from self._compete(self.learner.referee)

@@ -107,12 +107,14 @@ def test_new_data_makes_a_schedule_due_once_there_is_enough_of_it(
     end_jobs(factory, time())
     assert fire_due(factory) == []
 
+    time.moment += timedelta(minutes=1)
     give(factory, tmp_path, "acme/alice", 20, first=4)  # 4 new ones, and 4 old ones are gone
     (short,) = fire_due(factory)
     assert (short.result, short.why) == ("held", "4 of 5 new examples")
     assert fire_due(factory) == []
     assert held(factory, "alice").next_due_at is None
 
+    time.moment += timedelta(minutes=1)
     give(factory, tmp_path, "acme/alice", 20, first=5)
     assert results(fire_due(factory)) == {"acme/alice": "queued"}
 
