@@ -174,14 +174,11 @@ def claim(
 
 def waiting(session: Session, now: datetime) -> dict[str, int]:
     """How many jobs a claim could take now, those of dead workers among them, by cohort group."""
-    free: dict[TenantId, int] = {}
     found: dict[str, int] = {}
     with across(session, Across.CLAIM):
-        wanted = (ready(now), ~behind(now))
-        counted = select(Job.tenant_id, Job.cohort_group, func.count()).where(*wanted)
+        free = {one.tenant_id: room(session, one, now) for one in session.scalars(select(Share)).all()}
+        counted = select(Job.tenant_id, Job.cohort_group, func.count()).where(ready(now), ~behind(now))
         for tenant, group, count in session.execute(counted.group_by(Job.tenant_id, Job.cohort_group)).tuples():
-            if tenant not in free:
-                free[tenant] = room(session, session.scalars(select(Share).where(Share.tenant_id == tenant)).one(), now)
             if (may := min(count, free[tenant])) > 0:
                 free[tenant] -= may
                 found[group] = found.get(group, 0) + may

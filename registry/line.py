@@ -5,6 +5,7 @@ least is next (start-time fair queueing; Goyal, Vin and Cheng, 1996).  Inside a 
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -136,8 +137,9 @@ def allot(seats: int, turns: Sequence[Turn]) -> dict[TenantId, int]:
 
 def count_served(session: Session, turns: Sequence[Turn], taken: Sequence[Job]) -> None:
     """Move the meters of those who were served: in one order, so that claims at once wait and never lock up."""
+    counts = Counter(job.tenant_id for job in taken)
     for turn in sorted(turns, key=lambda turn: turn.tenant):
-        if count := sum(job.tenant_id == turn.tenant for job in taken):
+        if count := counts[turn.tenant]:
             # Another claim may have moved it meanwhile: what it is now, but not below where this turn began.
             from_here = func.max if session.get_bind().dialect.name == "sqlite" else func.greatest
             meter = from_here(Share.served, turn.served) + count / turn.weight
