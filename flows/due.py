@@ -64,7 +64,10 @@ def _tick(session: Session, due: Due, bases: Bases, growths: Growths) -> Ticked:
     held = due if due.held else _held(session, due, growths)
     if held:
         return Ticked(due.reference.label, "held", str(held.held))
-    base = bases.get(due.base) or "its base was not read yet; the next tick does"
+    base = bases.get(due.base)
+    if base is None:  # set since this tick began
+        schedules.hold(session, due, "its base was not read yet", now())
+        return Ticked(due.reference.label, "held", "its base was not read yet")
     try:
         if isinstance(base, str):
             raise FlowError(base)
@@ -74,7 +77,7 @@ def _tick(session: Session, due: Due, bases: Bases, growths: Growths) -> Ticked:
         schedules.hold(session, due, str(error), now() + AGAIN)
         return Ticked(due.reference.label, "held", str(error))
     except (LoraError, RegistryError, FlowError) as error:
-        schedules.hold(session, due, str(error), due.next_due_at)
+        schedules.hold(session, due, str(error), due.next_due_at or now() + AGAIN)
         return Ticked(due.reference.label, "not queued", str(error))
     return Ticked(due.reference.label, "unchanged" if job.unchanged else "queued", job=str(job.job_id))
 
