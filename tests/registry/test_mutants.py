@@ -82,23 +82,26 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         "put": lambda: schedules.put(session, mine, holder, Timing.every("2h"), "other", {}, NOW),
         "pause": lambda: schedules.pause(session, mine, holder, True, NOW),
         "remove": lambda: schedules.remove(session, mine, holder, NOW),
-        "wake": lambda: schedules.wake(session, mine, holder.user.id, NOW),
-        "growth": lambda: growth.pair_of(session, mine, adapter),
-        "queue": lambda: queue.listed(session, mine, queue.Wanted(queue.STATES)),
-        "why": lambda: queue.why_waiting(session, mine, queries.job(session, mine, job.id), now),
-        "cancel": lambda: queue.cancel(session, mine, holder, "reason", now),
-        "retry": lambda: queue.retry(session, mine, queue.Wanted(queue.STATES), now),
-        "quota": lambda: shares.set_quota(session, mine, {"max_versions": 3, "max_waiting": 1}, now),
-        "room": lambda: shares.room(session, shares.share(session, mine), now),
-        "full": lambda: shares.full_until(session, mine, adapter, 1, now),
+        "queue": lambda: (
+            queue.listed(session, mine, queue.Wanted(queue.STATES)),
+            queue.why_waiting(session, mine, queries.job(session, mine, job.id), now),
+            growth.pair_of(session, mine, adapter),
+            shares.room(session, shares.share(session, mine), now),
+            shares.full_until(session, mine, adapter, 1, now),
+        ),
+        "cancel": lambda: (
+            queue.cancel(session, mine, holder, "reason", now),
+            queue.retry(session, mine, queue.Wanted(queue.STATES), now),
+            schedules.wake(session, mine, holder.user.id, NOW),
+            shares.set_quota(session, mine, {"max_versions": 3, "max_waiting": 1}, now),
+        ),
     }
 
 
 NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
     "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
-    "fleet back", "schedules", "put", "pause", "remove", "wake", "growth", "queue", "why", "cancel", "retry", "quota",
-    "room", "full",
+    "fleet back", "schedules", "put", "pause", "remove", "queue", "cancel",
 ]  # fmt: skip
 
 
