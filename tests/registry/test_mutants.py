@@ -82,6 +82,7 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         "put": lambda: schedules.put(session, mine, holder, Timing.every("2h"), "other", {}, NOW),
         "pause": lambda: schedules.pause(session, mine, holder, True, NOW),
         "remove": lambda: schedules.remove(session, mine, holder, NOW),
+        "wake": lambda: schedules.wake(session, mine, holder.user.id, NOW),
         "queue": lambda: (
             queue.listed(session, mine, queue.Wanted(queue.STATES)),
             queue.why_waiting(session, mine, queries.job(session, mine, job.id), now),
@@ -92,7 +93,6 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         "cancel": lambda: (
             queue.cancel(session, mine, holder, "reason", now),
             queue.retry(session, mine, queue.Wanted(queue.STATES), now),
-            schedules.wake(session, mine, holder.user.id, NOW),
             shares.set_quota(session, mine, {"max_versions": 3, "max_waiting": 1}, now),
         ),
     }
@@ -101,7 +101,7 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
 NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
     "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
-    "fleet back", "schedules", "put", "pause", "remove", "queue", "cancel",
+    "fleet back", "schedules", "put", "pause", "remove", "wake", "queue", "cancel",
 ]  # fmt: skip
 
 
