@@ -42,9 +42,9 @@ INSERT INTO adapters SELECT id('a', n), id('t', 0), id('u', n), 'default', 2, no
 INSERT INTO datasets SELECT id('d', n), id('t', 0), id('u', n), repeat('d', 64), 'k', 1, 1, now()
   FROM generate_series(1, :users) n;
 INSERT INTO jobs (id, tenant_id, adapter_id, dataset_id, base_id, recipe, recipe_digest, fingerprint, cohort_group,
-    state, attempts, fence, created_at)
+    state, attempts, fence, created_at, in_line_since, finished_at)
   SELECT id('j' || v, n), id('t', 0), id('a', n), id('d', n), id('b', 0), '{}', repeat('r', 64), md5(v || ' ' || n),
-    'g', 'published', 1, 1, now() FROM generate_series(1, :users) n, generate_series(1, 2) v;
+    'g', 'published', 1, 1, now(), now(), now() FROM generate_series(1, :users) n, generate_series(1, 2) v;
 INSERT INTO adapter_versions (id, tenant_id, adapter_id, number, state, reason, served_name, prefix, sha256, files,
     size, parameters, recipe, recipe_digest, code_version, base_id, dataset_id, job_id, created_at)
   SELECT id('v' || v, n), id('t', 0), id('a', n), v, 'accepted', '', 'default-' || v || '-' || n, 'p' || v || n,

@@ -1,41 +1,133 @@
-"""What a clock does: who is due, what is left to sweep, how many cohorts are wanted.
+"""The tick: who is due becomes a job, unless a condition of the schedule holds it back; what is left is swept.
 
+Schedules are taken in batches, a transaction each: two ticks at once, or one that dies, fire nobody twice and forget
+nobody, and no transaction grows with the fleet.  What needs a disk or the store, bases and new data, is read before it.
 Nothing here needs torch until somebody is due: a tick a minute in a process of its own must cost little.
 """
 
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy.orm import Session
 
 from flows.errors import FlowError
 from flows.factory import Factory, Pinned, now, pin_base, request_training
 from lora_core.errors import LoraError
 from lora_core.recipe import make_recipe
 from registry import jobs, schedules, uploads
-from registry.errors import RegistryError
+from registry.errors import QuotaReached, RegistryError, StoreError
+from registry.growth import Growth, digests, growth, pair_of
+from registry.names import AdapterId
+from registry.schedules import Due
 from registry.session import reading, transaction
+from registry.shares import full_until
+from registry.tenancy import enter
 
 MOST_RUNS = 16  # cohort runs asked for in one tick: more would only wait in line
+MOST_SHOWN = 500  # rows of a tick's table: Prefect's page is for looking, not for keeping
+BATCH = 200  # schedules a transaction
+AGAIN = timedelta(minutes=5)  # until a schedule is looked at again that something in the way held back
+Bases = Mapping[str, Pinned | str]  # each base by its name, or why it cannot be read
+Growths = Mapping[AdapterId, Growth | str]
+
+
+@dataclass(frozen=True)
+class Ticked:
+    """What became of one schedule that was due: ids and references only, for it is shown in Prefect."""
+
+    label: str
+    result: str  # queued, unchanged, held or not queued
+    why: str = ""
+    job: str = ""
+
+
+def fire_due(factory: Factory) -> list[Ticked]:
+    """Turn everybody who is due at this moment into jobs; returns what became of each."""
+    moment = now()  # one for all batches: who is due again before the last of them waits for the next tick
+    with reading(factory.engine) as session:
+        bases = {name: _pinned(factory, name) for name in schedules.due_bases(session, moment)}
+    ticked: list[Ticked] = []
+    while True:
+        growths = _growths(factory, moment)
+        with transaction(factory.engine) as session:
+            batch = schedules.fire(session, moment, BATCH)
+            ticked += [_tick(session, due, bases, growths) for due in batch]
+        if not batch:
+            return ticked
 
 
 def enqueue_due(factory: Factory) -> list[str]:
-    """Turn the schedules that are due into jobs; returns what could not be turned, and why.
+    """Turn everybody who is due into jobs; returns who could not be, and why."""
+    return [f"{one.label}: {one.why}" for one in fire_due(factory) if one.result == "not queued"]
 
-    Bases are read before the transaction that takes the schedules, so that no lock waits for a disk.
-    """
-    with reading(factory.engine) as session:
-        bases = schedules.due_bases(session, now())
-    pinned: dict[str, Pinned | str] = {name: _pinned(factory, name) for name in bases}
-    troubles = []
-    with transaction(factory.engine) as session:
-        for one in schedules.fire(session, now()):
-            base = pinned.get(one.base) or _pinned(factory, one.base)
-            try:
-                if isinstance(base, str):
-                    troubles.append(f"{one.reference.label}: {base}")
-                else:
-                    request_training(session, one.reference, base, make_recipe(one.recipe))
-            except (LoraError, RegistryError) as error:
-                troubles.append(f"{one.reference.label}: {error}")
-    return troubles
+
+def table(found: Sequence[Ticked]) -> tuple[list[dict[str, str]], str]:
+    """What a tick made of who was due, the odd ones first, and how many of each; references and ids only."""
+    counts = Counter(one.result for one in found)
+    odd = sorted(found, key=lambda one: (one.result == "queued", one.result == "unchanged", one.label))
+    rows = [{"user": one.label, "result": one.result, "job": one.job or "-"} for one in odd[:MOST_SHOWN]]
+    words = ", ".join(f"{count} {result}" for result, count in sorted(counts.items()))
+    return rows, words + (f"; the first {MOST_SHOWN} are shown" if len(found) > MOST_SHOWN else "")
+
+
+def _tick(session: Session, due: Due, bases: Bases, growths: Growths) -> Ticked:
+    """One schedule becomes a job, or is held back with the reason."""
+    held = due if due.held else _held(session, due, growths)
+    if held:
+        return Ticked(due.reference.label, "held", str(held.held))
+    base = bases.get(due.base)
+    if base is None:  # set since this tick began
+        schedules.hold(session, due, "its base was not read yet", now())
+        return Ticked(due.reference.label, "held", "its base was not read yet")
+    try:
+        if isinstance(base, str):
+            raise FlowError(base)
+        recipe = make_recipe(due.recipe)
+        job = request_training(session, due.reference, base, recipe, due.terms.priority)
+    except QuotaReached as error:
+        schedules.hold(session, due, str(error), now() + AGAIN)
+        return Ticked(due.reference.label, "held", str(error))
+    except (LoraError, RegistryError, FlowError) as error:
+        schedules.hold(session, due, str(error), due.next_due_at or now() + AGAIN)
+        return Ticked(due.reference.label, "not queued", str(error))
+    return Ticked(due.reference.label, "unchanged" if job.unchanged else "queued", job=str(job.job_id))
+
+
+def _held(session: Session, due: Due, growths: Growths) -> Due | None:
+    """A schedule whose conditions are not met, with why; None where it may go on."""
+    enter(session, due.tenant_id)
+    if due.terms.min_examples or due.terms.min_bytes:
+        known = growths.get(due.adapter_id, "its data was not compared yet")
+        if isinstance(known, str):
+            return schedules.hold(session, due, known, now() + AGAIN)
+        if known.pair != digests(pair_of(session, due.tenant_id, due.adapter_id)):
+            return schedules.hold(session, due, "its data is just changing", now())
+        if short := _short(due, known):
+            return schedules.hold(session, due, short, due.next_due_at)
+    if due.terms.max_versions:
+        most = due.terms.max_versions
+        if until := full_until(session, due.tenant_id, due.adapter_id, most, now()):
+            why = f"{most} of {most} versions of 24 hours are made or on their way"
+            return schedules.hold(session, due, why, until)
+    return None
+
+
+def _short(due: Due, known: Growth) -> str | None:
+    """How much new data is missing; None where there is enough of either kind."""
+    asked = [
+        (have, need, what)
+        for have, need, what in (
+            (known.examples, due.terms.min_examples, "examples"),
+            (known.size, due.terms.min_bytes, "bytes"),
+        )
+        if need
+    ]
+    if any(have >= need for have, need, _ in asked):
+        return None
+    return "; ".join(f"{have} of {need} new {what}" for have, need, what in asked)
 
 
 def _pinned(factory: Factory, name: str) -> Pinned | str:
@@ -44,6 +136,19 @@ def _pinned(factory: Factory, name: str) -> Pinned | str:
         return pin_base(factory, name)
     except (LoraError, FlowError) as error:
         return str(error)
+
+
+def _growths(factory: Factory, moment: datetime) -> dict[AdapterId, Growth | str]:
+    """How much is new for those of the next batch who ask, or why that is not known."""
+    with reading(factory.engine) as session:
+        asking = schedules.due_on_growth(session, moment, BATCH)
+    found: dict[AdapterId, Growth | str] = {}
+    for tenant, adapter in asking:
+        try:
+            found[adapter] = growth(factory.engine, factory.store, tenant, adapter)
+        except StoreError as error:
+            found[adapter] = str(error)
+    return found
 
 
 def sweep(factory: Factory) -> list[str]:

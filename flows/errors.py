@@ -2,6 +2,7 @@
 
 FlowError
 ├── Unready             a command needs something that is not set up or not installed
+├── FieldRefused        one field of what somebody wrote down cannot be followed
 └── OrchestratorAway    Prefect's server cannot be reached from within a run
 """
 
@@ -28,3 +29,13 @@ class OrchestratorAway(FlowError):
 
     def __str__(self) -> str:
         return "{}: Prefect's server could not be told ({}); the jobs wait for the next run".format(*self.args)
+
+
+class FieldRefused(FlowError):
+    """One field of what somebody wrote down cannot be followed: which, why, and what to do."""
+
+    def __init__(self, field: str, why: str, fix: str) -> None:
+        super().__init__(field, why, fix)
+
+    def __str__(self) -> str:
+        return "{}: {}; {}".format(*self.args)

@@ -127,13 +127,15 @@ def _client_for(sources: Sequence[str]) -> "S3Client | None":
     return s3_client() if any(map(in_s3, sources)) else None
 
 
-def request_training(session: Session, reference: Reference, base: Pinned, recipe: Recipe) -> Enqueued:
+def request_training(
+    session: Session, reference: Reference, base: Pinned, recipe: Recipe, priority: int = 0
+) -> Enqueued:
     """Enqueue a user's newest dataset; what was trained before from equal data, base and recipe stays as it is."""
     tenant = queries.tenant_id(session, reference.tenant)
     holder = queries.holder(session, tenant, reference.user, reference.adapter)
     dataset = queries.newest_dataset(session, tenant, holder)
     order = Order(dataset, _base_row(session, base), recipe.model_dump(mode="json"), recipe.digest, group(base, recipe))
-    return enqueue(session, tenant, holder, order, now())
+    return enqueue(session, tenant, holder, order, now(), priority)
 
 
 def group(base: Pinned, recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
 from datetime import timedelta
 
 from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -23,7 +24,7 @@ from flows.factory import Factory, now
 _MOST_READ = 200  # runs in one answer of Prefect's server
 _BEGINNING = timedelta(minutes=3)  # a run that has been beginning for longer died with its worker
 
-_enqueue_due = task(name="due", retries=2, persist_result=False)(due.enqueue_due)
+_fire_due = task(name="due", retries=2, persist_result=False)(due.fire_due)
 _sweep = task(name="sweep", retries=2, persist_result=False)(due.sweep)
 _runs_wanted = task(name="count", persist_result=False)(due.runs_wanted)
 
@@ -32,13 +33,22 @@ _runs_wanted = task(name="count", persist_result=False)(due.runs_wanted)
 def tick(deployment: str = "adapt-cohort/adapt-cohort") -> int:
     """Turn due schedules into jobs, and waiting jobs into cohort runs; returns how many runs were asked for."""
     factory = Factory.from_environment()
-    for trouble in _enqueue_due(factory):
-        get_run_logger().warning("not queued: %s", trouble)
+    _show(_fire_due(factory))
     _sweep(factory)
     wanted: int = max(0, _runs_wanted(factory) - _runs_waiting(deployment))
     for _ in range(wanted):
         run_deployment(deployment, timeout=0, as_subflow=False)
     return wanted
+
+
+def _show(ticked: list[due.Ticked]) -> None:
+    """Leave what a tick claimed where Prefect's page shows it, and log who could not be queued."""
+    for one in ticked:
+        if one.result == "not queued":
+            get_run_logger().warning("not queued: %s: %s", one.label, one.why)
+    if ticked:
+        table, words = due.table(ticked)
+        create_table_artifact(table=table, key="tick", description=words)
 
 
 def _runs_waiting(deployment: str) -> int:

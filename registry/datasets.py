@@ -6,7 +6,7 @@ from datetime import datetime
 
 from sqlalchemy.engine import Engine
 
-from registry import uploads
+from registry import schedules, uploads
 from registry.errors import UploadSwept
 from registry.keys import dataset_prefix
 from registry.names import Reference
@@ -28,7 +28,7 @@ class Content:
 
 
 def add_dataset(engine: Engine, store: ObjectStore, reference: Reference, content: Content, now: datetime) -> None:
-    """Store a snapshot and make it its user's newest; safe to do again.
+    """Store a snapshot and make it its user's newest, for which schedules may wait; safe to do again.
 
     Every attempt has a prefix of its own: two that add equal content at once do not meet, and the sweeper never takes
     what another attempt is about to commit.  Raises UploadSwept when it took longer than an upload's lease.
@@ -51,3 +51,4 @@ def add_dataset(engine: Engine, store: ObjectStore, reference: Reference, conten
         # Where another attempt was sooner, this one's bytes are the sweeper's.
         if prefix and row.key == key and not uploads.settle(session, holder.tenant_id, prefix):
             raise UploadSwept(prefix)
+        schedules.wake(session, holder.tenant_id, holder.user.id, now)

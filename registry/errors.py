@@ -12,6 +12,8 @@ RegistryError
 ├── GrantRefused         a token gives no leave to what was asked for
 ├── TicketRefused        a ticket is not what a broker gives out
 ├── ScheduleRefused      a cron expression, interval or time zone is not valid
+├── QuotaRefused         a weight or limit of a tenant is not valid
+├── QuotaReached         a tenant has as many jobs waiting as it may have
 ├── SettingRefused       a variable of the environment holds what it may not
 ├── DatabaseUnavailable  the database cannot be reached or is not set up
 └── StoreError
@@ -141,6 +143,27 @@ class ScheduleRefused(RegistryError):
 
     def __str__(self) -> str:
         return "schedule {!r}: {}; {}".format(*self.args)
+
+
+class QuotaRefused(RegistryError):
+    """A tenant's weight or limit is not valid: which, what was given, and what to give."""
+
+    def __init__(self, which: str, given: object, fix: str) -> None:
+        super().__init__(which, given, fix)
+
+    def __str__(self) -> str:
+        return "{} is {!r}: {}".format(*self.args)
+
+
+class QuotaReached(RegistryError):
+    """A tenant has as many jobs waiting as it may have: how many that is."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+
+    def __str__(self) -> str:
+        most = self.args[0]
+        return f"no more jobs may wait: the limit is {most}; try again when some are done, or raise max-waiting"
 
 
 class SettingRefused(RegistryError):

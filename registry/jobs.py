@@ -7,21 +7,24 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, exists, func, or_, select, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, and_, func, select, update
+from sqlalchemy.orm import Session
 
-from registry.errors import LeaseLost
-from registry.models import Adapter, AdapterVersion, Dataset, Facts, Job, SharedBase, Tenant, User
+from registry.errors import LeaseLost, QuotaReached
+from registry.line import behind, count_served, group_of_first, keep_to_indexes, line, oldest, ready, seat, unclaimed
+from registry.models import Adapter, AdapterVersion, Dataset, Facts, Job, Share, SharedBase, Tenant, User
 from registry.names import AdapterId, DatasetId, JobId, Reference, TenantId
 from registry.queries import Holder, find_or_add, note
+from registry.shares import MADE, room, share
 from registry.tenancy import Across, across, enter
 
 MAX_ATTEMPTS = 3  # a job that ended in an error this often has failed
-MAX_DEATHS = (
-    5  # the same of one whose workers died: most of its neighbours, and most of whatever else kills, are innocent
-)
+MAX_DEATHS = 5  # so has one whose workers died: most of its neighbours, and of whatever else kills, are innocent
 SUSPECT = 2  # after so many deaths it is tried alone, so that nobody shares its blame
-BUSY, OVER = ("queued", "running"), ("published", "refused")
+FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=30), timedelta(hours=1)  # after a job broke its worker
+STEP = timedelta(hours=1)  # of waiting that one step of priority is worth
+PATIENCE = timedelta(minutes=10)  # how much longer another group may wait while a cohort fills up with its own
+GIVEN_UP = ("failed", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -76,27 +79,61 @@ class ClaimedJob:
     group: str
 
 
-def enqueue(session: Session, tenant: TenantId, holder: Holder, order: Order, now: datetime) -> Enqueued:
-    """Ask for training.  The same data, base and recipe give the same job; one that failed is tried again."""
+def enqueue(
+    session: Session, tenant: TenantId, holder: Holder, order: Order, now: datetime, priority: int = 0
+) -> Enqueued:
+    """Ask for training.  The same data, base and recipe give the same job; one that failed is tried again.
+
+    A job that waits takes the higher priority of two.  Raises QuotaReached where as many wait as the tenant may have.
+    """
+    _check_room(session, tenant)
     mine = (Job.tenant_id == tenant, Job.adapter_id == holder.adapter.id, Job.fingerprint == order.fingerprint)
-    job = find_or_add(session, select(Job).where(*mine).with_for_update(), lambda: _new_job(tenant, holder, order, now))
-    if job.state == "failed":
-        job.state, job.attempts, job.error, job.finished_at, job.created_at = "queued", 0, None, None, now
-        note(session, tenant, "job queued again", job.id, {"fingerprint": order.fingerprint}, now)
+    job = find_or_add(
+        session, select(Job).where(*mine).with_for_update(), lambda: _new_job(tenant, holder, order, priority, now)
+    )
+    if job.state in GIVEN_UP:
+        revive(session, job, now)
     elif job.created_at == now:
         note(session, tenant, "job queued", job.id, {"fingerprint": order.fingerprint}, now)
+    if job.state == "queued" and priority > job.priority:
+        job.priority, job.in_line_since = priority, place_in_line(job.created_at, priority)
     session.flush()
     made = (AdapterVersion.tenant_id == tenant, AdapterVersion.job_id == job.id)
     number = session.scalar(select(AdapterVersion.number).where(*made))
-    return Enqueued(job.id, job.state, job.state in OVER, number)
+    return Enqueued(job.id, job.state, job.state in MADE, number)
 
 
-def _new_job(tenant: TenantId, holder: Holder, order: Order, now: datetime) -> Job:
+def place_in_line(asked_at: datetime, priority: int) -> datetime:
+    """Since when a job counts as in line: a step of priority is worth an hour of waiting, so nobody waits for ever."""
+    return asked_at - priority * STEP
+
+
+def revive(session: Session, job: Job, now: datetime) -> None:
+    """Let a job that was given up wait again, at the end of the line and with all its attempts."""
+    job.state, job.attempts, job.error, job.finished_at, job.lease_until = "queued", 0, None, None, None
+    job.created_at, job.in_line_since = now, place_in_line(now, job.priority)
+    note(session, job.tenant_id, "job queued again", job.id, {"fingerprint": job.fingerprint}, now)
+
+
+def _new_job(tenant: TenantId, holder: Holder, order: Order, priority: int, now: datetime) -> Job:
     return Job(
         tenant_id=tenant, adapter_id=holder.adapter.id, dataset_id=order.dataset.id, base_id=order.base.id,
         recipe=order.recipe, recipe_digest=order.recipe_digest, fingerprint=order.fingerprint,
-        cohort_group=order.group, state="queued", created_at=now,
+        cohort_group=order.group, state="queued", created_at=now, priority=priority,
+        in_line_since=place_in_line(now, priority),
     )  # fmt: skip
+
+
+def _check_room(session: Session, tenant: TenantId) -> None:
+    """Refuse a job more than may wait.  Requests at once come one after the other, before they hold any job."""
+    most = share(session, tenant).max_waiting
+    if most is None:
+        return
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(tenant.int & (1 << 63) - 1)))
+    unfinished = (Job.tenant_id == tenant, Job.finished_at.is_(None), Job.state == "queued")
+    if (session.scalar(select(func.count(Job.id)).where(*unfinished)) or 0) >= most:
+        raise QuotaReached(most)
 
 
 def claim(
@@ -108,61 +145,59 @@ def claim(
     only: Sequence[JobId] | None = None,
     group: str | None = None,
 ) -> list[ClaimedJob]:
-    """Take up to `limit` waiting jobs of one group, the oldest job's or the one that is named; one of an adapter.
+    """Take up to `limit` waiting jobs that can share a cohort, and at most one of an adapter.
 
+    The tenant whose turn it is says which group; the seats are shared out among all who wait for that group, within
+    their quotas.  With `group` more of that group are taken, unless somebody of another waits much longer.
     Jobs whose worker died count as waiting; an adapter that is in work elsewhere waits, and so does a job that was put
     off, unless `only` asks for it.  A job whose workers died again and again is taken alone, and not where a group is
     named: a cohort is at work there.
     Concurrent claims share nothing out twice (SKIP LOCKED on PostgreSQL, one writer at a time on SQLite).
     """
-    wanted = and_(_due(now), ~_in_work(now)) if only is None else and_(_waiting(now), Job.id.in_(only))
+    wanted = and_(ready(now), ~behind(now)) if only is None else and_(unclaimed(now), Job.id.in_(only))
     if group is not None:
-        wanted = and_(wanted, Job.cohort_group == group, ~_suspect())
+        wanted = and_(wanted, ~_suspect())
     with across(session, Across.CLAIM):
-        oldest = select(Job).where(wanted).order_by(Job.created_at, Job.id).with_for_update(skip_locked=True)
-        while (first := session.scalar(oldest.limit(1))) is not None:
-            alike = session.scalars(oldest.where(Job.cohort_group == first.cohort_group).limit(limit)).all()
-            taken = apart(first, list({job.adapter_id: job for job in reversed(alike)}.values()))
+        keep_to_indexes(session)
+        while turns := line(session, wanted, limit, now, patient=only is not None):
+            chosen = group or group_of_first(session, turns[0].tenant, wanted)
+            alike = and_(wanted, Job.cohort_group == chosen)
+            sharing = line(session, alike, limit, now)
+            if group and (not sharing or oldest(sharing) - oldest(turns) > PATIENCE):
+                break
+            taken = apart(seat(session, alike, limit, sharing))
             for job in taken:
                 _take(session, job, worker, now + lease, now)
             session.flush()
-            if running := [job.id for job in taken if job.state == "running"]:
-                return _claimed(session, running)
+            if running := [job for job in taken if job.state == "running"]:
+                count_served(session, sharing, running)
+                return _claimed(session, [job.id for job in running])
+            if not taken and chosen:  # others are just taking them
+                wanted = and_(wanted, Job.cohort_group != chosen)
     return []
 
 
-def apart(first: Job, alike: Sequence[Job]) -> list[Job]:
+def apart(seated: list[Job]) -> list[Job]:
     """Those of a claim that may share a cohort: the first alone where it is suspected of killing workers."""
-    suspects = {job.id for job in (first, *alike) if job.state == "running" and job.attempts >= SUSPECT}
-    return [first] if first.id in suspects else [job for job in alike if job.id not in suspects]
-
-
-def waiting(session: Session, now: datetime) -> dict[str, int]:
-    """How many jobs a claim could take now, those of dead workers among them, by cohort group."""
-    free = (_due(now), ~_in_work(now))
-    with across(session, Across.CLAIM):
-        counted = select(Job.cohort_group, func.count()).where(*free).group_by(Job.cohort_group)
-        return dict(session.execute(counted).tuples().all())
-
-
-def _waiting(now: datetime) -> ColumnElement[bool]:
-    return or_(Job.state == "queued", and_(Job.state == "running", Job.lease_until < now))
+    suspects = {job.id for job in seated if job.state == "running" and job.attempts >= SUSPECT}
+    return seated[:1] if seated[:1] and seated[0].id in suspects else [job for job in seated if job.id not in suspects]
 
 
 def _suspect() -> ColumnElement[bool]:
     return and_(Job.state == "running", Job.attempts >= SUSPECT)
 
 
-def _due(now: datetime) -> ColumnElement[bool]:
-    """Waiting, and not put off."""
-    return and_(_waiting(now), or_(Job.lease_until.is_(None), Job.lease_until < now))
-
-
-def _in_work(now: datetime) -> ColumnElement[bool]:
-    """Another job of the adapter is in a living worker's hands: its versions come in the order they were asked for."""
-    other = aliased(Job)
-    alive = (other.state == "running", other.lease_until >= now)
-    return exists().where(other.adapter_id == Job.adapter_id, other.id != Job.id, *alive)
+def waiting(session: Session, now: datetime) -> dict[str, int]:
+    """How many jobs a claim could take now, those of dead workers among them, by cohort group."""
+    found: dict[str, int] = {}
+    with across(session, Across.CLAIM):
+        free = {one.tenant_id: room(session, one, now) for one in session.scalars(select(Share)).all()}
+        counted = select(Job.tenant_id, Job.cohort_group, func.count()).where(ready(now), ~behind(now))
+        for tenant, group, count in session.execute(counted.group_by(Job.tenant_id, Job.cohort_group)).tuples():
+            if (may := min(count, free[tenant])) > 0:
+                free[tenant] -= may
+                found[group] = found.get(group, 0) + may
+    return found
 
 
 def renew(session: Session, jobs: Sequence[ClaimedJob], lease: timedelta, now: datetime) -> list[JobId]:
@@ -187,13 +222,25 @@ def fail(session: Session, job: ClaimedJob, reason: str, now: datetime) -> None:
 def release(session: Session, job: ClaimedJob, now: datetime, error: str | None = None) -> None:
     """Put a job back for others: as if it had not been claimed, or with the error that counts as an attempt.
 
-    Raises LeaseLost.
+    After an error it is left alone for a while, each time longer; the last attempt's ends it.  Raises LeaseLost.
     """
+    if error and job.attempts >= MAX_ATTEMPTS:
+        fail(session, job, _given_up(error, job.attempts), now)
+        return
+    pause = {"lease_until": now + pause_after(job.id, job.attempts)} if error else {"lease_until": None}
     attempts = job.attempts if error else job.attempts - 1
-    _change(
-        session, job, {"state": "queued", "lease_until": None, "worker": None, "attempts": attempts, "error": error}
-    )
+    _change(session, job, {"state": "queued", "worker": None, "error": error, "attempts": attempts, **pause})
     note(session, job.tenant_id, "job released", job.id, {"error": error}, now)
+
+
+def pause_after(job: JobId, attempts: int) -> timedelta:
+    """How long a job is left alone after its attempts: twice as long each time, an hour at most, half of it by lot.
+
+    The lot is the job's own: jobs that broke together do not come back together.
+    """
+    longest = min(FIRST_PAUSE * float(2 ** (attempts - 1)), LONGEST_PAUSE)
+    lot = hashlib.sha256(f"{job} {attempts}".encode()).digest()
+    return longest * (0.5 + int.from_bytes(lot[:4], "big") / 2**33)
 
 
 def put_off(session: Session, job: ClaimedJob, reason: str, until: datetime, now: datetime) -> None:
@@ -225,12 +272,16 @@ def _take(session: Session, job: Job, worker: str, until: datetime, now: datetim
     most = MAX_DEATHS if job.state == "running" else MAX_ATTEMPTS
     if job.attempts >= most:
         job.state, job.finished_at, job.lease_until = "failed", now, None
-        job.error = f"given up after {most} attempts: {job.error or 'its worker died'}; mend it, then train again"
+        job.error = _given_up(job.error or "its worker died", most)
         note(session, job.tenant_id, "job failed", job.id, {"reason": job.error}, now)
         return
     job.state, job.worker, job.lease_until = "running", worker, until
     job.attempts, job.fence = job.attempts + 1, job.fence + 1
     note(session, job.tenant_id, "job claimed", job.id, {"worker": worker, "fence": job.fence}, now)
+
+
+def _given_up(error: str, attempts: int) -> str:
+    return f"given up after {attempts} attempts: {error}; mend it, then train again or `lora queue retry`"
 
 
 def _claimed(session: Session, ids: Sequence[JobId]) -> list[ClaimedJob]:
@@ -242,7 +293,7 @@ def _claimed(session: Session, ids: Sequence[JobId]) -> list[ClaimedJob]:
         .join(Dataset, Dataset.id == Job.dataset_id)
         .join(SharedBase, SharedBase.id == Job.base_id)
         .where(Job.id.in_(ids))
-        .order_by(Job.created_at, Job.id)
+        .order_by(Job.in_line_since, Job.id)
     )
     claimed = []
     for job, tenant, user, opaque, adapter, dataset, base in rows.tuples():

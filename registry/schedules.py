@@ -1,116 +1,119 @@
-"""When each user's adapter is due: set, listed, paused, removed, and fired once by whichever tick comes first."""
+"""Each user's schedule: set, listed, paused, removed, and fired once by whichever tick comes first."""
 
-import re
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from croniter import CroniterError, croniter
-from sqlalchemy import Select, select
+from sqlalchemy import ColumnElement, Select, select, update
 from sqlalchemy.orm import Session
 
 from registry.errors import NotFound, ScheduleRefused
 from registry.models import Adapter, Facts, Schedule, Tenant, User
-from registry.names import Reference, TenantId
+from registry.names import AdapterId, Reference, TenantId, UserId
 from registry.queries import Holder, note
-from registry.tenancy import Across, across
+from registry.tenancy import Across, across, enter
+from registry.timing import Quiet, Timing
 
-SHORTEST, LONGEST = timedelta(seconds=60), timedelta(days=3650)  # one tick; far within what dates can hold
-_MOST_CRON = 120  # characters
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_INTERVAL = re.compile(r"([0-9]{1,9})([smhd])")
-# What cron itself knows; croniter takes more, such as R for a moment by chance, another each time it is asked.
-_MONTHS, _DAYS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec", "mon|tue|wed|thu|fri|sat|sun"
-_FIELD = re.compile(rf"(?:[0-9*/,L#-]|{_MONTHS}|{_DAYS})+", re.IGNORECASE)
+_LIMITS = {"priority": (-99, 99), "min_examples": (1, 10**9), "min_bytes": (1, 1 << 40), "max_versions": (1, 1000)}
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Either a cron expression read in a time zone, or an interval."""
+class Terms:
+    """What a schedule asks for besides its timing."""
 
-    text: str  # "cron 0 3 * * *" or "every 6h"
-    time_zone: str = "UTC"
+    quiet: Quiet | None = None
+    priority: int = 0  # of its jobs: a step is worth an hour of waiting
+    min_examples: int | None = None  # new ones since the last training; with `min_bytes` too, either is enough
+    min_bytes: int | None = None  # of new examples
+    max_versions: int | None = None  # in any 24 hours
+    paused: bool = False
 
-    @classmethod
-    def cron(cls, expression: str, time_zone: str = "UTC") -> "Timing":
-        """Five cron fields in an IANA time zone.  Raises ScheduleRefused."""
-        fields = expression.split()
-        known = len(fields) == 5 and len(expression) <= _MOST_CRON and all(map(_FIELD.fullmatch, fields))
-        if not known or not croniter.is_valid(expression):
-            why = f"is not a cron expression of at most {_MOST_CRON} characters"
-            raise ScheduleRefused(expression[:80], why, "give five fields, for example '0 3 * * *'")
-        try:
-            ZoneInfo(time_zone)
-        except (ZoneInfoNotFoundError, ValueError, OSError):
-            raise ScheduleRefused(
-                time_zone[:80], "is no time zone", "give an IANA name such as Europe/Berlin"
-            ) from None
-        timing = cls(f"cron {' '.join(fields)}", time_zone)
-        timing.after(datetime.now(UTC))  # one that never comes, such as 30 February, is refused now
-        return timing
+    def check(self) -> "Terms":
+        """Itself.  Raises ScheduleRefused for a number that is out of bounds."""
+        for name, (least, most) in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ScheduleRefused(f"{name}={value}", "is out of bounds", f"give {least} to {most}")
+        return self
 
-    @classmethod
-    def every(cls, interval: str) -> "Timing":
-        """An interval such as 90m, 6h or 1d.  Raises ScheduleRefused."""
-        match = _INTERVAL.fullmatch(interval)
-        if not match or not SHORTEST <= timedelta(seconds=_seconds(interval)) <= LONGEST:
-            why = "is not an interval of 60s to 3650d"
-            raise ScheduleRefused(interval[:80], why, "give one such as 90m, 6h or 1d")
-        return cls(f"every {interval}")
 
-    def after(self, moment: datetime) -> datetime:
-        """The next due moment after `moment`, in UTC.
+@dataclass(frozen=True)
+class Filter:
+    """Which schedules are listed: by users' names (`a*` for a beginning), state and moment; by pages."""
 
-        Where clocks change, as in Vixie cron: a time of day comes once a day, the first time round, or as much later
-        as the clock jumped; a job of every hour keeps its distance.
-        """
-        kind, _, rest = self.text.partition(" ")
-        if kind == "every":
-            return moment + timedelta(seconds=_seconds(rest))
-        zone = ZoneInfo(self.time_zone)
-        start = moment.astimezone(zone)
-        walk = croniter(rest, start if rest.split()[1].startswith("*") else start.replace(tzinfo=None))
-        try:
-            while (following := walk.get_next(datetime).replace(tzinfo=zone)) <= moment:
-                pass
-        except CroniterError:
-            raise ScheduleRefused(rest, "never comes", "give a date that exists") from None
-        return following.astimezone(UTC)
+    user: str | None = None
+    paused: bool | None = None
+    held: bool = False
+    due_before: datetime | None = None
+    limit: int | None = None
+    offset: int = 0
+
+    def terms(self) -> list[ColumnElement[bool]]:
+        """As conditions."""
+        found: list[ColumnElement[bool]] = []
+        if self.user is not None:
+            whole = not self.user.endswith("*")
+            begins = User.name.startswith(self.user.removesuffix("*"), autoescape=True)
+            found.append(User.name == self.user if whole else begins)
+        if self.paused is not None:
+            found.append(Schedule.paused.is_(self.paused))
+        if self.held:
+            found.append(Schedule.held.is_not(None))
+        if self.due_before is not None:
+            found.append(Schedule.next_due_at <= self.due_before)
+        return found
 
 
 @dataclass(frozen=True)
 class Due:
-    """A schedule that fired: whose adapter is to be trained, on which base, with which recipe."""
+    """A schedule that fired: whose adapter is to be trained, on which base, with which recipe, on what conditions."""
 
     reference: Reference
     base: str
     recipe: Facts
+    tenant_id: TenantId
+    adapter_id: AdapterId
+    terms: Terms
+    next_due_at: datetime | None  # after this time
+    held: str | None = None  # why it makes no job now
 
 
 def put(
-    session: Session, tenant: TenantId, holder: Holder, timing: Timing, base: str, recipe: Facts, now: datetime
+    session: Session,
+    tenant: TenantId,
+    holder: Holder,
+    timing: Timing,
+    base: str,
+    recipe: Facts,
+    now: datetime,
+    terms: Terms = Terms(),
 ) -> Schedule:
-    """Give an adapter its schedule, in place of the one it had."""
+    """Give an adapter its schedule, in place of the one it had.  One that waits for data is looked at once, soon."""
+    terms.check()
     found = session.scalar(_of(tenant, holder))
     if found is None:
         found = Schedule(adapter_id=holder.adapter.id, tenant_id=tenant)
         session.add(found)
-    found.timing, found.time_zone, found.paused = timing.text, timing.time_zone, False
-    found.base, found.recipe, found.next_due_at = base, recipe, timing.after(now)
+    found.timing, found.time_zone, found.base, found.recipe = timing.text, timing.time_zone, base, recipe
+    found.quiet = terms.quiet.text if terms.quiet else None
+    found.priority, found.max_versions, found.paused = terms.priority, terms.max_versions, terms.paused
+    found.min_examples, found.min_bytes, found.held = terms.min_examples, terms.min_bytes, None
+    found.next_due_at = timing.next_due(now) or now
     note(session, tenant, "schedule set", holder.adapter.id, {"timing": timing.text}, now)
     session.flush()
     return found
 
 
-def schedules(session: Session, tenant: TenantId | None = None) -> list[tuple[Reference, Schedule]]:
-    """Every schedule, of one tenant or (for the operator) of all, by tenant, user and adapter."""
-    asked = _with_owner().order_by(Tenant.name, User.name, Adapter.name)
+def schedules(
+    session: Session, tenant: TenantId | None = None, wanted: Filter = Filter()
+) -> list[tuple[Reference, Schedule]]:
+    """The schedules of one tenant or (for the operator) of all, by tenant, user and adapter."""
+    asked = _with_owner().order_by(Tenant.name, User.name, Adapter.name).limit(wanted.limit).offset(wanted.offset)
     if tenant is not None:
-        rows = session.execute(asked.where(Schedule.tenant_id == tenant)).all()
+        rows = session.execute(asked.where(Schedule.tenant_id == tenant, *wanted.terms())).all()
     else:
         with across(session, Across.OVERVIEW):
-            rows = session.execute(asked).all()
+            rows = session.execute(asked.where(*wanted.terms())).all()
     return [(Reference(tenant_, user, adapter), schedule) for schedule, tenant_, user, adapter in rows]
 
 
@@ -119,7 +122,7 @@ def pause(session: Session, tenant: TenantId, holder: Holder, paused: bool, now:
     found = _one(session, tenant, holder)
     found.paused = paused
     if not paused:
-        found.next_due_at = Timing(found.timing, found.time_zone).after(now)
+        found.next_due_at = Timing(found.timing, found.time_zone).next_due(now) or now
     note(session, tenant, "schedule paused" if paused else "schedule resumed", holder.adapter.id, {}, now)
     return found
 
@@ -130,6 +133,13 @@ def remove(session: Session, tenant: TenantId, holder: Holder, now: datetime) ->
     note(session, tenant, "schedule removed", holder.adapter.id, {}, now)
 
 
+def wake(session: Session, tenant: TenantId, user: UserId, now: datetime) -> None:
+    """New data came for a user: the schedules that wait for it are due, and the next tick looks how much it is."""
+    adapters = select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.user_id == user)
+    sleeping = (Schedule.next_due_at.is_(None), Schedule.adapter_id.in_(adapters))
+    session.execute(update(Schedule).where(Schedule.tenant_id == tenant, *sleeping).values(next_due_at=now))
+
+
 def due_bases(session: Session, now: datetime) -> list[str]:
     """The bases that the schedules due now name."""
     with across(session, Across.TICK):
@@ -137,23 +147,56 @@ def due_bases(session: Session, now: datetime) -> list[str]:
         return sorted(session.scalars(due))
 
 
-def fire(session: Session, now: datetime, limit: int = 1000) -> list[Due]:
-    """Take the schedules that are due and set their next moment, in one transaction with what the caller does.
+def due_on_growth(session: Session, now: datetime, limit: int) -> list[tuple[TenantId, AdapterId]]:
+    """Whose schedules are due now if there is enough new data: of those that `fire` would take."""
+    with across(session, Across.TICK):
+        due = select(Schedule).where(Schedule.next_due_at <= now, Schedule.paused.is_(False))
+        found = session.scalars(due.order_by(Schedule.next_due_at, Schedule.adapter_id).limit(limit)).all()
+    return [(one.tenant_id, one.adapter_id) for one in found if one.min_examples or one.min_bytes]
 
-    One that was missed while everything was down fires once, not once for each moment missed.
+
+def fire(session: Session, now: datetime, limit: int = 1000) -> list[Due]:
+    """Take schedules that are due and set their next moment, in one transaction with what the caller does.
+
+    One that was missed while everything was down fires once, not once for each moment missed.  One that is due in its
+    quiet hours is `held` until they end.  In order of tenant, so that ticks at once never wait in a ring.
     """
     due = (Schedule.next_due_at <= now, Schedule.paused.is_(False))
     fired = []
     with across(session, Across.TICK):
-        asked = _with_owner().where(*due).order_by(Schedule.next_due_at).limit(limit)
+        asked = _with_owner().where(*due).order_by(Schedule.next_due_at, Schedule.adapter_id).limit(limit)
         rows = session.execute(asked.with_for_update(of=Schedule, skip_locked=True))
         for schedule, tenant, user, adapter in rows.tuples():
-            schedule.last_fired_at = now
-            schedule.next_due_at = Timing(schedule.timing, schedule.time_zone).after(now)
-            note(session, schedule.tenant_id, "schedule fired", schedule.adapter_id, {}, now)
-            fired.append(Due(Reference(tenant, user, adapter), schedule.base, schedule.recipe))
+            one = _fired(schedule, Reference(tenant, user, adapter), now)
+            schedule.next_due_at, schedule.held = one.next_due_at, one.held
+            if not one.held:
+                schedule.last_fired_at = now
+                note(session, schedule.tenant_id, "schedule fired", schedule.adapter_id, {}, now)
+            fired.append(one)
         session.flush()
-    return fired
+    return sorted(fired, key=lambda one: (one.tenant_id, one.adapter_id))
+
+
+def hold(session: Session, due: Due, why: str, until: datetime | None) -> Due:
+    """A schedule that fired makes no job: it is due again at that moment, and says why."""
+    enter(session, due.tenant_id)
+    mine = (Schedule.tenant_id == due.tenant_id, Schedule.adapter_id == due.adapter_id)
+    session.execute(update(Schedule).where(*mine).values(next_due_at=until, held=why))
+    return replace(due, next_due_at=until, held=why)
+
+
+def _fired(schedule: Schedule, reference: Reference, now: datetime) -> Due:
+    """What comes of a schedule that is due."""
+    timing = Timing(schedule.timing, schedule.time_zone)
+    quiet = Quiet(schedule.quiet) if schedule.quiet else None
+    terms = Terms(quiet, schedule.priority, schedule.min_examples, schedule.min_bytes, schedule.max_versions)
+    due = Due(
+        reference, schedule.base, schedule.recipe, schedule.tenant_id, schedule.adapter_id, terms, timing.next_due(now)
+    )
+    until = quiet.until(now, schedule.time_zone) if quiet else None
+    if until is None:
+        return due
+    return replace(due, next_due_at=until, held=f"quiet hours until {until.astimezone(UTC):%Y-%m-%d %H:%M} UTC")
 
 
 def _with_owner() -> Any:  # a select of four entities: SQLAlchemy's type for it helps nobody
@@ -174,9 +217,3 @@ def _one(session: Session, tenant: TenantId, holder: Holder) -> Schedule:
     if found is None:
         raise NotFound("schedule of", f"{holder.user.name}/{holder.adapter.name}", "set one: lora schedule set")
     return found
-
-
-def _seconds(interval: str) -> int:
-    match = _INTERVAL.fullmatch(interval)
-    assert match  # checked when it was set
-    return int(match[1]) * _UNITS[match[2]]

@@ -18,8 +18,8 @@ from lora_core.recipe import make_recipe
 from registry import queries, schedules
 from registry.datasets import Content, add_dataset
 from registry.names import Reference
-from registry.schedules import Timing
 from registry.session import transaction
+from registry.timing import Timing
 
 TENANTS = ("acme", "globex", "initech", "umbrella", "hooli")
 BASE = Plan(vocabulary=512, width=64, inner=192, layers=2, steps=150)

@@ -14,9 +14,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from benchmarks.storms.servers import Site
 from registry.errors import RegistryError
-from registry.jobs import OVER
 from registry.models import Job, Schedule
 from registry.session import open_database, reading
+from registry.shares import MADE
 
 _Root = tuple[str, int]  # service and process id
 _MEASURE_EVERY = 5  # looks: walking through all processes is no small work
@@ -59,7 +59,7 @@ class Watch:
             states = Counter(dict(session.execute(select(Job.state, func.count()).group_by(Job.state)).tuples().all()))
             found = {
                 "at": round(self.seconds, 1), "due": session.scalar(due) or 0, "queued": states["queued"],
-                "running": states["running"], "over": sum(states[state] for state in OVER), "failed": states["failed"],
+                "running": states["running"], "over": sum(states[state] for state in MADE), "failed": states["failed"],
             }  # fmt: skip
             self.samples.append(found)
             return found

@@ -19,6 +19,7 @@ from flows.cli import (
     fleet,
     leave,
     pulling,
+    queueing,
     reading,
     scheduling,
     system,
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
 app.add_typer(caching.app, name="cache")
+app.add_typer(queueing.app, name="queue")
 for group in (system, training, tuning, reading, versions, pulling, fleet, leave, chatting, comparing):
     group.register(app)
 

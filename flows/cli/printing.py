@@ -15,6 +15,8 @@ console = Console()
 Row = Mapping[str, object]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Answer as JSON, for programs.")]
+Limit = Annotated[int, typer.Option(min=1, max=10_000, help="Rows of a page.")]
+Page = Annotated[int, typer.Option(min=1, max=1_000_000, help="Which page.")]
 OwnReference = Annotated[
     str,
     typer.Argument(metavar="TENANT/USER[/ADAPTER]", help="Whose adapter, for example acme/alice or acme/alice/notes."),

@@ -8,10 +8,10 @@ from typing import TypeVar
 from sqlalchemy import Engine, Select, select
 
 from registry import queries
-from registry.jobs import OVER
 from registry.keys import user_prefix
 from registry.models import Adapter, AdapterVersion, Alias, AliasMove, Dataset, Job, Tenant, Upload, User
 from registry.names import LATEST, AdapterId, Reference
+from registry.shares import MADE
 from registry.store import FolderStore, ObjectStore
 from tests.conftest import looking
 
@@ -26,7 +26,7 @@ def check_readers_see_whole_versions(engine: Engine, store: ObjectStore, referen
             return
         own = adapter.id
         versions = session.scalars(_of(AdapterVersion, own).order_by(AdapterVersion.number.desc())).all()
-        over = [job.id for job in session.scalars(_of(Job, own).where(Job.state.in_(OVER)))]
+        over = [job.id for job in session.scalars(_of(Job, own).where(Job.state.in_(MADE)))]
         aliases = {alias.name: alias.version_id for alias in session.scalars(_of(Alias, own))}
         moves = {move.name: move.to_id for move in session.scalars(_of(AliasMove, own).order_by(AliasMove.id))}
     assert [version.number for version in versions] == list(range(adapter.head, 0, -1)), "a gap, or a number twice"

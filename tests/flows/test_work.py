@@ -1,6 +1,7 @@
 """The steps of a cohort when something breaks on the way: everybody else goes on, and nothing is lost."""
 
 import json
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,7 @@ from lora_core.curriculum import Answers
 from lora_core.evaluate import Scores, evaluate_all
 from lora_core.planner import Plan
 from lora_core.recipe import load_recipe
-from registry import jobs, queries
+from registry import jobs, queries, queue
 from registry.errors import LeaseLost, StoreUnavailable
 from registry.jobs import Enqueued
 from registry.models import Job
@@ -157,9 +158,9 @@ def test_a_cohort_that_breaks_its_worker_is_tried_three_times(
 
     for _ in range(jobs.MAX_ATTEMPTS):
         with pytest.raises(MemoryError):
-            run_cohort(factory)
+            run_cohort(factory, [job])
+        assert run_cohort(factory) is None  # it is left alone for a while, unless it is asked for
 
-    assert run_cohort(factory) is None
     assert state(factory, job).state == "failed"
     assert "no room" in str(state(factory, job).error)
 
@@ -335,3 +336,25 @@ def test_a_quantised_base_trains_as_it_is_where_others_are_compiled() -> None:
     plans = [usual_plan(settings, 3, load_recipe(None, QUICK), quantised) for quantised in ("", "8bit")]
 
     assert plans == [Plan(4, 64, compiled=True), Plan(4, 64)]
+
+
+def test_a_cancelled_users_slot_is_given_up_while_the_others_train_on(factory: Factory, ask: Ask) -> None:
+    """The worker hears of it when it renews its leases; it trains no step more for nobody."""
+    hasty = Factory(factory.settings.model_copy(update={"lease_seconds": 1}))
+    alice, bob = ask("acme/alice", epochs=40, patience="null"), ask("acme/bob")
+    steps_done: list[int] = []
+
+    def watch(pace: train.Pace) -> None:
+        steps_done.append(pace.micro_steps)
+        if len(steps_done) == 1:
+            with transaction(factory.engine) as session:
+                tenant = queries.tenant_id(session, "acme")
+                queue.cancel(session, tenant, queries.holder(session, tenant, "alice", "default"), "by hand", now())
+            time.sleep(1)  # three renewals of leases
+
+    cohort = run_cohort(hasty, None, watch)
+
+    assert cohort
+    assert "cancelled" in cohort.failed["acme/alice"]
+    assert set(cohort.published) == {"acme/bob"}
+    assert (state(factory, alice.job_id).state, state(factory, bob.job_id).state) == ("cancelled", "published")

@@ -45,7 +45,9 @@ def store(tmp_path: Path) -> FolderStore:
     return made
 
 
-def enqueue(session: Session, reference: str, count: int, group: str = "g", now: datetime = NOW) -> list[jobs.Enqueued]:
+def enqueue(
+    session: Session, reference: str, count: int, group: str = "g", now: datetime = NOW, priority: int = 0
+) -> list[jobs.Enqueued]:
     """`count` jobs, each on its own data."""
     holder = queries.ensure_adapter(session, Reference.parse(reference), NOW)
     base = queries.ensure_base(session, name="tiny", revision="main", digest="b" * 64, parameters=7, now=NOW)
@@ -56,7 +58,7 @@ def enqueue(session: Session, reference: str, count: int, group: str = "g", now:
             session, holder.tenant_id, holder, digest=digest, key=f"t/d/{digest}", examples=3, size=9, now=NOW
         )
         order = Order(dataset, base, {"rank": 8}, "r" * 64, group)
-        made.append(jobs.enqueue(session, holder.tenant_id, holder, order, now))
+        made.append(jobs.enqueue(session, holder.tenant_id, holder, order, now, priority))
     return made
 
 

@@ -92,7 +92,7 @@ def test_what_the_application_has_no_business_with_is_refused_by_the_database(tw
 
 
 SPANS = {
-    Across.CLAIM: {"jobs", "users", "adapters", "datasets", "events"},
+    Across.CLAIM: {"jobs", "users", "adapters", "datasets", "events", "shares"},
     Across.TICK: {"schedules", "users", "adapters", "events"},
     Across.SWEEP: {"uploads"},
     Across.OVERVIEW: {"users", "adapters", "jobs", "schedules"},

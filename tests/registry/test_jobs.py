@@ -264,11 +264,13 @@ def test_a_released_job_waits_again(engine: Engine, claim: Claim) -> None:
 def test_a_job_that_broke_its_worker_waits_again_and_remembers_why(engine: Engine, claim: Claim) -> None:
     """An error costs an attempt, and the last one is the reason once there are none left."""
     (job,) = claim()
+    moment = NOW
     for _ in range(MAX_ATTEMPTS):
         with transaction(engine) as session:
-            jobs.release(session, job, NOW, "out of memory")
+            jobs.release(session, job, moment, "out of memory")
+        moment += jobs.LONGEST_PAUSE
         with transaction(engine) as session:
-            job = next(iter(jobs.claim(session, "w", LEASE, 1, NOW)), job)
+            job = next(iter(jobs.claim(session, "w", LEASE, 1, moment)), job)
 
     with looking(engine) as session:
         row = session.get_one(Job, job.id)

@@ -14,17 +14,31 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from registry import aliases, fleet, jobs, protection, publishing, queries, resolving, schedules, uploads
+from registry import (
+    aliases,
+    fleet,
+    growth,
+    jobs,
+    protection,
+    publishing,
+    queries,
+    queue,
+    resolving,
+    schedules,
+    shares,
+    uploads,
+)
 from registry.client import Client
 from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
 from registry.models import AdapterVersion, Base
-from registry.names import Reference
+from registry.names import Reference, TenantId
 from registry.publishing import publish
 from registry.queries import Holder
-from registry.schedules import Timing
+from registry.schedules import Due, Terms
 from registry.session import open_database, transaction
 from registry.store import FolderStore
+from registry.timing import Timing
 from tests.conftest import looking
 from tests.registry.conftest import LEASE, NOW, finished
 from tests.registry.mutants import alive, mutants
@@ -83,13 +97,26 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         "put": lambda: schedules.put(session, mine, holder, Timing.every("2h"), "other", {}, NOW),
         "pause": lambda: schedules.pause(session, mine, holder, True, NOW),
         "remove": lambda: schedules.remove(session, mine, holder, NOW),
+        "wake": lambda: schedules.wake(session, mine, holder.user.id, NOW),
+        "queue": lambda: (
+            queue.listed(session, mine, queue.Wanted(queue.STATES)),
+            queue.why_waiting(session, mine, queries.job(session, mine, job.id), now),
+            growth.pair_of(session, mine, adapter),
+            shares.room(session, shares.share(session, mine), now),
+            shares.full_until(session, mine, adapter, 1, now),
+        ),
+        "cancel": lambda: (
+            queue.cancel(session, mine, holder, "reason", now),
+            queue.retry(session, mine, queue.Wanted(queue.STATES), now),
+            shares.set_quota(session, mine, {"max_versions": 3, "max_waiting": 1}, now),
+        ),
     }
 
 
 NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
     "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
-    "fleet back", "resolve", "resolve all", "schedules", "put", "pause", "remove",
+    "fleet back", "resolve", "resolve all", "schedules", "put", "pause", "remove", "wake", "queue", "cancel",
 ]  # fmt: skip
 
 
@@ -140,6 +167,11 @@ def intrusions(session: Session, loot: Loot) -> dict[str, Callable[[], object]]:
         "pause": lambda: schedules.pause(session, mine, loot.holder, True, NOW),
         "remove": lambda: schedules.remove(session, mine, loot.holder, NOW),
         "put": lambda: schedules.put(session, mine, loot.holder, Timing.every("2h"), "eve", {}, NOW),
+        "wake": lambda: schedules.wake(session, mine, loot.holder.user.id, soon),
+        "hold": lambda: schedules.hold(session, _due(mine, loot), "eve", soon),
+        "cancel": lambda: queue.cancel(session, mine, loot.holder, "eve", soon),
+        "growth": lambda: growth.pair_of(session, mine, adapter),
+        "full": lambda: shares.full_until(session, mine, adapter, 1, now),
         "settle": lambda: uploads.settle(session, mine, loot.prefix),
         "declare": lambda: uploads.declare(session, mine, loot.prefix, soon),
         "already": lambda: publishing._already(session, job, "d" * 64),
@@ -159,8 +191,14 @@ def intrude(engine: Engine, loot: Loot) -> list[str]:
 
 INTRUSIONS = [
     "versions", "aliases", "moves", "scores", "lineage", "dataset", "dataset key", "job", "renew", "release", "move",
-    "before", "pause", "remove", "put", "settle", "declare", "already",
+    "before", "pause", "remove", "put", "wake", "hold", "cancel", "growth", "full", "settle", "declare", "already",
 ]  # fmt: skip
+
+
+def _due(tenant: TenantId, loot: Loot) -> Due:
+    """Acme's schedule under globex's name."""
+    whose = Reference.parse(f"{THEIRS}/alice")
+    return Due(whose, "base", {}, tenant, loot.holder.adapter.id, Terms(), None)
 
 
 def loot_of(engine: Engine, job: ClaimedJob) -> Loot:

@@ -11,8 +11,8 @@ from sqlalchemy.engine import Engine
 from registry import queries, schedules
 from registry.errors import NotFound, ScheduleRefused
 from registry.names import Reference
-from registry.schedules import Timing
 from registry.session import reading, transaction
+from registry.timing import Timing
 from tests.registry.conftest import NOW
 
 

@@ -11,10 +11,10 @@ from registry.jobs import ClaimedJob
 from registry.models import Base, Job
 from registry.names import Reference, TenantId
 from registry.publishing import publish
-from registry.schedules import Timing
 from registry.session import reading, transaction
 from registry.store import FolderStore
 from registry.tenancy import Across, across
+from registry.timing import Timing
 from tests.conftest import set_up
 from tests.registry.conftest import LEASE, NOW, enqueue, finished
 
