@@ -35,7 +35,15 @@ from lora_core.row_store import RowFolder, RowMemory, RowStore
 from lora_core.saves import Saves
 from lora_core.train import Pace
 from registry import jobs
-from registry.errors import LeaseLost, NotFound, ObjectDiffers, ObjectMissing, RegistryError
+from registry.errors import (
+    LeaseLost,
+    ManifestRefused,
+    NotFound,
+    ObjectDiffers,
+    ObjectMissing,
+    RegistryError,
+    SignatureRefused,
+)
 from registry.jobs import ClaimedJob
 from registry.models import Run
 from registry.names import JobId, RunId
@@ -71,10 +79,12 @@ class Cohort:
 def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[ClaimedJob]:
     """Take waiting jobs that can share a cohort, as many as there are slots.
 
-    Raises DeviceMissing before any is taken: a worker that cannot train must not fail other people's jobs.
+    Raises DeviceMissing and SettingRefused before any is taken: a worker that cannot train, or not sign what it trains,
+    must not fail other people's jobs.
     """
     settings = factory.settings
     check_device(settings.device or "cpu")
+    _ = factory.signer  # reads the key
     lease = timedelta(seconds=settings.lease_seconds)
     with transaction(factory.engine) as session:
         return jobs.claim(session, settings.worker, lease, settings.slots, now(), only)
@@ -155,7 +165,9 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
         assert bank  # there is work
         try:
             result = finished(cohort.base, cohort.run_id, bank, job, candidate)
-            cohort.published[candidate.label] = publish(factory.engine, factory.store, job, result, now())
+            cohort.published[candidate.label] = publish(
+                factory.engine, factory.store, job, result, now(), factory.signer
+            )
             for learner in candidate.learners:
                 _saves(factory, cohort).drop(learner.name)
         except LeaseLost as error:
@@ -212,12 +224,12 @@ def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob) -> Candidate:
 
 
 def _live(factory: Factory, base: BaseModel, job: ClaimedJob) -> tuple[AdapterFiles | None, int | None]:
-    """The version that `latest` points to, as a rival; None where there is none for this base."""
+    """The version that `latest` points to, as a rival; None where there is none to be trusted for this base."""
     try:
         found = factory.client.resolve(job.reference)
         files = read_artifact(factory.client.fetch(found), base)
         return files, found.number
-    except (NotFound, ArtifactRefused):
+    except (NotFound, ArtifactRefused, SignatureRefused, ManifestRefused):
         return None, None
 
 

@@ -1,7 +1,6 @@
 """Pull: from a reference to a verified local folder.  What an inference host installs; no torch, no LIST."""
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -14,10 +13,11 @@ from sqlalchemy.engine import Engine
 
 from registry import queries
 from registry.errors import ObjectDiffers, ObjectMissing
+from registry.manifests import MANIFEST, files_named
 from registry.names import Reference, check_file
-from registry.publishing import MANIFEST
 from registry.session import open_database, reading
 from registry.settings import RegistrySettings
+from registry.signing import SIGNATURE, Verifier
 from registry.store import ObjectStore, open_store
 
 
@@ -44,13 +44,17 @@ class Source(Protocol):
 class Puller:
     """Keeps verified copies of versions in a cache folder, from whatever source."""
 
-    def __init__(self, store: Source, cache: Path) -> None:
-        self.store, self.cache = store, cache
+    def __init__(self, store: Source, cache: Path, verifier: Verifier | None = None) -> None:
+        self.store, self.cache, self.verifier = store, cache, verifier or Verifier()
 
     def fetch(self, found: Resolved, verify: bool = False) -> Path:
-        """The local folder of a version that is known already.  Raises ObjectDiffers, ObjectMissing."""
+        """The local folder of a version that is known already.
+
+        Raises ObjectDiffers, ObjectMissing; with keys to verify by also SignatureRefused.
+        """
         folder = self.cache / found.sha256 / found.served_name
-        if verify and folder.is_dir() and not _intact(folder, found):
+        kept = folder.is_dir()
+        if kept and not ((not verify or _intact(folder, found)) and self.verifier.knows(folder)):
             shutil.rmtree(folder)
         if not folder.is_dir():
             self._download(found, folder)
@@ -64,9 +68,11 @@ class Puller:
             content = aside / found.served_name
             content.mkdir()
             self._fetch(found, MANIFEST, found.sha256, content)
-            manifest = json.loads((content / MANIFEST).read_text(encoding="utf-8"))
-            for name, facts in manifest["files"].items():
-                self._fetch(found, name, facts["sha256"], content)
+            for name, sha256 in files_named(content / MANIFEST, found.prefix).items():
+                self._fetch(found, name, sha256, content)
+            if SIGNATURE in found.files:  # which the manifest cannot name, being signed itself
+                self._fetch(found, SIGNATURE, str(found.files[SIGNATURE]["sha256"]), content)
+            self.verifier.check(content)
             folder.parent.mkdir(exist_ok=True)
             try:
                 content.rename(folder)
@@ -98,8 +104,8 @@ class Puller:
 class Client(Puller):
     """Resolves references and keeps verified copies of adapters in a cache folder.  Safe to share by threads."""
 
-    def __init__(self, engine: Engine, store: ObjectStore, cache: Path) -> None:
-        super().__init__(store, cache)
+    def __init__(self, engine: Engine, store: ObjectStore, cache: Path, verifier: Verifier | None = None) -> None:
+        super().__init__(store, cache, verifier)
         self.engine = engine
 
     @classmethod
@@ -109,7 +115,7 @@ class Client(Puller):
         Raises SettingRefused, DatabaseUnavailable, StoreUnavailable.
         """
         settings = RegistrySettings.read()
-        return cls(open_database(settings.database), open_store(settings.store), settings.cache)
+        return cls(open_database(settings.database), open_store(settings.store), settings.cache, settings.verifier)
 
     def resolve(self, reference: str | Reference) -> Resolved:
         """What a reference such as `acme/alice` or `acme/alice:3` means now.  Raises NameRefused, NotFound."""
@@ -124,6 +130,7 @@ class Client(Puller):
         """The local folder of a version's files, named as an engine serves it.  Raises ObjectDiffers, ObjectMissing.
 
         A version in the cache touches no store; `verify` hashes its files again and fetches it anew if they changed.
+        With keys to verify by, one that they have not signed raises SignatureRefused, from the cache too.
         """
         return self.fetch(self.resolve(reference), verify)
 

@@ -13,6 +13,8 @@ RegistryError
 ├── TicketRefused        a ticket is not what a broker gives out
 ├── ScheduleRefused      a cron expression, interval or time zone is not valid
 ├── SettingRefused       a variable of the environment holds what it may not
+├── SignatureRefused     a version is not signed, or not by a key that is trusted here
+├── ManifestRefused      a manifest is not what a version's must be
 ├── DatabaseUnavailable  the database cannot be reached or is not set up
 └── StoreError
     ├── ObjectMissing    no object under that key
@@ -150,6 +152,26 @@ class SettingRefused(RegistryError):
     def __str__(self) -> str:
         variable, value, allowed = self.args
         return f"{variable} is {ascii(value)[:80]}: {allowed}; mend it or unset it"
+
+
+class SignatureRefused(RegistryError):
+    """A version is not signed, by no key that is trusted, or not as it is: which, why, and what to do."""
+
+    def __init__(self, version: str, why: str, fix: str) -> None:
+        super().__init__(version, why, fix)
+
+    def __str__(self) -> str:
+        return "{} refused: {}; {}".format(*self.args)
+
+
+class ManifestRefused(RegistryError):
+    """A manifest is not what a version's must be: whose, and why."""
+
+    def __init__(self, prefix: str, why: str) -> None:
+        super().__init__(prefix, why)
+
+    def __str__(self) -> str:
+        return "the manifest of {} {}; publish the version anew".format(*self.args)
 
 
 class DatabaseUnavailable(RegistryError):

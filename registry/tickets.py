@@ -18,10 +18,12 @@ from registry.client import Puller, Resolved
 from registry.errors import KeyRefused, NameRefused, ObjectMissing, StoreUnavailable, TicketRefused
 from registry.keys import checked_key
 from registry.names import Reference, check_file, check_served
+from registry.signing import Verifier
 
 _CHUNK = 1 << 20
 _SECONDS = 60  # of silence, before a server counts as gone
 _LARGEST = 1 << 20  # bytes of a ticket
+_MOST_FILE = 1 << 36  # bytes that a ticket may have written to this disk under one name
 _AGAIN = "ask for a new ticket"
 
 
@@ -43,7 +45,7 @@ class File(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sha256: Sha256
-    size: int = Field(ge=0)
+    size: int = Field(ge=0, le=_MOST_FILE)
     url: Annotated[str, AfterValidator(_web)] = Field(repr=False)  # as good as a password while it lasts
 
 
@@ -110,9 +112,9 @@ class SignedSource:
             raise StoreUnavailable(server, f"{key} broke off ({type(error).__name__})", "try again") from None
 
 
-def redeem(ticket: Ticket, cache: Path, verify: bool = False) -> Path:
+def redeem(ticket: Ticket, cache: Path, verify: bool = False, verifier: Verifier | None = None) -> Path:
     """The local folder of the version that a ticket gives leave to, verified.  Raises as `Client.pull` does."""
-    return Puller(SignedSource(ticket), cache).fetch(ticket.resolved, verify)
+    return Puller(SignedSource(ticket), cache, verifier).fetch(ticket.resolved, verify)
 
 
 class _Straight(HTTPRedirectHandler):

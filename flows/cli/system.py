@@ -54,7 +54,8 @@ def doctor(as_json: AsJson = False) -> None:
     factory = Factory.from_environment()
     settings = factory.settings.model_dump(mode="json", exclude=SECRET)
     rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
-    checks = [_tried(factory, "registry", _registry), _tried(factory, "store", _store)]
+    tried = {"registry": _registry, "store": _store, "signs with": _signs, "trusts": _trusts}
+    checks = [_tried(factory, what, check) for what, check in tried.items()]
     rows += [*checks, {"what": "python", "state": platform.python_version()}]
     rows += [{"what": name, "state": _version(name)} for name in LIBRARIES]
     rows.append({"what": "device", "state": _device()})
@@ -89,6 +90,16 @@ def _registry(factory: Factory) -> str:
 
 def _store(factory: Factory) -> str:
     return factory.store.check()
+
+
+def _signs(factory: Factory) -> str:
+    signer = factory.settings.signer
+    return f"{signer.public}, {factory.settings.signing_key}" if signer else "no key: versions are not signed here"
+
+
+def _trusts(factory: Factory) -> str:
+    keys = factory.settings.verifier.keys
+    return ", ".join(map(str, keys)) or "any: signatures are not checked here"
 
 
 def _tried(factory: Factory, what: str, check: Callable[[Factory], str]) -> dict[str, object]:
