@@ -25,6 +25,7 @@ from flows.candidates import (
 from flows.factory import Factory, now
 from flows.finished import computed_on, finished
 from flows.fitting import budget_bytes, load_within_budget, plan_fitting, usual_plan
+from flows.records import recorded_methods
 from lora_core.base_model import BaseModel, check_device
 from lora_core.data.snapshot import load_snapshot
 from lora_core.errors import ArtifactRefused, BaseModelError, LoraError, MemoryTooSmall
@@ -34,7 +35,7 @@ from lora_core.recipe import make_recipe
 from lora_core.row_store import RowFolder, RowMemory, RowStore
 from lora_core.saves import Saves
 from lora_core.train import Pace
-from registry import jobs
+from registry import jobs, queries
 from registry.errors import (
     LeaseLost,
     ManifestRefused,
@@ -227,8 +228,11 @@ def _live(factory: Factory, base: BaseModel, job: ClaimedJob) -> tuple[AdapterFi
     """The version that `latest` points to, as a rival; None where there is none to be trusted for this base."""
     try:
         found = factory.client.resolve(job.reference)
-        files = read_artifact(factory.client.fetch(found), base)
-        return files, found.number
+        exactly = replace(job.reference, number=found.number)
+        with reading(factory.engine) as session:
+            tenant = queries.tenant_id(session, exactly.tenant)
+            recorded = recorded_methods(queries.version(session, tenant, exactly).recipe)
+        return read_artifact(factory.client.fetch(found), base, recorded), found.number
     except (NotFound, ArtifactRefused, SignatureRefused, ManifestRefused):
         return None, None
 

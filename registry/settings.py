@@ -72,7 +72,7 @@ class RegistrySettings(BaseSettings):
     @property
     def verifier(self) -> Verifier:
         """What a version must pass before it is used: without keys, nothing.  Raises SettingRefused."""
-        return Verifier([_path(Path(part.strip())) for part in self.verify_key.split(",") if part.strip()])
+        return Verifier([_path(Path(part.strip())) for part in self.verify_key.split(",")] if self.verify_key else [])
 
 
 def _path(given: Path) -> Path:

@@ -22,7 +22,7 @@ from registry.signing import Verifier
 
 _CHUNK = 1 << 20
 _SECONDS = 60  # of silence, before a server counts as gone
-_LARGEST = 1 << 20  # bytes of a ticket
+LARGEST = 1 << 20  # bytes of a ticket
 _MOST_FILE = 1 << 36  # bytes that a ticket may have written to this disk under one name
 _AGAIN = "ask for a new ticket"
 
@@ -66,7 +66,7 @@ class Ticket(BaseModel):
     @classmethod
     def read(cls, text: str) -> "Ticket":
         """A ticket from its JSON.  Raises TicketRefused."""
-        if len(text) > _LARGEST:
+        if len(text) > LARGEST:
             raise TicketRefused(f"it has {len(text)} characters", _AGAIN)
         try:
             return cls.model_validate_json(text)

@@ -119,7 +119,7 @@ def test_a_wrong_recipe_says_which_key_and_what_it_may_hold(given: dict[str, obj
         ("a" * 10, "holds a str"),
         ("rank: 2026-99-99", "not YAML"),
         ('rank: !!int ""', "not YAML"),
-        ("method: &m {method: *m}", "method.method is not a key"),
+        ("method: &m {method: *m}", "holds itself"),
         ("rank: &a [*a]\nr: &b [*b]", "holds itself"),
         ("!!python/object/apply:os.getcwd []", "not YAML"),
     ],
