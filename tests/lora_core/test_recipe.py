@@ -121,6 +121,9 @@ def test_a_wrong_recipe_says_which_key_and_what_it_may_hold(given: dict[str, obj
         ('rank: !!int ""', "not YAML"),
         ("method: &m {method: *m}", "holds itself"),
         ("rank: &a [*a]\nr: &b [*b]", "holds itself"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nrank: [*b, *b]", "holds itself"),
+        ("#" * 70_000, "bytes"),
+        ("[" * 60_000, "not YAML"),
         ("!!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )
