@@ -5,13 +5,14 @@
 # make bench  the benchmarks behind the README's figures, on the CPU
 # make bench-gpu  those that need a GPU, each at most ten minutes
 # make bench-crash  kills, fails and stops a publishing worker at every point, on every database and store; an hour
+# make bench-hostile  two thousand hostile files, read: what came of them and what it cost; some minutes
 # make stack  the compose file's services as plain processes, without Docker
 PYTHON ?= python3
 BIN := .venv/bin
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: demo setup test test-long quick check format bench bench-gpu bench-crash stack clean
+.PHONY: demo setup test test-long quick check format bench bench-gpu bench-crash bench-hostile stack clean
 
 demo: .venv/.demo-ready
 	$(BIN)/lora demo
@@ -59,6 +60,9 @@ bench-gpu: .venv/.dev-ready
 bench-crash: .venv/.dev-ready
 	infra/install-test-servers
 	PYTHONPATH=. $(BIN)/python benchmarks/crash_publish.py
+
+bench-hostile: .venv/.dev-ready
+	PYTHONPATH=. $(BIN)/python -m benchmarks.hostile_files
 
 stack: .venv/.dev-ready
 	infra/install-test-servers

@@ -26,6 +26,7 @@ LIBRARIES = (
     "sqlalchemy",
     "boto3",
     "pydantic",
+    "model-signing",
 )
 
 

@@ -85,7 +85,8 @@ class Spoiler:
         for row in rows:
             if self.generator.random() < 0.5:
                 row[self.generator.choice([*row, "extra", "\ud800", "\x1b[31m"])] = odd(self.generator)
-            for turn in row.get("messages") or []:
+            turns = row.get("messages")
+            for turn in turns if isinstance(turns, list) else []:
                 if isinstance(turn, dict) and self.generator.random() < 0.3:
                     turn[self.generator.choice(["role", "content", "name"])] = odd(self.generator)
         return self._file(*self.generator.choice([(".jsonl", jsonl(rows)), (".json", dumped(rows))]))
