@@ -14,13 +14,17 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from sqlalchemy.engine import Engine
 
+from registry import jobs
 from registry.client import Client, Puller, Resolved
 from registry.errors import ManifestRefused, ObjectDiffers, ObjectMissing, SettingRefused, SignatureRefused
 from registry.publishing import Published, declare, publish, signed
+from registry.session import transaction
 from registry.settings import RegistrySettings
 from registry.signing import SIGNATURE, Signer, Verifier
 from registry.store import FolderStore
-from tests.registry.conftest import NOW, Claim, finished
+from registry.uploads import UPLOAD_LEASE, sweep
+from tests.registry.conftest import LEASE, NOW, Claim, finished
+from tests.registry.test_publishing import DyingStore
 
 Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
@@ -156,6 +160,29 @@ def test_a_retry_of_the_same_job_is_the_same_version_with_the_first_signature(
 
     assert publish(engine, store, job, done, NOW, signer) == made
     assert (made.prefix, (trusting(pair[1]).pull("acme/alice") / SIGNATURE).read_bytes()) == (prefix, first)
+
+
+@pytest.mark.parametrize("writes", range(3))
+@pytest.mark.parametrize("same_holder", [True, False])
+def test_a_death_between_uploads_of_a_signed_version_leaves_one_version_and_no_orphan(
+    engine: Engine, store: FolderStore, claim: Claim, trusting: Trusting, pair: tuple[Path, Path],
+    writes: int, same_holder: bool,
+) -> None:  # fmt: skip
+    """Whoever goes on, the same holder or the next one, and whatever lay there already."""
+    (job,), signer, later = claim(), Signer(pair[0]), NOW + 2 * UPLOAD_LEASE
+    with pytest.raises(KeyboardInterrupt):
+        publish(engine, DyingStore(store.root, writes), job, finished(), NOW, signer)
+    if not same_holder:
+        with transaction(engine) as session:
+            (job,) = jobs.claim(session, "next", LEASE, 1, later)
+
+    done = publish(engine, store, job, finished(), later, signer)
+    sweep(engine, store, later)
+    sweep(engine, store, later + 2 * UPLOAD_LEASE)
+
+    names = sorted(key.removeprefix(f"{done.prefix}/") for key in store.keys(""))
+    assert (done.number, names) == (1, ["manifest.json", SIGNATURE, "weights.bin"])
+    assert trusting(pair[1]).pull("acme/alice").name == done.served_name
 
 
 def test_a_signature_of_another_key_under_the_same_name_is_no_retrys(
