@@ -7,13 +7,14 @@
 # make bench-crash  kills, fails and stops a publishing worker at every point, on every database and store; an hour
 # make bench-pull  2,000 adapters from an S3 server 20 ms away, against boto3 in a loop; half an hour
 # make storm  10,000 users due at once on real servers with Prefect, then the same with everything killed at random; an hour
+# make bench-hostile  two thousand hostile files, read: what came of them and what it cost; some minutes
 # make stack  the compose file's services as plain processes, without Docker
 PYTHON ?= python3
 BIN := .venv/bin
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: demo setup test test-long quick check format bench bench-gpu bench-crash bench-pull storm stack clean
+.PHONY: demo setup test test-long quick check format bench bench-gpu bench-crash bench-pull bench-hostile storm stack clean
 
 demo: .venv/.demo-ready
 	$(BIN)/lora demo
@@ -61,6 +62,9 @@ bench-gpu: .venv/.dev-ready
 bench-crash: .venv/.dev-ready
 	infra/install-test-servers
 	PYTHONPATH=. $(BIN)/python benchmarks/crash_publish.py
+
+bench-hostile: .venv/.dev-ready
+	PYTHONPATH=. $(BIN)/python -m benchmarks.hostile_files
 
 bench-pull: .venv/.dev-ready
 	infra/install-test-servers

@@ -98,10 +98,12 @@ class Cohort:
 def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[ClaimedJob]:
     """Take waiting jobs that can share a cohort, as many as there are slots.
 
-    Raises DeviceMissing before any is taken: a worker that cannot train must not fail other people's jobs.
+    Raises DeviceMissing and SettingRefused before any is taken: a worker that cannot train, or not sign what it trains,
+    must not fail other people's jobs.
     """
     settings = factory.settings
     check_device(settings.device or "cpu")
+    _ = factory.signer  # reads the key
     lease = timedelta(seconds=settings.lease_seconds)
     with transaction(factory.engine) as session:
         return jobs.claim(session, settings.worker, lease, settings.slots, now(), only)
@@ -243,7 +245,7 @@ def publish_some(factory: Factory, cohort: Cohort, done: Sequence[Done]) -> None
     """
     bank, run = cohort.bank, cohort.run_id
     results = [(job, finished(cohort.backstage, run, bank, job, candidate)) for job, candidate in done]
-    outcomes = publish_together(factory.engine, factory.store, results, now())
+    outcomes = publish_together(factory.engine, factory.store, results, now(), factory.signer)
     troubles = []
     for job, candidate in done:
         outcome = outcomes[job.id]

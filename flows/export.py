@@ -4,15 +4,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flows.errors import Unready
 from flows.factory import Factory
+from flows.records import recorded_methods
 from lora_core.base_model import fingerprint, load_base, locate, outline
 from lora_core.export import check_mergeable, deltas, merge, stored_dtype, write_gguf, write_merged
 from lora_core.intake import read_artifact
+from lora_core.methods import AnyMethod
 from registry import queries
 from registry.client import Resolved
 from registry.models import SharedBase
@@ -32,6 +34,7 @@ class Origin:
     adapter: Path
     base: SharedBase
     base_folder: Path
+    recorded: Sequence[AnyMethod]  # settings that it can have been trained with
 
     @classmethod
     def of(cls, factory: Factory, text: str, base_name: str | None) -> "Origin":
@@ -41,11 +44,12 @@ class Origin:
         with reading(factory.engine) as session:
             tenant = queries.tenant_id(session, wanted.tenant)
             exactly = Reference(wanted.tenant, wanted.user, wanted.adapter, number=version.number)
-            _, base, _ = queries.lineage(session, tenant, queries.version(session, tenant, exactly))
+            row = queries.version(session, tenant, exactly)
+            _, base, _ = queries.lineage(session, tenant, row)
         folder = locate(base_name or base.name, base.revision)
         if fingerprint(folder, base.quantised) != base.digest:
             raise Unready(f"{base_name or base.name} is not the base that {text} was trained on", "pass it with --base")
-        return cls(version, factory.client.fetch(version), base, folder)
+        return cls(version, factory.client.fetch(version), base, folder, recorded_methods(row.recipe))
 
     @property
     def label(self) -> str:
@@ -62,7 +66,7 @@ def export_gguf(factory: Factory, text: str, to: Path, force: bool = False, base
     _check_parent(to)
     origin = Origin.of(factory, text, base)
     base_model = outline(origin.base_folder)
-    files = read_artifact(origin.adapter, base_model)
+    files = read_artifact(origin.adapter, base_model, origin.recorded)
     _put(to, lambda path: write_gguf(path, base_model.model.config, deltas(files)))
     return origin
 
@@ -76,7 +80,7 @@ def export_merged(factory: Factory, text: str, to: Path, force: bool = False, ba
     origin = Origin.of(factory, text, base)
     check_mergeable(origin.base.quantised)
     whole = load_base(str(origin.base_folder), device="cpu", dtype=stored_dtype(origin.base_folder))
-    files = read_artifact(origin.adapter, whole)
+    files = read_artifact(origin.adapter, whole, origin.recorded)
     merge(whole, deltas(files))
 
     def write(folder: Path) -> None:

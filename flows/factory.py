@@ -24,6 +24,7 @@ from registry.jobs import Enqueued, Order, enqueue
 from registry.models import SharedBase
 from registry.names import Reference
 from registry.session import open_database
+from registry.signing import Signer
 from registry.store import ObjectStore, open_store, s3_client
 
 if TYPE_CHECKING:
@@ -68,7 +69,13 @@ class Factory:
     @cached_property
     def client(self) -> Client:
         """The pull client on the same registry and store."""
-        return Client(self.engine, self.store, self.settings.cache, self.settings.cache_size)
+        settings = self.settings
+        return Client(self.engine, self.store, settings.cache, settings.cache_size, settings.verifier)
+
+    @cached_property
+    def signer(self) -> Signer | None:
+        """What signs the versions that are published here, if anything does.  Raises SettingRefused."""
+        return self.settings.signer
 
     def set_up(self, revision: str | None = None) -> None:
         """Make what is missing: home folder, tables, bucket.  Safe to run again.  Raises Unready, SchemaUnknown.

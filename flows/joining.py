@@ -2,19 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from flows.candidates import Candidate, make_candidate
 from flows.entrance import Newcomer
 from flows.factory import Factory, now
+from flows.records import recorded_methods
 from lora_core.base_model import BaseModel
 from lora_core.data.snapshot import load_snapshot
 from lora_core.errors import ArtifactRefused, LoraError, MemoryTooSmall
 from lora_core.intake import AdapterFiles, read_artifact
 from lora_core.recipe import make_recipe
-from registry import jobs
-from registry.errors import LeaseLost, NotFound, ObjectDiffers, ObjectMissing, RegistryError
+from registry import jobs, queries
+from registry.errors import (
+    LeaseLost,
+    ManifestRefused,
+    NotFound,
+    ObjectDiffers,
+    ObjectMissing,
+    RegistryError,
+    SignatureRefused,
+)
 from registry.jobs import ClaimedJob
 from registry.session import reading, transaction
 
@@ -94,10 +104,13 @@ def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob) -> Candidate:
 
 
 def _live(factory: Factory, base: BaseModel, job: ClaimedJob) -> tuple[AdapterFiles | None, int | None]:
-    """The version that `latest` points to, as a rival; None where there is none for this base."""
+    """The version that `latest` points to, as a rival; None where there is none to be trusted for this base."""
     try:
         found = factory.client.resolve(job.reference)
-        files = read_artifact(factory.client.fetch(found), base)
-        return files, found.number
-    except (NotFound, ArtifactRefused):
+        exactly = replace(job.reference, number=found.number)
+        with reading(factory.engine) as session:
+            tenant = queries.tenant_id(session, exactly.tenant)
+            recorded = recorded_methods(queries.version(session, tenant, exactly).recipe)
+        return read_artifact(factory.client.fetch(found), base, recorded), found.number
+    except (NotFound, ArtifactRefused, SignatureRefused, ManifestRefused):
         return None, None

@@ -7,6 +7,7 @@ from statistics import fmean
 from flows.candidates import make_candidate
 from flows.errors import Unready
 from flows.factory import Factory
+from flows.records import recorded_methods
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data.rendering import AnyRendered
 from lora_core.data.snapshot import load_snapshot
@@ -92,7 +93,7 @@ def pull_all(factory: Factory, references: Sequence[str]) -> tuple[BaseModel, li
         base = base or load_base(made_on.name, made_on.revision, device, quantise=made_on.quantised)
         if base.digest != made_on.digest:
             raise Unready(f"{text} was trained on another base than the rest", "compare users of one base")
-        files = read_artifact(factory.client.pull(reference), base)
+        files = read_artifact(factory.client.pull(reference), base, recorded_methods(version.recipe))
         recipe = make_recipe(version.recipe)
         snapshot = load_snapshot(factory.store.get(dataset.key), dataset.digest)
         held_out = make_candidate(reference.label, recipe, snapshot, base).learner.held_out

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flows.errors import Unready
 from flows.factory import Factory
+from flows.records import recorded_methods
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data.examples import Message
@@ -25,12 +26,13 @@ SLOTS = 2  # an adapter, and the bare base beside it
 
 @dataclass(frozen=True)
 class Version:
-    """A version that a reference means now: its adapter's and its own name, its files, and what it was trained on."""
+    """A version that a reference means now: its adapter's and its own name, its files, and what made it."""
 
     label: str
     name: str
     folder: Path
     made_on: SharedBase
+    recorded: Sequence[AnyMethod] = ()  # settings that it can have been trained with
 
 
 def find(factory: Factory, reference: str) -> Version:
@@ -41,7 +43,7 @@ def find(factory: Factory, reference: str) -> Version:
         version = queries.version(session, tenant, wanted)
         _, made_on, _ = queries.lineage(session, tenant, version)
         name = f"{wanted.label}:{version.number}"
-    return Version(wanted.label, name, factory.client.pull(name), made_on)
+    return Version(wanted.label, name, factory.client.pull(name), made_on, recorded_methods(version.recipe))
 
 
 class Talk:
@@ -80,7 +82,7 @@ class Talk:
                 f"{self.base.name} is not the base that {version.name} was trained on",
                 f"pass that one with --base, or begin anew with `lora chat {version.label}`",
             )
-        files = read_artifact(version.folder, self.base)
+        files = read_artifact(version.folder, self.base, version.recorded)
         self.files[version.name], self.server = files, self._server(files.spec)
         self.who, self.version = version.label, version.name
 

@@ -2,11 +2,13 @@
 
 The header is read by us, against what the method may have on the base: names, shapes, dtypes, offsets and sizes; then
 the numbers themselves.  Nothing is unpickled, no pattern of the file is run, and memory is bounded by what the base
-implies.
+implies.  Where a version's recipe is on record, the settings are rebuilt from it, and the file may say nothing else.
 """
 
+import errno
 import json
 import math
+import os
 import stat
 import struct
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.artifact import CONFIG, WEIGHTS
+from lora_core.artifact import CONFIG, WEIGHTS, adapter_config, canonical_json
 from lora_core.banks.bank import Facts, Method, Shapes
 from lora_core.banks.table import METHODS
 from lora_core.base_model import BaseModel
@@ -25,9 +27,11 @@ from lora_core.errors import ArtifactRefused
 from lora_core.methods import AnyMethod
 
 _MOST_CONFIG = 1 << 16  # bytes
-_MOST_HEADER = 1 << 22
-_MOST_SITES = 100_000
+_MOST_METADATA = 1 << 16  # of a header, beside its tensors
+_MOST_ENTRY = 256  # beside a tensor's name
+_MOST_FILES = 1000  # in a folder: what is looked through for pickles
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAME = "base_model_name_or_path"  # where the base lay: it is known by its digest
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -39,24 +43,26 @@ class AdapterFiles:
     tensors: Mapping[str, Tensor]
 
 
-def read_artifact(folder: Path, base: BaseModel) -> AdapterFiles:
-    """The adapter in a folder, for a base.  Raises ArtifactRefused."""
+def read_artifact(folder: Path, base: BaseModel, recorded: Sequence[AnyMethod] = ()) -> AdapterFiles:
+    """The adapter in a folder, for a base.  Raises ArtifactRefused.
+
+    `recorded` are the settings that it can have been trained with (of a search several), where that is known.
+    """
     if folder.is_symlink() or not folder.is_dir():
         raise ArtifactRefused(folder.name, "it is not a folder", "give the folder that holds adapter_config.json")
-    for file in folder.iterdir():
-        if file.suffix in _PICKLES:
-            raise ArtifactRefused(file.name, "it is a pickle, which can run code", "save the adapter as safetensors")
+    _look_through(folder)
     config = _config(folder / CONFIG)
     method = _method(config)
     spec = method.read_config(config)
     groups = method.layout(base, spec)
-    most = _MOST_HEADER + 8 + 4 * sum(math.prod(shape) for group in groups for shape in group.values())
-    return AdapterFiles(spec, parse_tensors(_bytes(folder / WEIGHTS, most), groups))
+    most = 8 + _most_header(groups) + 4 * sum(math.prod(shape) for group in groups for shape in group.values())
+    tensors = parse_tensors(_bytes(folder / WEIGHTS, most), groups)
+    return AdapterFiles(_rebuilt(base, config, tensors, recorded) if recorded else spec, tensors)
 
 
 def parse_tensors(data: bytes, groups: Sequence[Shapes]) -> dict[str, Tensor]:
     """The tensors of safetensors bytes, checked against what there may be.  Raises ArtifactRefused."""
-    header, body = _header(data)
+    header, body = _header(data, _most_header(groups))
     shapes = {name: shape for group in groups for name, shape in group.items()}
     tensors: dict[str, Tensor] = {}
     end = 0
@@ -75,6 +81,34 @@ def parse_tensors(data: bytes, groups: Sequence[Shapes]) -> dict[str, Tensor]:
     for group in groups:
         _check_whole(group, tensors)
     return tensors
+
+
+def _look_through(folder: Path) -> None:
+    with os.scandir(folder) as entries:
+        for count, entry in enumerate(entries):
+            if Path(entry.name).suffix.lower() in _PICKLES:
+                name = ascii(entry.name)[1:80]
+                raise ArtifactRefused(name, "it is a pickle, which can run code", "save the adapter as safetensors")
+            if count >= _MOST_FILES:
+                raise ArtifactRefused(folder.name, f"it holds more than {_MOST_FILES:,} files", "is it the adapter's?")
+
+
+def _rebuilt(base: BaseModel, config: Facts, tensors: Mapping[str, Tensor], recorded: Sequence[AnyMethod]) -> AnyMethod:
+    """The settings as the record gives them; the file agrees with it in all that it says, or it is refused."""
+    differing = "peft_type"
+    for spec in recorded:
+        method = METHODS[spec.name]
+        if not {name for group in method.layout(base, spec) for name in group} >= set(tensors):
+            differing = "the set of modules"
+            continue
+        ours = json.loads(canonical_json(adapter_config(base, spec, tensors)))
+        unlike = [key for key in config if key != _NAME and (key not in ours or config[key] != ours[key])]
+        if not unlike:
+            known: AnyMethod = method.read_config(ours)
+            return known
+        differing = ascii(unlike[0])[1:60]
+    why = f"{differing} is not what the registry's recipe makes it"
+    raise ArtifactRefused(CONFIG, why, "do not use it; have the version published anew")
 
 
 def _method(config: Facts) -> Method:
@@ -97,32 +131,49 @@ def _config(path: Path) -> dict[str, object]:
 
 
 def _bytes(path: Path, most: int) -> bytes:
-    """A regular file of limited size, whole."""
+    """A regular file of limited size, whole; what is looked at and what is read are one file."""
     try:
-        facts = path.lstat()
-    except OSError:
+        with open(path, "rb", opener=_no_link) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise ArtifactRefused(path.name, "it is a link or a special file", "copy the file itself")
+            data = file.read(most + 1) if facts.st_size <= most else b""
+    except FileNotFoundError:
         raise ArtifactRefused(path.name, "it is missing", "fetch the adapter again") from None
-    if not stat.S_ISREG(facts.st_mode):
-        raise ArtifactRefused(path.name, "it is a link or a special file", "copy the file itself")
-    if facts.st_size > most:
+    except OSError as error:
+        special = error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR)
+        why = "it is a link or a special file" if special else f"it cannot be read ({error.strerror})"
+        raise ArtifactRefused(path.name, why, "copy the file itself") from None
+    if max(facts.st_size, len(data)) > most:
         raise ArtifactRefused(path.name, f"it has {facts.st_size:,} bytes, at most {most:,}", "is it for this base?")
-    return path.read_bytes()
+    return data
 
 
-def _header(data: bytes) -> tuple[dict[str, dict[str, Any]], memoryview]:
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe without a writer must not be waited for
+
+
+def _most_header(groups: Sequence[Shapes]) -> int:
+    """Bytes that a header of such tensors can need."""
+    return _MOST_METADATA + sum(_MOST_ENTRY + 6 * len(name) for group in groups for name in group)  # 6: \u0041
+
+
+def _header(data: bytes, most: int) -> tuple[dict[str, dict[str, Any]], memoryview]:
     """The header's entries, not checked yet (hence Any), and the data after it."""
     if len(data) < 8:
         raise _bad("it is shorter than a header", "fetch it again")
     (length,) = struct.unpack("<Q", data[:8])
-    if length > min(_MOST_HEADER, len(data) - 8):
+    if length > min(most, len(data) - 8):
         raise _bad(f"its header claims {length:,} bytes", "fetch it again")
     try:
         header = json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise _bad(f"its header is not JSON ({str(error)[:80]})", "fetch it again") from None
-    if not isinstance(header, dict) or len(header) > _MOST_SITES:
+    if not isinstance(header, dict):
         raise _bad("its header is not a list of tensors", "fetch it again")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _bad("its metadata is not texts by name", "save it again")
     if not header or not all(isinstance(entry, dict) for entry in header.values()):
         raise _bad("its header describes no tensors", "fetch it again")
     return header, memoryview(data)[8 + length :]
@@ -139,8 +190,9 @@ def _checked_entry(name: str, entry: Mapping[str, object], shape: list[int], beg
     dtype, offsets = entry.get("dtype"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise _bad(f"{name} is of dtype {ascii(dtype)[:20]}", "save it as float32, bfloat16 or float16")
-    if entry.get("shape") != shape or any(type(size) is not int for size in shape):
-        raise _bad(f"{name} has shape {ascii(entry.get('shape'))[:40]}, not {shape}", "is it for this base and rank?")
+    given = entry.get("shape")
+    if not isinstance(given, list) or given != shape or any(type(size) is not int for size in given):
+        raise _bad(f"{name} has shape {ascii(given)[:40]}, not {shape}", "is it for this base and rank?")
     size = math.prod(shape) * _DTYPES[dtype].itemsize
     if offsets != [begin, begin + size] or any(type(offset) is not int for offset in offsets):
         raise _bad(f"{name} overlaps another tensor or leaves a gap", "fetch it again")

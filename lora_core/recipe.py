@@ -110,6 +110,7 @@ GROUPS = ("method", "objective", "holdout", "gate", "search")  # keys with keys 
 IMPLIED: Mapping[str, object] = {"bias": "none", "task_type": "CAUSAL_LM"}
 # PyYAML's constructors raise whatever Python does for values such as 2026-99-99, `!!int ""` or `!!timestamp x`.
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_MOST_BYTES = 1 << 16  # of a recipe's file
 _SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads 1e-4 as text
 
 
@@ -139,7 +140,11 @@ def make_recipe(settings: Mapping[str, object], where: str = "recipe") -> Recipe
 
 def _read_yaml(path: Path) -> dict[str, object]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise RecipeError(str(path), (f"has more than {_MOST_BYTES:,} bytes; is it a recipe?",))
+        loaded = _plain_yaml(content.decode())
     except OSError as error:
         raise RecipeError(str(path), (f"cannot be read ({error.strerror}); check the path",)) from None
     except _NOT_YAML as error:
@@ -147,6 +152,13 @@ def _read_yaml(path: Path) -> dict[str, object]:
     if not isinstance(loaded, dict | None):
         raise RecipeError(str(path), (f"holds a {type(loaded).__name__}; write `key: value` lines",))
     return loaded or {}
+
+
+def _plain_yaml(text: str) -> object:
+    """YAML without `*`, by which a few lines can stand for a value without end.  Raises what PyYAML does."""
+    if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        raise RecursionError("a value holds itself or another (& and *); write it out")
+    return yaml.safe_load(text)
 
 
 def _overrides(pairs: Sequence[str], where: str) -> dict[str, object]:
@@ -157,7 +169,7 @@ def _overrides(pairs: Sequence[str], where: str) -> dict[str, object]:
         if not equals or not key.strip():
             raise RecipeError(where, (f"override {pair!r} is not key=value; write for example rank=8",))
         try:
-            settings[key.strip()] = yaml.safe_load(text)
+            settings[key.strip()] = _plain_yaml(text)
         except _NOT_YAML:
             raise RecipeError(where, (f"override {pair!r}: the value is not YAML; quote it",)) from None
     return settings
@@ -216,7 +228,7 @@ def _problem(detail: Mapping[str, object]) -> str:
             return f"method.{location[-1]} = {detail['input']!r}: {location[1]} has no such setting; leave it out"
         location = ("method", *location[2:])
     key = ".".join(map(str, location)) or "recipe"
-    return f"{key} = {detail['input']!r}: {detail['msg']}" if location else str(detail["msg"])
+    return f"{key} = {repr(detail['input'])[:200]}: {detail['msg']}" if location else str(detail["msg"])
 
 
 def _model_leaves(model: type[BaseModel], head: str = "") -> list[str]:

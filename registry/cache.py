@@ -1,7 +1,7 @@
 """The folder where pulled versions are kept: each is there whole, under the digest of its manifest, or not at all.
 
     <root>/<sha256 of the manifest>/<served name>/       a version; the folder's time is when it was last asked for
-    <root>/.pulling/<sha256>-<served name> and .lock     one that is being fetched, and the lock of who fetches it
+    <root>/.pulling/<sha256>-<served name>/ and .lock    one that is being fetched, and the lock of who fetches it
     <root>/.pulling/gone-...                             one that has been taken away, and is being removed
     <root>/.known/                                       what pinned references were found to be: pins.py
 
@@ -93,9 +93,10 @@ class Cache:
             if failed - failed_before >= _PATIENCE:
                 raise PullFailed(found.served_name, failed - failed_before, why)
             shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
-            aside.mkdir()
+            folder = aside / found.served_name
+            folder.mkdir(parents=True)
             try:
-                yield aside
+                yield folder
             except Exception as error:
                 _note_failure(handle, failed + 1, error)
                 raise
@@ -161,6 +162,8 @@ class Cache:
                 return False
             gone = self._take_away(entry.folder)
         shutil.rmtree(gone, ignore_errors=True)
+        for mark in entry.folder.parent.glob(f".signed-{entry.folder.name}-*"):
+            mark.unlink(missing_ok=True)
         with suppress(OSError):  # another version of the same bytes is there
             entry.folder.parent.rmdir()
         return True

@@ -19,6 +19,7 @@ from registry.resolved import Pulled, Resolved
 from registry.resolving import PAGE, resolve_all, resolve_page
 from registry.session import open_database, reading
 from registry.settings import RegistrySettings
+from registry.signing import Verifier
 from registry.store import ObjectStore, open_store
 
 __all__ = ["Client", "Pulled", "Resolved"]
@@ -27,8 +28,10 @@ __all__ = ["Client", "Pulled", "Resolved"]
 class Client(Puller):
     """Resolves references and keeps verified copies of adapters in a cache folder.  Safe to share by threads."""
 
-    def __init__(self, engine: Engine, store: ObjectStore, cache: Path, limit: int = 0) -> None:
-        super().__init__(store, cache, limit)
+    def __init__(
+        self, engine: Engine, store: ObjectStore, cache: Path, limit: int = 0, verifier: Verifier | None = None
+    ) -> None:
+        super().__init__(store, cache, limit, verifier)
         self.engine, self.pins = engine, Pins(cache / PINS, _identity(engine))
 
     @classmethod
@@ -38,7 +41,8 @@ class Client(Puller):
         Raises SettingRefused, DatabaseUnavailable, StoreUnavailable.
         """
         settings = RegistrySettings.read()
-        return cls(open_database(settings.database), open_store(settings.store), settings.cache, settings.cache_size)
+        database, store = open_database(settings.database), open_store(settings.store)
+        return cls(database, store, settings.cache, settings.cache_size, settings.verifier)
 
     def resolve(self, reference: str | Reference) -> Resolved:
         """What a reference such as `acme/alice` or `acme/alice:3` means now.  Raises NameRefused, NotFound."""
@@ -54,7 +58,8 @@ class Client(Puller):
 
         A version in the cache touches no store; one that was pinned by number and pulled within a day, no registry
         either.  `verify` asks the registry, hashes the files again, and fetches them anew if they changed.  Raises
-        NotFound, ObjectDiffers, ObjectMissing, StoreUnavailable, PullFailed.
+        NotFound, ObjectDiffers, ObjectMissing, StoreUnavailable, PullFailed; with keys to verify by,
+        SignatureRefused for one that they have not signed, from the cache too.
         """
         wanted = _read(reference)
         if not verify and (folder := self._pinned(wanted)):
@@ -84,7 +89,7 @@ class Client(Puller):
     def _pinned(self, wanted: Reference) -> Path | None:
         """The folder of a pinned version that is known and there."""
         known = self.pins.recall(wanted)
-        return self.cache.find(known) if known else None
+        return self.kept(known) if known else None
 
     def _resolved(self, references: Iterator[str | Reference]) -> Iterator[Resolved | Pulled]:
         """What each means, a page of them at a time."""

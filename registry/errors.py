@@ -15,11 +15,12 @@ RegistryError
 ├── QuotaRefused         a weight or limit of a tenant is not valid
 ├── QuotaReached         a tenant has as many jobs waiting as it may have
 ├── SettingRefused       a variable of the environment holds what it may not
+├── SignatureRefused     a version is not signed, or not by a key that is trusted here
+├── ManifestRefused      a manifest is not what a version's must be
 ├── DatabaseUnavailable  the database cannot be reached or is not set up
 └── StoreError
     ├── ObjectMissing    no object under that key
     ├── ObjectDiffers    other bytes are already under that key, or came back
-    ├── ManifestRefused  a manifest that does not say which files there are
     ├── PullFailed       pulls of the same version that this one waited for have failed
     ├── KeyRefused       a key that some store could misread
     └── StoreUnavailable the store cannot be reached or refuses us
@@ -177,6 +178,26 @@ class SettingRefused(RegistryError):
         return f"{variable} is {ascii(value)[:80]}: {allowed}; mend it or unset it"
 
 
+class SignatureRefused(RegistryError):
+    """A version is not signed, by no key that is trusted, or not as it is: which, why, and what to do."""
+
+    def __init__(self, version: str, why: str, fix: str) -> None:
+        super().__init__(version, why, fix)
+
+    def __str__(self) -> str:
+        return "{} refused: {}; {}".format(*self.args)
+
+
+class ManifestRefused(RegistryError):
+    """A manifest is not what a version's must be: whose, and why."""
+
+    def __init__(self, prefix: str, why: str) -> None:
+        super().__init__(prefix, why)
+
+    def __str__(self) -> str:
+        return "the manifest of {} {}; publish the version anew".format(*self.args)
+
+
 class DatabaseUnavailable(RegistryError):
     """The database cannot be reached or is not set up: where, why, and what to do."""
 
@@ -220,16 +241,6 @@ class ObjectDiffers(StoreError):
     def __str__(self) -> str:
         key, expected, found = self.args
         return f"object {key} has SHA-256 {found[:12]}..., not {expected[:12]}...; it is corrupt or was tampered with"
-
-
-class ManifestRefused(StoreError):
-    """A manifest does not say which files there are: its key, and how reading it failed."""
-
-    def __init__(self, key: str, why: str) -> None:
-        super().__init__(key, why)
-
-    def __str__(self) -> str:
-        return "manifest {} names no files ({}); publish the adapter again".format(*self.args)
 
 
 class PullFailed(StoreError):

@@ -1,14 +1,14 @@
 """Publish: bytes first, row second.  A version exists when its row is committed, and only then.
 
-intent row with a lease -> files under an immutable, content-named prefix, the manifest last -> one transaction: fence,
-head, version, scores, alias, event, job.  A crash anywhere leaves at most an intent, which the sweep in `uploads.py`
-clears.
+intent row with a lease -> signature (where a key is set) and files under an immutable, content-named prefix, the
+manifest last -> one transaction: fence, head, version, scores, alias, event, job.  A crash anywhere leaves at most an
+intent, which the sweep in `uploads.py` clears.
 """
 
 import hashlib
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from sqlalchemy import select, update
@@ -16,7 +16,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, aliased
 
 from registry import aliases, uploads
-from registry.errors import ContentDiffers, LeaseLost
+from registry.errors import ContentDiffers, LeaseLost, ObjectDiffers
 from registry.jobs import ClaimedJob, close
 from registry.keys import MANIFEST, version_prefix
 from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Facts, Job
@@ -24,6 +24,7 @@ from registry.names import LATEST, RunId, VersionId, check_file
 from registry.protection import is_protected
 from registry.queries import note
 from registry.session import reading, transaction
+from registry.signing import SIGNATURE, Signer
 from registry.store import ObjectStore
 from registry.tenancy import enter
 
@@ -54,8 +55,10 @@ class Published:
     size: int
 
 
-def publish(engine: Engine, store: ObjectStore, job: ClaimedJob, finished: Finished, now: datetime) -> Published:
-    """Make a job's files a version, once: the job is the idempotency key.
+def publish(
+    engine: Engine, store: ObjectStore, job: ClaimedJob, finished: Finished, now: datetime, signer: Signer | None = None
+) -> Published:
+    """Make a job's files a version, once: the job is the idempotency key, and the manifest says which files.
 
     Raises LeaseLost when somebody else has the job, ContentDiffers when it published other files before.
     """
@@ -65,6 +68,8 @@ def publish(engine: Engine, store: ObjectStore, job: ClaimedJob, finished: Finis
     if done:
         return done
     prefix = declare(engine, job, digest, now)
+    if signer:
+        finished = replace(finished, files=signed(store, prefix, finished.files, signer))
     upload(store, prefix, finished.files)
     with transaction(engine) as session:
         return _already(session, job, digest) or _commit(session, job, finished, digest, prefix, now)
@@ -90,6 +95,21 @@ def upload(store: ObjectStore, prefix: str, files: Mapping[str, bytes]) -> None:
     """Every file under its immutable key, the manifest last: a prefix with a manifest is whole."""
     for name in sorted(files, key=lambda name: (name == MANIFEST, name)):
         store.put_new(f"{prefix}/{check_file(name)}", files[name])
+
+
+def signed(store: ObjectStore, prefix: str, files: Mapping[str, bytes], signer: Signer) -> Mapping[str, bytes]:
+    """The files with their signature, which is under its key already: an earlier try of this attempt keeps its own.
+
+    No two signatures of equal files are equal bytes, so no digest that names anything covers them; the row names them.
+    """
+    name, key = prefix.rpartition("/")[2], f"{prefix}/{SIGNATURE}"
+    whole = {**files, SIGNATURE: signer.sign(name, files)}
+    try:
+        store.put_new(key, whole[SIGNATURE])
+    except ObjectDiffers:
+        whole[SIGNATURE] = store.get(key)
+        signer.check(name, whole)
+    return whole
 
 
 def served_name(job: ClaimedJob, digest: str) -> str:

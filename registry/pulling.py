@@ -4,7 +4,6 @@ The registry says every file's SHA-256 and size, the manifest's too, so all file
 """
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 from registry.cache import Cache, intact
-from registry.errors import ManifestRefused, ObjectDiffers, ObjectMissing, RegistryError, StoreUnavailable
+from registry.errors import ObjectDiffers, ObjectMissing, RegistryError, StoreUnavailable
 from registry.keys import MANIFEST
+from registry.manifests import files_named
 from registry.names import check_file
 from registry.resolved import Pulled, Resolved
+from registry.signing import Verifier
 
 FILES_AT_ONCE = 8  # of one version
 VERSIONS_AT_ONCE = 32  # of many: enough to wait for the network and the disk while the interpreter is busy
@@ -34,11 +35,12 @@ class Source(Protocol):
 class Puller:
     """Keeps verified copies of versions in a cache folder, from whatever source.  Safe to share by threads."""
 
-    def __init__(self, store: Source, cache: Path, limit: int = 0) -> None:
-        self.store, self.cache = store, Cache(cache, limit)
+    def __init__(self, store: Source, cache: Path, limit: int = 0, verifier: Verifier | None = None) -> None:
+        self.store, self.cache, self.verifier = store, Cache(cache, limit), verifier or Verifier()
 
     def fetch(self, found: Resolved, verify: bool = False) -> Path:
-        """The local folder of a version that is known already.  Raises ObjectDiffers, ObjectMissing, PullFailed.
+        """The local folder of a version that is known already.  Raises ObjectDiffers, ObjectMissing, PullFailed,
+        and with keys to verify by SignatureRefused.
 
         One in the cache touches no store.  Many that want the same one at once, in threads or processes of this
         machine, fetch it once; `verify` hashes a cached one again and fetches it anew if its bytes changed.
@@ -98,12 +100,18 @@ class Puller:
                 return folder, 0
             self._download(found, aside, files_at_once)
             _accept(found, aside)
+            self.verifier.check(aside)
             folder = self.cache.place(aside, found)
         self.cache.added(found.size)
         return folder, found.size
 
-    def _cached(self, found: Resolved, verify: bool) -> Path | None:
+    def kept(self, found: Resolved) -> Path | None:
+        """The folder of a version that is in the cache, and passes for those who verify."""
         folder = self.cache.find(found)
+        return folder if folder and self.verifier.knows(folder) else None
+
+    def _cached(self, found: Resolved, verify: bool) -> Path | None:
+        folder = self.kept(found)
         return folder if folder and (not verify or intact(folder, found)) else None
 
     def _download(self, found: Resolved, folder: Path, files_at_once: int) -> None:
@@ -137,22 +145,16 @@ def _accept(found: Resolved, folder: Path) -> None:
 
     Its files are what the registry says; here, that its manifest says the same.  Raises ObjectDiffers, ObjectMissing.
     """
+    key = f"{found.prefix}/{MANIFEST}"
     try:
-        manifest = (folder / MANIFEST).read_bytes()
+        with (folder / MANIFEST).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise ObjectMissing(f"{found.prefix}/{MANIFEST}", "the registry") from None
-    if (digest := hashlib.sha256(manifest).hexdigest()) != found.sha256:
-        raise ObjectDiffers(f"{found.prefix}/{MANIFEST}", found.sha256, digest)
-    for name, sha256 in _named(f"{found.prefix}/{MANIFEST}", manifest).items():
+        raise ObjectMissing(key, "the registry") from None
+    if digest != found.sha256:
+        raise ObjectDiffers(key, found.sha256, digest)
+    for name, sha256 in files_named(folder / MANIFEST, key).items():
         if name not in found.files:
             raise ObjectMissing(f"{found.prefix}/{name!a}", "the registry")
         if found.files[name]["sha256"] != sha256:
             raise ObjectDiffers(f"{found.prefix}/{name}", sha256, str(found.files[name]["sha256"]))
-
-
-def _named(key: str, manifest: bytes) -> dict[str, str]:
-    """The SHA-256 of each file that a manifest names.  Raises ManifestRefused."""
-    try:
-        return {name: str(facts["sha256"]) for name, facts in json.loads(manifest)["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ManifestRefused(key, type(error).__name__) from None

@@ -8,6 +8,7 @@ from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from registry.errors import SettingRefused
+from registry.signing import Signer, Verifier
 
 
 class RegistrySettings(BaseSettings):
@@ -25,6 +26,8 @@ class RegistrySettings(BaseSettings):
     database_owner_url: str = Field(default="", repr=False)  # PostgreSQL: whose tables they are; for `lora setup` only
     store_url: str = ""
     grant_secret: str = Field(default="", repr=False)  # with which a broker signs its grants
+    signing_key: Path | None = None  # a private key (PEM, elliptic curve), with which versions are signed at publish
+    verify_key: str = ""  # public keys, commas between: only versions that one of them signed are pulled
 
     @classmethod
     def read(cls, **given: object) -> Self:
@@ -68,6 +71,24 @@ class RegistrySettings(BaseSettings):
     def cache(self) -> Path:
         """Where pulled adapters are kept."""
         return self.home_folder / "pulled"
+
+    @property
+    def signer(self) -> Signer | None:
+        """What signs versions, if anything does.  Raises SettingRefused."""
+        return Signer(_path(self.signing_key)) if self.signing_key else None
+
+    @property
+    def verifier(self) -> Verifier:
+        """What a version must pass before it is used: without keys, nothing.  Raises SettingRefused."""
+        return Verifier([_path(Path(part.strip())) for part in self.verify_key.split(",")] if self.verify_key else [])
+
+
+def _path(given: Path) -> Path:
+    """A path of a setting, with the home that it may begin with."""
+    try:
+        return given.expanduser()
+    except RuntimeError:  # pathlib's word for a home that it does not know
+        return given
 
 
 def _secrets() -> Path | None:

@@ -19,10 +19,12 @@ from registry.keys import checked_key
 from registry.names import Reference, check_file, check_served
 from registry.pulling import Puller
 from registry.resolved import Resolved
+from registry.signing import Verifier
 
 _CHUNK = 1 << 20
 _SECONDS = 60  # of silence, before a server counts as gone
-_LARGEST = 1 << 20  # bytes of a ticket
+LARGEST = 1 << 20  # bytes of a ticket
+_MOST_FILE = 1 << 36  # bytes that a ticket may have written to this disk under one name
 _AGAIN = "ask for a new ticket"
 
 
@@ -44,7 +46,7 @@ class File(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sha256: Sha256
-    size: int = Field(ge=0)
+    size: int = Field(ge=0, le=_MOST_FILE)
     url: Annotated[str, AfterValidator(_web)] = Field(repr=False)  # as good as a password while it lasts
 
 
@@ -65,7 +67,7 @@ class Ticket(BaseModel):
     @classmethod
     def read(cls, text: str) -> "Ticket":
         """A ticket from its JSON.  Raises TicketRefused."""
-        if len(text) > _LARGEST:
+        if len(text) > LARGEST:
             raise TicketRefused(f"it has {len(text)} characters", _AGAIN)
         try:
             return cls.model_validate_json(text)
@@ -111,9 +113,9 @@ class SignedSource:
             raise StoreUnavailable(server, f"{key} broke off ({type(error).__name__})", "try again") from None
 
 
-def redeem(ticket: Ticket, cache: Path, verify: bool = False, limit: int = 0) -> Path:
+def redeem(ticket: Ticket, cache: Path, verify: bool = False, limit: int = 0, verifier: Verifier | None = None) -> Path:
     """The local folder of the version that a ticket gives leave to, verified.  Raises as `Client.pull` does."""
-    return Puller(SignedSource(ticket), cache, limit).fetch(ticket.resolved, verify)
+    return Puller(SignedSource(ticket), cache, limit, verifier).fetch(ticket.resolved, verify)
 
 
 class _Straight(HTTPRedirectHandler):

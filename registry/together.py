@@ -5,7 +5,7 @@ What is unusual (a job published before, an upload begun before, an adapter's se
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import groupby
 
@@ -20,9 +20,20 @@ from registry.jobs import ClaimedJob
 from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Job, Upload
 from registry.names import LATEST, AdapterId, JobId, TenantId
 from registry.protection import is_protected
-from registry.publishing import Finished, Published, as_published, overtaken, place, publish, upload, version_row
+from registry.publishing import (
+    Finished,
+    Published,
+    as_published,
+    overtaken,
+    place,
+    publish,
+    signed,
+    upload,
+    version_row,
+)
 from registry.queries import note
 from registry.session import transaction
+from registry.signing import Signer
 from registry.store import ObjectStore
 from registry.tenancy import enter
 from registry.uploads import UPLOAD_LEASE
@@ -43,7 +54,11 @@ class _Parcel:
 
 
 def publish_together(
-    engine: Engine, store: ObjectStore, work: Sequence[tuple[ClaimedJob, Finished]], now: datetime
+    engine: Engine,
+    store: ObjectStore,
+    work: Sequence[tuple[ClaimedJob, Finished]],
+    now: datetime,
+    signer: Signer | None = None,
 ) -> dict[JobId, Outcome]:
     """Make the files of many jobs versions, each once, and tell of each what became of it.
 
@@ -54,7 +69,7 @@ def publish_together(
     parcels = [_Parcel(job, finished, *place(job, finished)) for job, finished in work]
     parcels.sort(key=lambda parcel: (parcel.job.tenant_id, parcel.job.id))  # all lock in one order: no deadlock
     fresh = _declare(engine, parcels, now)
-    uploaded = _upload(store, fresh, found)
+    uploaded = _upload(store, fresh, found, signer)
     with transaction(engine) as session:
         committed: dict[JobId, Outcome] = {}
         for tenant, own in groupby(uploaded, key=lambda parcel: parcel.job.tenant_id):
@@ -62,13 +77,15 @@ def publish_together(
     found |= committed
     for job, finished in work:
         if job.id not in found:
-            found[job.id] = _alone(engine, store, job, finished, now)
+            found[job.id] = _alone(engine, store, job, finished, now, signer)
     return found
 
 
-def _alone(engine: Engine, store: ObjectStore, job: ClaimedJob, finished: Finished, now: datetime) -> Outcome:
+def _alone(
+    engine: Engine, store: ObjectStore, job: ClaimedJob, finished: Finished, now: datetime, signer: Signer | None
+) -> Outcome:
     try:
-        return publish(engine, store, job, finished, now)
+        return publish(engine, store, job, finished, now, signer)
     except RegistryError as error:
         return error
 
@@ -103,20 +120,25 @@ def _published_jobs(session: Session, tenant: TenantId, parcels: Sequence[_Parce
     return {str(job) for job in session.scalars(select(AdapterVersion.job_id).where(*mine))}
 
 
-def _upload(store: ObjectStore, parcels: Sequence[_Parcel], found: dict[JobId, Outcome]) -> list[_Parcel]:
-    """Upload by a few threads; returns those that the store took, and notes the trouble of the others."""
+def _upload(
+    store: ObjectStore, parcels: Sequence[_Parcel], found: dict[JobId, Outcome], signer: Signer | None
+) -> list[_Parcel]:
+    """Sign and upload by a few threads; returns those that the store took, and notes the trouble of the others."""
 
-    def send(parcel: _Parcel) -> RegistryError | None:
+    def send(parcel: _Parcel) -> _Parcel | RegistryError:
         try:
+            if signer:
+                files = signed(store, parcel.prefix, parcel.finished.files, signer)
+                parcel = replace(parcel, finished=replace(parcel.finished, files=files))
             upload(store, parcel.prefix, parcel.finished.files)
         except RegistryError as error:
             return error
-        return None
+        return parcel
 
     with ThreadPoolExecutor(_UPLOADERS, "upload") as threads:
-        troubles = list(threads.map(send, parcels))
-    found |= {parcel.job.id: error for parcel, error in zip(parcels, troubles, strict=True) if error}
-    return [parcel for parcel, error in zip(parcels, troubles, strict=True) if error is None]
+        sent = list(threads.map(send, parcels))
+    found |= {parcel.job.id: one for parcel, one in zip(parcels, sent, strict=True) if isinstance(one, RegistryError)}
+    return [one for one in sent if isinstance(one, _Parcel)]
 
 
 def _commit(session: Session, tenant: TenantId, parcels: Sequence[_Parcel], now: datetime) -> dict[JobId, Outcome]:

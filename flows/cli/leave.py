@@ -12,7 +12,7 @@ from flows.errors import Unready
 from flows.factory import now
 from registry.broker import Broker
 from registry.settings import RegistrySettings
-from registry.tickets import Ticket
+from registry.tickets import LARGEST, Ticket
 from registry.tickets import redeem as redeem_ticket
 
 
@@ -55,9 +55,10 @@ def redeem(
     lora redeem ticket.json
     """
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        with sys.stdin.buffer if file == "-" else Path(file).open("rb") as stream:
+            text = stream.read(LARGEST + 1).decode()
     except ValueError as error:  # no UTF-8, or a path with a null byte
         what = f"{ascii(file)[:80]} is no ticket ({type(error).__name__})"
         raise Unready(what, "give a file of `lora ticket`") from None
     settings = RegistrySettings.read()
-    say(str(redeem_ticket(Ticket.read(text), settings.cache, verify, settings.cache_size)))
+    say(str(redeem_ticket(Ticket.read(text), settings.cache, verify, settings.cache_size, settings.verifier)))

@@ -26,6 +26,7 @@ LIBRARIES = (
     "sqlalchemy",
     "boto3",
     "pydantic",
+    "model-signing",
 )
 
 
@@ -61,7 +62,8 @@ def doctor(
     lora doctor
     """
     factory = Factory.from_environment()
-    checks = [_tried(factory, *one) for one in (("registry", _registry), ("tables", _tables), ("store", _store))]
+    tried = {"registry": _registry, "tables": _tables, "store": _store, "signs with": _signs, "trusts": _trusts}
+    checks = [_tried(factory, what, check) for what, check in tried.items()]
     answer(checks if ready else _everything(factory, checks), as_json, "")
     if any(str(row["state"]).startswith("error") for row in checks):
         raise typer.Exit(1)
@@ -111,6 +113,16 @@ def _tables(factory: Factory) -> str:
 
 def _store(factory: Factory) -> str:
     return factory.store.check()
+
+
+def _signs(factory: Factory) -> str:
+    signer = factory.settings.signer
+    return f"{signer.public}, {factory.settings.signing_key}" if signer else "no key: versions are not signed here"
+
+
+def _trusts(factory: Factory) -> str:
+    keys = factory.settings.verifier.keys
+    return ", ".join(map(str, keys)) or "any: signatures are not checked here"
 
 
 def _tried(factory: Factory, what: str, check: Callable[[Factory], str]) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """Where a dataset's files are: one file, a folder, an object or everything below a prefix in S3-compatible storage."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,6 +10,7 @@ from lora_core.errors import DatasetRefused
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+_MOST_ENTRIES = 100_000  # of a folder or below a prefix, data or not
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ def in_s3(given: str) -> bool:
 
 def find_sources(given: str, most: int, s3: Any = None) -> Iterator[Source]:  # s3: a boto3 client
     """The files that a path, a folder or an `s3://` address means, in order of name.  Raises DatasetRefused."""
-    found = list(_in_bucket(given, s3) if in_s3(given) else _on_disk(given))
+    found = list(itertools.islice(_in_bucket(given, s3) if in_s3(given) else _on_disk(given), most + 1))
     if len(found) > most:
-        raise DatasetRefused(given, f"has {len(found):,} files, at most {most:,}", "split it by user")
+        raise DatasetRefused(given, f"has more than {most:,} files", "split it by user")
     if not found:
         raise DatasetRefused(given, "has no file in a known format", f"give {', '.join(FORMATS)}, plain, .gz or .zst")
     yield from found
@@ -53,10 +55,19 @@ def _on_disk(given: str) -> Iterator[Source]:
 
 
 def _in_folder(given: str, folder: Path) -> Iterator[Source]:
-    for file in sorted(folder.rglob("*")):
+    """Its files in order of name; a link that leads out of it is not followed, whoever made the folder."""
+    inside, found = folder.resolve(), []
+    for count, file in enumerate(folder.rglob("*")):
+        if count == _MOST_ENTRIES:
+            raise DatasetRefused(given, f"holds more than {_MOST_ENTRIES:,} files and folders", "split it by user")
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if not hidden and _kind(file.name) and file.is_file():
+            if file.is_symlink() and not file.resolve().is_relative_to(inside):
+                raise DatasetRefused(str(file), "is a link that leads out of its folder", "copy the file itself")
+            found.append(file)
+    for file in sorted(found):
         relative = file.relative_to(folder)
-        if file.is_file() and not any(part.startswith(".") for part in relative.parts) and _kind(file.name):
-            yield _source(f"{given.rstrip('/')}/{relative.as_posix()}", lambda file=file: file.open("rb"))  # type: ignore[misc]  # mypy and a lambda's default
+        yield _source(f"{given.rstrip('/')}/{relative.as_posix()}", lambda file=file: file.open("rb"))  # type: ignore[misc]  # mypy and a lambda's default
 
 
 def _in_bucket(given: str, s3: Any) -> Iterator[Source]:  # a boto3 client
@@ -77,7 +88,15 @@ def _in_bucket(given: str, s3: Any) -> Iterator[Source]:  # a boto3 client
 
 def _keys(client: Any, bucket: str, prefix: str) -> list[str]:  # a boto3 client
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return sorted(found["Key"] for page in pages for found in page.get("Contents", []))
+    keys = [found["Key"] for found in itertools.islice(_objects(pages), _MOST_ENTRIES + 1)]
+    if len(keys) > _MOST_ENTRIES:
+        raise DatasetRefused(f"s3://{bucket}/{prefix}", f"has more than {_MOST_ENTRIES:,} objects", "split it by user")
+    return sorted(keys)
+
+
+def _objects(pages: Iterable[Any]) -> Iterator[Any]:  # dicts of boto3
+    for page in pages:
+        yield from page.get("Contents", [])
 
 
 def _opened(client: Any, bucket: str, key: str) -> BinaryIO:  # a boto3 client

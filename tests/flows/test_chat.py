@@ -16,6 +16,7 @@ from lora_core.base_model import BaseModel, load_base
 from lora_core.decoding import Sampling
 from lora_core.errors import PromptRefused
 from lora_core.intake import AdapterFiles
+from lora_core.methods import AnyMethod
 from lora_core.serving import Request, Server
 from registry.errors import NotFound
 from registry.models import SharedBase
@@ -69,7 +70,7 @@ class Shelf:
         name, _, digest = self.held[reference]
         return Version(reference, name, Path(name), SharedBase(digest=digest))
 
-    def read(self, folder: Path, base: BaseModel) -> AdapterFiles:
+    def read(self, folder: Path, base: BaseModel, recorded: Sequence[AnyMethod]) -> AdapterFiles:
         """As `read_artifact` does with files."""
         rank, seed = next((held[1], sum(map(ord, held[0]))) for held in self.held.values() if held[0] == str(folder))
         spec = lora_of(recipe(rank=rank, alpha=16))

@@ -19,6 +19,7 @@ from flows.due import runs_wanted
 from flows.errors import OrchestratorAway
 from flows.factory import Factory, Pinned, add_data, now, pin_base, request_training
 from flows.fitting import usual_plan
+from flows.records import recorded_methods
 from flows.settings import FactorySettings
 from flows.work import run_cohort
 from lora_core import train
@@ -26,15 +27,17 @@ from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort as Slots
 from lora_core.curriculum import Answers
 from lora_core.evaluate import Scores, evaluate_all
+from lora_core.intake import read_artifact
 from lora_core.planner import Plan
 from lora_core.recipe import load_recipe
 from registry import jobs, queries, queue
-from registry.errors import LeaseLost, StoreUnavailable
+from registry.errors import LeaseLost, SignatureRefused, StoreUnavailable
 from registry.jobs import Enqueued
 from registry.models import Job
 from registry.names import JobId, Reference
 from registry.session import reading, transaction
 from tests.flows.conftest import QUICK, write_user
+from tests.registry.test_signing import write_pair
 
 Ask = Callable[..., Enqueued]
 LITTLE = 350_000  # bytes: enough for one slot of rows of 32 tokens, not of 64
@@ -93,6 +96,27 @@ def test_two_jobs_of_one_user_make_two_versions_each_of_its_own_recipe(factory: 
         tenant = queries.tenant_id(session, "acme")
         found = queries.versions(session, tenant, queries.holder(session, tenant, "alice", "default").adapter.id)
     assert [version.recipe["max_steps"] for version in found] == [1, 9]
+
+
+def test_a_worker_with_a_key_signs_and_takes_no_unsigned_version_for_a_rival(
+    base_folder: Path, factory: Factory, ask: Ask, tmp_path: Path
+) -> None:
+    """Users from before the key go on; what is on record of a version is what its files say."""
+    private, public = write_pair(tmp_path / "keys")
+    keys = {"signing_key": private, "verify_key": str(public)}
+    strict = Factory(FactorySettings(base=str(base_folder), slots=4, **keys))  # type: ignore[arg-type]  # of two types
+    ask("acme/alice", max_steps=2)
+    run_cohort(factory)
+    ask("acme/alice", "hello dog", max_steps=2)
+
+    cohort = run_cohort(strict)
+
+    assert cohort
+    assert [candidate.live for candidate in cohort.candidates] == [None]
+    with pytest.raises(SignatureRefused, match="not signed"):
+        strict.client.pull("acme/alice:1")
+    folder, recorded = strict.client.pull("acme/alice:2"), recorded_methods(cohort.candidates[0].recipe.model_dump())
+    assert read_artifact(folder, cohort.base, recorded).spec.scale == recorded[0].scale
 
 
 def test_a_store_that_is_away_fails_nobody(factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

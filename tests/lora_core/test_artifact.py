@@ -160,6 +160,24 @@ def link(folder: Path) -> None:
     path.symlink_to(folder.parent / "elsewhere")
 
 
+def fifo(folder: Path) -> None:
+    """A pipe that nobody writes to."""
+    (folder / "adapter_model.safetensors").unlink()
+    os.mkfifo(folder / "adapter_model.safetensors")
+
+
+def subfolder(folder: Path) -> None:
+    """A folder where a file should be."""
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").mkdir()
+
+
+def crowd(folder: Path) -> None:
+    """Files without end."""
+    for number in range(1100):
+        (folder / f"x{number}").touch()
+
+
 def weights(data: bytes) -> Callable[[Path], object]:
     """Other bytes as adapter_model.safetensors."""
     return lambda folder: (folder / "adapter_model.safetensors").write_bytes(data)
@@ -194,6 +212,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "rank true": (tamper_config(r=True), "r is True"),
     "rank other": (tamper_config(r=5), "shape"),
     "alpha nan": (tamper_config(lora_alpha=float("nan")), "lora_alpha"),
+    "alpha of 400 digits": (tamper_config(lora_alpha=10**400), "lora_alpha"),
+    "alpha pattern of 400 digits": (tamper_config(alpha_pattern={"q_proj": 10**400}), "alpha_pattern"),
+    "fifo": (fifo, "special"),
+    "folder": (subfolder, "special"),
+    "PICKLE": (lambda folder: (folder / "adapter_model.BIN").write_bytes(b"\x80"), "pickle"),
+    "very many files": (crowd, "files"),
+    "metadata": (tamper_header(lambda h, names: h.update(__metadata__={"format": {}})), "metadata"),
+    "shape of floats": (tamper_header(lambda h, names: h[names[0]].update(shape=[4.0, 32.0])), "shape"),
+    "header of spaces": (weights(struct.pack("<Q", 2**20) + b" " * 2**20), "claims|bytes"),
     "alpha text": (tamper_config(lora_alpha="1e3"), "lora_alpha"),
     "other method": (tamper_config(peft_type="IA3"), "peft_type"),
     "dora": (tamper_config(use_dora=True), "use_dora"),
@@ -232,6 +259,37 @@ def test_a_hostile_adapter_is_refused_in_words(folder: Path, llama_base: BaseMod
         read(folder, llama_base)
 
     assert time.monotonic() - start < 2
+
+
+CONFIGS: dict[str, tuple[dict[str, object], str]] = {
+    "code of its own": ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+    "modules that take a minute to match": ({"target_modules": "(a+)+$" * 20}, "target_modules"),
+    "fewer modules than it holds": ({"target_modules": ["q_proj"]}, "target_modules"),
+    "another alpha": ({"lora_alpha": 64}, "lora_alpha"),
+    "another scale": ({"use_rslora": True}, "use_rslora"),
+    "a path": ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication"),
+    "a key nobody knows": ({"runtime_config": {}}, "runtime_config"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_configuration_says_what_the_recipe_on_record_makes_it_say(
+    folder: Path, llama_base: BaseModel, kind: str
+) -> None:
+    """Of a version of ours it is rebuilt, and what the file says beside that goes to no library."""
+    changes, words = CONFIGS[kind]
+    recorded = [lora_of(recipe(targets=("q_proj", "v_proj")))]
+    assert read_artifact(folder, llama_base, recorded).spec.scale == recorded[0].scale
+    tamper_config(**changes)(folder)
+
+    with pytest.raises(ArtifactRefused, match=words):
+        read_artifact(folder, llama_base, recorded)
+
+
+def test_an_adapter_holds_what_its_recipe_adapts(folder: Path, llama_base: BaseModel) -> None:
+    """Tensors for other modules than the recipe on record names are somebody else's."""
+    with pytest.raises(ArtifactRefused, match="set of modules"):
+        read_artifact(folder, llama_base, [lora_of(recipe(targets=("o_proj",)))])
 
 
 def test_an_adapter_of_another_base_is_refused(folder: Path, base: BaseModel, tmp_path: Path) -> None:

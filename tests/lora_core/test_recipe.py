@@ -119,8 +119,11 @@ def test_a_wrong_recipe_says_which_key_and_what_it_may_hold(given: dict[str, obj
         ("a" * 10, "holds a str"),
         ("rank: 2026-99-99", "not YAML"),
         ('rank: !!int ""', "not YAML"),
-        ("method: &m {method: *m}", "method.method is not a key"),
+        ("method: &m {method: *m}", "holds itself"),
         ("rank: &a [*a]\nr: &b [*b]", "holds itself"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nrank: [*b, *b]", "holds itself"),
+        ("#" * 70_000, "bytes"),
+        ("[" * 60_000, "not YAML"),
         ("!!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )

@@ -14,11 +14,21 @@ import pytest
 from sqlalchemy.engine import Engine
 
 from registry.broker import Broker
-from registry.errors import GrantRefused, NotFound, ObjectDiffers, SettingRefused, StoreUnavailable, TicketRefused
+from registry.errors import (
+    GrantRefused,
+    NotFound,
+    ObjectDiffers,
+    SettingRefused,
+    SignatureRefused,
+    StoreUnavailable,
+    TicketRefused,
+)
 from registry.publishing import Published, publish
+from registry.signing import Signer, Verifier
 from registry.store import FolderStore, ObjectStore, open_store
 from registry.tickets import Ticket, redeem
 from tests.registry.conftest import NOW, Claim, finished
+from tests.registry.test_signing import write_pair
 from tests.servers import S3Server
 
 SECRET = "0123456789abcdef" * 2
@@ -60,6 +70,19 @@ def answer(url: str, method: str = "GET") -> int:
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def test_a_ticket_of_an_unsigned_version_is_refused_where_a_key_is_set(
+    engine: Engine, broker: Broker, bucket: ObjectStore, claim: Claim, both: Versions, tmp_path: Path
+) -> None:
+    """A broker's word is not the signer's; a signed version passes."""
+    private, public = write_pair(tmp_path / "keys")
+    publish(engine, bucket, claim(reference="acme/bob")[0], finished("signed"), NOW, Signer(private))
+
+    with pytest.raises(SignatureRefused, match="not signed"):
+        redeem(ticket(broker), tmp_path / "cache", verifier=Verifier([public]))
+
+    assert redeem(ticket(broker, "acme/bob"), tmp_path / "cache", verifier=Verifier([public])).is_dir()
 
 
 WITHOUT = """

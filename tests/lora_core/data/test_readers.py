@@ -199,7 +199,7 @@ def test_too_many_rows_or_files_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(DatasetRefused, match="12 rows|more than 12"):
         list(read_rows(str(tmp_path), Limits(rows=12)))
-    with pytest.raises(DatasetRefused, match="4 files"):
+    with pytest.raises(DatasetRefused, match="more than 3 files"):
         list(read_rows(str(tmp_path), Limits(files=3)))
 
 
