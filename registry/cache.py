@@ -112,6 +112,11 @@ class Cache:
                 return self._put(aside, folder)
         return self._put(aside, folder)
 
+    def remove(self, folder: Path) -> None:
+        """Take away a version that must not be used here, held or not."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._take_away(folder), ignore_errors=True)
+
     def added(self, size: int) -> None:
         """Count what was placed, and now and then measure the whole and trim it."""
         if not self.limit:
@@ -172,8 +177,7 @@ class Cache:
         """Raises FileNotFoundError when the empty folder above it is tidied away meanwhile."""
         folder.parent.mkdir(exist_ok=True)
         if folder.exists():
-            with suppress(FileNotFoundError):
-                shutil.rmtree(self._take_away(folder), ignore_errors=True)
+            self.remove(folder)
         return aside.rename(folder)
 
     def _take_away(self, folder: Path) -> Path:

@@ -106,9 +106,12 @@ class Puller:
         return folder, found.size
 
     def kept(self, found: Resolved) -> Path | None:
-        """The folder of a version that is in the cache, and passes for those who verify."""
+        """The folder of a version that is in the cache; one that the verifier does not take is removed."""
         folder = self.cache.find(found)
-        return folder if folder and self.verifier.knows(folder) else None
+        if folder and not self.verifier.knows(folder):
+            self.cache.remove(folder)
+            return None
+        return folder
 
     def _cached(self, found: Resolved, verify: bool) -> Path | None:
         folder = self.kept(found)
