@@ -30,6 +30,7 @@ from flows import cohort as steps
 from flows import report
 from flows.cohort import Cohort
 from flows.factory import Factory, pin_base, request_training
+from flows.upkeep import keep_up
 from flows.work import enqueue_due, run_cohort, sweep
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
@@ -51,6 +52,7 @@ TASKS: dict[Callable[..., Any], Any] = {
     )(steps.publish_all),
     enqueue_due: task(name="due", retries=2)(enqueue_due),
     sweep: task(name="sweep", retries=2)(sweep),
+    keep_up: task(name="keep-up", retries=2)(keep_up),
     steps.runs_wanted: task(name="count")(steps.runs_wanted),
 }
 
@@ -95,6 +97,8 @@ def tick(deployment: str = "adapt-cohort/adapt-cohort") -> int:
     for trouble in as_task(enqueue_due, factory):
         get_run_logger().warning("not queued: %s", trouble)
     as_task(sweep, factory)
+    for trouble in as_task(keep_up, factory):
+        get_run_logger().warning("not kept up: %s", trouble)
     runs: int = max(0, as_task(steps.runs_wanted, factory) - _runs_waiting(deployment))
     for _ in range(runs):
         run_deployment(deployment, timeout=0, as_subflow=False)

@@ -83,8 +83,13 @@ class Saves:
             file.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+        return self.folder / f"{file_stem(name)}.safetensors"
 
     def _of(self, learner: Learner) -> str:
         """SHA-256 of everything that decides the learner's bytes."""
         return hashlib.sha256(f"{self.shape}\n{learner.digest}".encode()).hexdigest()
+
+
+def file_stem(name: str) -> str:
+    """How the names of a learner's saves begin, up to their first dot."""
+    return hashlib.sha256(name.encode()).hexdigest()[:32]

@@ -16,6 +16,7 @@ from registry import queries
 from registry.errors import ObjectDiffers, ObjectMissing
 from registry.names import Reference, check_file
 from registry.publishing import MANIFEST
+from registry.retention import check_living
 from registry.session import open_database, reading
 from registry.settings import RegistrySettings
 from registry.store import ObjectStore, open_store
@@ -112,10 +113,16 @@ class Client(Puller):
         return cls(open_database(settings.database), open_store(settings.store), settings.cache)
 
     def resolve(self, reference: str | Reference) -> Resolved:
-        """What a reference such as `acme/alice` or `acme/alice:3` means now.  Raises NameRefused, NotFound."""
+        """What a reference such as `acme/alice` or `acme/alice:3` means now.
+
+        Raises NameRefused, NotFound, VersionGone for one that retention has removed.
+        """
         wanted = Reference.parse(reference) if isinstance(reference, str) else reference
         with reading(self.engine) as session:
-            version = queries.version(session, queries.tenant_id(session, wanted.tenant), wanted)
+            tenant = queries.tenant_id(session, wanted.tenant)
+            version = queries.version(session, tenant, wanted)
+            if wanted.number:  # what an alias points to is never removed
+                check_living(session, tenant, version, str(wanted))
         return Resolved(
             wanted, version.number, version.state, version.served_name, version.prefix, version.sha256, version.files
         )

@@ -185,6 +185,14 @@ def put_off(session: Session, job: ClaimedJob, reason: str, until: datetime, now
     note(session, job.tenant_id, "job put off", job.id, {"reason": reason}, now)
 
 
+def check_fence(session: Session, job: ClaimedJob) -> None:
+    """That nobody has taken or cancelled a job since, nor will until the transaction ends.  Raises LeaseLost."""
+    enter(session, job.tenant_id)
+    ours = select(Job.id).where(Job.tenant_id == job.tenant_id, Job.id == job.id, Job.fence == job.fence)
+    if session.scalar(ours.with_for_update(read=True)) is None:
+        raise LeaseLost(str(job.id), job.fence)
+
+
 def close(session: Session, job: ClaimedJob, state: str, now: datetime, error: str | None = None) -> None:
     """End a job under its fence.  Raises LeaseLost when somebody else has it."""
     _change(session, job, {"state": state, "finished_at": now, "lease_until": None, "error": error})

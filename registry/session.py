@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
-from registry.errors import DatabaseUnavailable
+from registry.errors import DatabaseUnavailable, RegistryInUse
 from registry.models import Base
 
 _SQLITE_WAIT_SECONDS = 60  # how long a writer waits for its turn; one writes at a time
@@ -59,6 +59,20 @@ def reading(engine: Engine) -> Iterator[Session]:
     reader = engine.execution_options(lora_reads=True)
     with _known_faults(engine), Session(reader, expire_on_commit=False) as session:
         yield session
+
+
+def compact(engine: Engine) -> None:
+    """Leave no byte of deleted rows in a SQLite file and its log; PostgreSQL does it by itself, in time (VACUUM).
+
+    Raises RegistryInUse while somebody reads, since the log cannot be emptied then.
+    """
+    if engine.dialect.name != "sqlite":
+        return
+    with _known_faults(engine), closing(engine.raw_connection()) as connection:
+        cursor = connection.cursor()
+        cursor.execute("VACUUM")
+        if cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            raise RegistryInUse(shown(engine))
 
 
 def upgrade(engine: Engine, revision: str = "head", application: str | None = None) -> None:

@@ -19,6 +19,7 @@ class RegistrySettings(BaseSettings):
     database_owner_url: str = Field(default="", repr=False)  # PostgreSQL: whose tables they are; for `lora setup` only
     store_url: str = ""
     grant_secret: str = Field(default="", repr=False)  # with which a broker signs its grants
+    receipt_secret: str = Field(default="", repr=False)  # without it nobody can tell whom a receipt is about; keep it
 
     @classmethod
     def read(cls, **given: object) -> Self:

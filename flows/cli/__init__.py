@@ -17,6 +17,7 @@ from flows.cli import (
     dataset,
     fleet,
     leave,
+    lifecycle,
     reading,
     scheduling,
     system,
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
-for group in (system, training, tuning, reading, versions, fleet, leave, chatting, comparing):
+for group in (system, training, tuning, reading, versions, fleet, lifecycle, leave, chatting, comparing):
     group.register(app)
 
 

@@ -88,6 +88,7 @@ def work(
 
     lora work --once
     """
+    from flows.upkeep import keep_up
     from flows.work import enqueue_due, sweep
 
     factory = Factory.from_environment(memory=memory)
@@ -98,6 +99,8 @@ def work(
                 fail(f"not queued: {trouble}", 0)
             rows = drain(factory, None, quiet=as_json)
             sweep(factory)
+            for trouble in keep_up(factory):
+                fail(f"not kept up: {trouble}", 0)
         except (RegistryError, LoraError, FlowError) as error:
             if once:
                 raise

@@ -1,0 +1,103 @@
+"""Garbage collection: the bytes of versions and datasets that nothing keeps any more.
+
+Marked first, in one transaction with the look that found them: from then on a reader is told, and no alias can move
+there.  Then the bytes go.  A crash anywhere leaves marks, which the next collection finishes; what a dataset leaves is
+the sweep's, as an upload's.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from sqlalchemy import select, update
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
+
+from registry import retention
+from registry.models import AdapterVersion, Dataset, RetentionPolicy, Tombstone, Upload
+from registry.names import TenantId
+from registry.queries import note
+from registry.retention import Expired
+from registry.session import reading, transaction
+from registry.store import ObjectStore
+from registry.tenancy import enter
+
+_BATCH = 500  # versions, and datasets, marked in one transaction
+
+
+@dataclass
+class Collected:
+    """What was collected, or would be."""
+
+    versions: list[Expired] = field(default_factory=list)
+    datasets: list[Expired] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of it."""
+        return sum(one.size for one in (*self.versions, *self.datasets))
+
+
+def plan(engine: Engine, tenant: TenantId, now: datetime) -> Collected:
+    """What a collection would remove now: it is marked, and the marks are taken back."""
+    with transaction(engine) as session:
+        found = _mark(session, tenant, now, limit=None)
+        session.rollback()
+    return found
+
+
+def collect(engine: Engine, store: ObjectStore, tenant: TenantId, now: datetime) -> Collected:
+    """Remove the bytes that a tenant's policy does not keep, and those that an earlier collection left.
+
+    Safe to run again, and by several at once.
+    """
+    clear(engine, store, tenant, now)
+    done = Collected()
+    while True:
+        with transaction(engine) as session:
+            marked = _mark(session, tenant, now, _BATCH)
+        clear(engine, store, tenant, now)
+        for dataset in marked.datasets:
+            store.clear(dataset.prefix)
+        done.versions += marked.versions
+        done.datasets += marked.datasets
+        if not marked.versions and not marked.datasets:
+            return done
+
+
+def clear(engine: Engine, store: ObjectStore, tenant: TenantId, now: datetime) -> None:
+    """Remove the bytes of the versions that are marked."""
+    with reading(engine) as session:
+        enter(session, tenant)
+        marked = (Tombstone.tenant_id == tenant, Tombstone.cleared_at.is_(None))
+        rows = select(AdapterVersion.id, AdapterVersion.prefix).join(Tombstone).where(*marked)
+        left = session.execute(rows.order_by(AdapterVersion.prefix)).tuples().all()
+    for _, prefix in left:
+        store.clear(prefix)
+    with transaction(engine) as session:
+        enter(session, tenant)
+        for start in range(0, len(left), _BATCH):
+            ids = [version for version, _ in left[start : start + _BATCH]]
+            cleared = update(Tombstone).where(Tombstone.tenant_id == tenant, Tombstone.version_id.in_(ids))
+            session.execute(cleared.values(cleared_at=now))
+
+
+def _mark(session: Session, tenant: TenantId, now: datetime, limit: int | None) -> Collected:
+    """Mark what nothing keeps: versions first, since datasets are kept for their sake."""
+    enter(session, tenant)
+    kept = retention.policy(session, tenant)
+    if kept is None:
+        return Collected()
+    versions = retention.expired_versions(session, tenant, kept, now, limit)
+    for one in versions:
+        session.add(Tombstone(version_id=one.id, tenant_id=tenant, reason=retention.rule(kept), at=now))
+        note(session, tenant, "version removed", one.id, {"reason": retention.rule(kept)}, now)
+    session.flush()
+    datasets = retention.expired_datasets(session, tenant, now, limit)
+    for one in datasets:
+        mine = (Dataset.tenant_id == tenant, Dataset.id == one.id)
+        session.execute(update(Dataset).where(*mine).values(removed_at=now))
+        session.add(Upload(prefix=one.prefix, tenant_id=tenant, job_id=None, sweeping=True, lease_until=now))
+        note(session, tenant, "dataset removed", one.id, {"reason": retention.rule(kept)}, now)
+    looked = update(RetentionPolicy).where(RetentionPolicy.tenant_id == tenant)
+    session.execute(looked.values(collected_at=now))
+    return Collected(versions, datasets)
