@@ -177,11 +177,14 @@ def _stop(session: Session, tenant: TenantId, intent: Forgetting, now: datetime)
     open_ = (Job.tenant_id == tenant, Job.adapter_id.in_(adapters), Job.state.in_(BUSY))
     over = {"state": CANCELLED, "fence": Job.fence + 1, "lease_until": None, "worker": None, "error": None}
     session.execute(update(Job).where(*open_).values(**over, finished_at=now))
-    session.execute(delete(Schedule).where(Schedule.tenant_id == tenant, Schedule.adapter_id.in_(adapters)))
+    mine = delete(Schedule).where(Schedule.tenant_id == tenant, Schedule.adapter_id.in_(adapters))
+    if gone := session.scalars(mine.returning(Schedule.adapter_id)).all():
+        intent.deleted = {**intent.deleted, "schedules": {"count": len(gone)}}
     below = (Upload.tenant_id == tenant, Upload.prefix.startswith(f"{intent.prefix}/", autoescape=True))
     session.execute(update(Upload).where(*below).values(sweeping=True))
-    mine = (AdapterVersion.tenant_id == tenant, AdapterVersion.adapter_id.in_(adapters))
-    return list(session.scalars(select(AdapterVersion.served_name).where(*mine)))
+    names = select(AdapterVersion.served_name)
+    owned = (AdapterVersion.tenant_id == tenant, AdapterVersion.adapter_id.in_(adapters))
+    return list(session.scalars(names.where(*owned)))
 
 
 def _delete_rows(session: Session, tenant: TenantId, intent: Forgetting, here: Facts, now: datetime) -> None:
@@ -194,7 +197,7 @@ def _delete_rows(session: Session, tenant: TenantId, intent: Forgetting, here: F
     if last is not None and last >= now:
         raise NotYetForgotten("an upload of theirs was under way and may arrive", f"{last:%Y-%m-%d %H:%M:%S} UTC")
     session.execute(delete(Upload).where(*below))
-    intent.deleted, intent.user_id = delete_rows(session, tenant, intent.user_id) | here, None
+    intent.deleted, intent.user_id = delete_rows(session, tenant, intent.user_id) | intent.deleted | here, None
 
 
 def _receipt(session: Session, tenant: TenantId, intent: Forgetting, now: datetime) -> Receipt:

@@ -14,12 +14,27 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from registry import aliases, fleet, jobs, protection, publishing, queries, schedules, uploads
+from registry import (
+    aliases,
+    collection,
+    erasure,
+    fleet,
+    forgetting,
+    holds,
+    jobs,
+    protection,
+    publishing,
+    queries,
+    retention,
+    schedules,
+    uploads,
+)
 from registry.client import Client
 from registry.errors import RegistryError
+from registry.forgetting import Wish
 from registry.jobs import ClaimedJob
 from registry.models import AdapterVersion, Base
-from registry.names import Reference
+from registry.names import Reference, TenantId
 from registry.publishing import publish
 from registry.queries import Holder
 from registry.schedules import Timing
@@ -81,13 +96,33 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         "put": lambda: schedules.put(session, mine, holder, Timing.every("2h"), "other", {}, NOW),
         "pause": lambda: schedules.pause(session, mine, holder, True, NOW),
         "remove": lambda: schedules.remove(session, mine, holder, NOW),
+        **goings(session, mine, holder, who),
+    }
+
+
+def goings(session: Session, mine: TenantId, holder: Holder, who: Any) -> dict[str, Callable[[], object]]:
+    """What the registry does for one tenant to let things go."""
+    later, bert = NOW + timedelta(days=1), Wish(OURS, "bert", "", "me", "asked to")
+    second, kept = Reference.parse(f"{OURS}/alice:2"), Reference.parse(f"{OURS}/alice:1")
+    return {
+        "set policy": lambda: retention.set_policy(session, mine, 1, None, **who),
+        "pin": lambda: retention.pin(session, mine, second, **who),
+        "unpin": lambda: retention.unpin(session, mine, kept, **who),
+        "kept": lambda: (retention.policy(session, mine), retention.pins(session, mine), holds.holds(session, mine)),
+        "hold": lambda: holds.hold(session, mine, "bert", **who),
+        "unhold": lambda: holds.unhold(session, mine, "alice", **who),
+        "collect": lambda: collection._mark(session, mine, later, None),
+        "forget": lambda: forgetting._begin(session, mine, bert, NOW),
+        "receipts": lambda: forgetting.receipts(session, mine),
+        "erase": lambda: erasure.delete_rows(session, mine, holder.user.id),
     }
 
 
 NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
     "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
-    "fleet back", "schedules", "put", "pause", "remove",
+    "fleet back", "schedules", "put", "pause", "remove", "set policy", "pin", "unpin", "kept", "hold", "unhold",
+    "collect", "forget", "receipts", "erase",
 ]  # fmt: skip
 
 
@@ -141,6 +176,13 @@ def intrusions(session: Session, loot: Loot) -> dict[str, Callable[[], object]]:
         "settle": lambda: uploads.settle(session, mine, loot.prefix),
         "declare": lambda: uploads.declare(session, mine, loot.prefix, soon),
         "already": lambda: publishing._already(session, job, "d" * 64),
+        "fence": lambda: jobs.check_fence(session, job),
+        "gone": lambda: retention.gone(session, mine, adapter),
+        "living": lambda: retention.check_living(session, mine, loot.version, "foreign"),
+        "free": lambda: holds.check_free(session, mine, loot.holder.user.id, "foreign"),
+        "lock": lambda: retention.lock_aliases(session, mine, [adapter]),
+        "there": lambda: queries.still_there(session, mine, loot.holder),
+        "erase": lambda: erasure.delete_rows(session, mine, loot.holder.user.id),
     }
 
 
@@ -157,7 +199,8 @@ def intrude(engine: Engine, loot: Loot) -> list[str]:
 
 INTRUSIONS = [
     "versions", "aliases", "moves", "scores", "lineage", "dataset", "dataset key", "job", "renew", "release", "move",
-    "before", "pause", "remove", "put", "settle", "declare", "already",
+    "before", "pause", "remove", "put", "settle", "declare", "already", "fence", "gone", "living", "free", "lock",
+    "there", "erase",
 ]  # fmt: skip
 
 
