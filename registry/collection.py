@@ -87,17 +87,18 @@ def _mark(session: Session, tenant: TenantId, now: datetime, limit: int | None) 
     kept = retention.policy(session, tenant)
     if kept is None:
         return Collected()
+    rule = f"kept are {retention.rule(kept)}"
     versions = retention.expired_versions(session, tenant, kept, now, limit)
     for one in versions:
-        session.add(Tombstone(version_id=one.id, tenant_id=tenant, reason=retention.rule(kept), at=now))
-        note(session, tenant, "version removed", one.id, {"reason": retention.rule(kept)}, now)
+        session.add(Tombstone(version_id=one.id, tenant_id=tenant, reason=rule, at=now))
+        note(session, tenant, "version removed", one.id, {"reason": rule}, now)
     session.flush()
     datasets = retention.expired_datasets(session, tenant, now, limit)
     for one in datasets:
         mine = (Dataset.tenant_id == tenant, Dataset.id == one.id)
         session.execute(update(Dataset).where(*mine).values(removed_at=now))
         session.add(Upload(prefix=one.prefix, tenant_id=tenant, job_id=None, sweeping=True, lease_until=now))
-        note(session, tenant, "dataset removed", one.id, {"reason": retention.rule(kept)}, now)
+        note(session, tenant, "dataset removed", one.id, {"reason": rule}, now)
     looked = update(RetentionPolicy).where(RetentionPolicy.tenant_id == tenant)
     session.execute(looked.values(collected_at=now))
     return Collected(versions, datasets)

@@ -31,7 +31,9 @@ def evict_gone(engine: Engine, cache: Path) -> list[str]:
             enter(session, tenant.id)
             for start in range(0, len(cached), _CHUNK):
                 names = cached[start : start + _CHUNK]
-                buried = exists().where(Tombstone.tenant_id == tenant.id, Tombstone.version_id == AdapterVersion.id)
+                buried = exists().where(
+                    Tombstone.tenant_id == AdapterVersion.tenant_id, Tombstone.version_id == AdapterVersion.id
+                )
                 mine = (AdapterVersion.tenant_id == tenant.id, AdapterVersion.served_name.in_(names))
                 living |= set(session.scalars(select(AdapterVersion.served_name).where(*mine, ~buried)))
     gone = [name for name in cached if name not in living]

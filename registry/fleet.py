@@ -152,7 +152,7 @@ def roll_back_all(
         done.kind == MOVED,
         done.from_id.is_not(None),
         ~moved_since,
-        ~exists().where(Tombstone.tenant_id == tenant, Tombstone.version_id == done.from_id),
+        ~exists().where(Tombstone.version_id == done.from_id),
     )
     session.execute(insert(AliasMove).from_select(_COLUMNS, chosen))
     return _carry_out(session, tenant, alias, number)
@@ -206,7 +206,7 @@ def _carry_out(session: Session, tenant: TenantId, alias: str, fleet_id: int) ->
         why = "somebody moved one of them meanwhile, so nothing was changed"
         raise PromotionRefused(f"fleet@{alias}", why, "run it again")
     # Under the aliases' locks: no collection can come between.
-    removed = exists().where(Tombstone.tenant_id == tenant, Tombstone.version_id == AliasMove.to_id)
+    removed = exists().where(Tombstone.tenant_id == AliasMove.tenant_id, Tombstone.version_id == AliasMove.to_id)
     if session.scalar(select(AliasMove.id).where(*mine, removed).limit(1)) is not None:
         why = "retention has removed a version that one of them would point to, so nothing was changed"
         raise PromotionRefused(f"fleet@{alias}", why, "run it again")

@@ -3,7 +3,7 @@
 from datetime import datetime
 
 from sqlalchemy import ColumnElement, Exists, delete, exists, or_, select
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import Session
 
 from registry.errors import NotFound, UnderHold
 from registry.models import Hold, Tenant, User
@@ -39,7 +39,7 @@ def holds(session: Session, tenant: TenantId) -> list[tuple[Hold, str | None]]:
     """The holds of a tenant, each with its user's name (None: the whole tenant), the oldest first."""
     rows = (
         select(Hold, User.name)
-        .outerjoin(User, (User.id == Hold.user_id) & (User.tenant_id == tenant))
+        .outerjoin(User, User.id == Hold.user_id)
         .where(Hold.tenant_id == tenant)
         .order_by(Hold.at, Hold.id)
     )
@@ -59,9 +59,9 @@ def check_free(session: Session, tenant: TenantId, user: UserId, whom: str) -> N
         raise UnderHold(whom if found.user_id else whom.partition("/")[0], found.actor, found.reason)
 
 
-def held(tenant: TenantId, user: InstrumentedAttribute[UserId]) -> Exists:
-    """The condition that a user of a statement's rows, or the tenant, is under hold."""
-    return exists().where(Hold.tenant_id == tenant, or_(Hold.user_id == user, Hold.user_id.is_(None)))
+def held() -> Exists:
+    """The condition that the user of a statement's rows, or the tenant, is under hold."""
+    return exists().where(Hold.tenant_id == User.tenant_id, or_(Hold.user_id == User.id, Hold.user_id.is_(None)))
 
 
 def _locked(session: Session, tenant: TenantId, user: str | None) -> UserId | None:

@@ -165,17 +165,19 @@ def expired_datasets(session: Session, tenant: TenantId, now: datetime, limit: i
     """The datasets that nothing keeps.  One that was the newest a moment ago may be on its way into a job: it stays."""
     newer = aliased(Dataset)
     superseded = exists().where(
-        newer.tenant_id == tenant, newer.user_id == Dataset.user_id, newer.added_at > Dataset.added_at,
+        newer.tenant_id == Dataset.tenant_id, newer.user_id == Dataset.user_id, newer.added_at > Dataset.added_at,
         newer.added_at < now - UPLOAD_LEASE, newer.removed_at.is_(None),
     )  # fmt: skip
-    open_job = exists().where(Job.tenant_id == tenant, Job.dataset_id == Dataset.id, Job.state.in_(BUSY))
-    buried = exists().where(Tombstone.tenant_id == tenant, Tombstone.version_id == AdapterVersion.id)
-    needed = exists().where(AdapterVersion.tenant_id == tenant, AdapterVersion.dataset_id == Dataset.id, ~buried)
+    open_job = exists().where(Job.tenant_id == Dataset.tenant_id, Job.dataset_id == Dataset.id, Job.state.in_(BUSY))
+    buried = exists().where(Tombstone.tenant_id == AdapterVersion.tenant_id, Tombstone.version_id == AdapterVersion.id)
+    needed = exists().where(
+        AdapterVersion.tenant_id == Dataset.tenant_id, AdapterVersion.dataset_id == Dataset.id, ~buried
+    )
     rows = (
         select(Dataset, User.name)
         .join(User, User.id == Dataset.user_id)
         .where(Dataset.tenant_id == tenant, Dataset.removed_at.is_(None), superseded, ~open_job, ~needed)
-        .where(~held(tenant, Dataset.user_id))
+        .where(~held())
         .order_by(Dataset.added_at, Dataset.id)
         .limit(limit)
         .with_for_update(of=Dataset, skip_locked=True)
@@ -203,19 +205,19 @@ def due(engine: Engine, before: datetime) -> list[TenantId]:
 def rule(kept: RetentionPolicy) -> str:
     """A policy in words."""
     newest = [f"the newest {kept.newest}"] if kept.newest else []
-    return "kept are " + " and ".join(newest + ([f"those of {kept.days} days"] if kept.days else []))
+    return " and ".join(newest + ([f"those of {kept.days} days"] if kept.days else []))
 
 
 def _versions(tenant: TenantId, kept: RetentionPolicy, now: datetime) -> Select[tuple[AdapterVersion, str, str]]:
-    buried = exists().where(Tombstone.tenant_id == tenant, Tombstone.version_id == AdapterVersion.id)
-    pinned = exists().where(Pin.tenant_id == tenant, Pin.version_id == AdapterVersion.id)
-    named = exists().where(Alias.tenant_id == tenant, Alias.version_id == AdapterVersion.id)
+    buried = exists().where(Tombstone.tenant_id == AdapterVersion.tenant_id, Tombstone.version_id == AdapterVersion.id)
+    pinned = exists().where(Pin.tenant_id == AdapterVersion.tenant_id, Pin.version_id == AdapterVersion.id)
+    named = exists().where(Alias.tenant_id == AdapterVersion.tenant_id, Alias.version_id == AdapterVersion.id)
     return (
         select(AdapterVersion, User.name, Adapter.name)
         .join(Adapter, Adapter.id == AdapterVersion.adapter_id)
         .join(User, User.id == Adapter.user_id)
-        .where(AdapterVersion.tenant_id == tenant, Adapter.tenant_id == tenant, *_outlived(kept, now))
-        .where(AdapterVersion.number < Adapter.head, ~buried, ~pinned, ~named, ~held(tenant, Adapter.user_id))
+        .where(AdapterVersion.tenant_id == tenant, *_outlived(kept, now))
+        .where(AdapterVersion.number < Adapter.head, ~buried, ~pinned, ~named, ~held())
     )
 
 
