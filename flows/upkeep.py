@@ -1,9 +1,12 @@
 """Upkeep: retention and forgetting over all tenants, and what a machine keeps of users who are gone."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from uuid import UUID
 
 from flows.factory import Factory, now
 from lora_core.errors import LoraError
@@ -12,9 +15,10 @@ from registry import collection, eviction, forgetting, retention
 from registry.errors import RegistryError
 from registry.forgetting import Receipt, Wish
 from registry.models import Facts
+from registry.names import TenantId
 
 AGAIN, EVER = timedelta(days=1), datetime.min.replace(tzinfo=UTC) + timedelta(days=1)
-COLLECT_EVERY = timedelta(hours=1)  # at each tick all policies would be looked at for nothing
+EVERY = timedelta(hours=1)  # between two collections; at each tick they would find nothing
 
 
 def forget(factory: Factory, wish: Wish) -> Receipt:
@@ -22,25 +26,39 @@ def forget(factory: Factory, wish: Wish) -> Receipt:
 
     Raises NotFound, UnderHold, NotYetForgotten and RegistryInUse.
     """
-    return forgetting.forget(factory.engine, factory.store, wish, lambda served: clean_home(factory, served), now())
+    return forgetting.forget(factory.engine, factory.store, wish, partial(clean_home, factory), now())
 
 
 def keep_up(factory: Factory) -> list[str]:
-    """Go on with every forgetting, and collect where it is time to; returns what could not be done, and why."""
-    troubles = []
+    """Go on with every forgetting; once an hour collect and tidy this machine.  Returns what failed, and why."""
+    jobs: list[tuple[str, Callable[[], object]]] = []
     for tenant, intent in forgetting.unfinished(factory.engine):
+        jobs.append((f"forgetting {intent}", partial(_finish, factory, tenant, intent)))
+    for tenant in retention.due(factory.engine, now() - EVERY):
+        collect = partial(collection.collect, factory.engine, factory.store, tenant, now())
+        jobs.append((f"collecting of tenant {tenant}", collect))
+    if _is_time(factory.settings.home_folder / "tidied"):
+        jobs.append(("tidying", partial(clean_home, factory)))
+    troubles = []
+    for what, do in jobs:  # the trouble of one does not hold up the others
         try:
-            forgetting.finish(
-                factory.engine, factory.store, tenant, intent, lambda served: clean_home(factory, served), now()
-            )
+            do()
         except RegistryError as error:
-            troubles.append(f"forgetting {intent}: {error}")
-    for tenant in retention.due(factory.engine, now() - COLLECT_EVERY):
-        try:
-            collection.collect(factory.engine, factory.store, tenant, now())
-        except RegistryError as error:
-            troubles.append(f"collecting of tenant {tenant}: {error}")
+            troubles.append(f"{what}: {error}")
     return troubles
+
+
+def _finish(factory: Factory, tenant: TenantId, intent: UUID) -> None:
+    clean = partial(clean_home, factory)
+    forgetting.finish(factory.engine, factory.store, tenant, intent, clean, now())
+
+
+def _is_time(stamp: Path) -> bool:
+    """Whether the hour is over that a file stands for; then a new one begins."""
+    if stamp.is_file() and time.time() - stamp.stat().st_mtime < EVERY.total_seconds():
+        return False
+    stamp.touch()
+    return True
 
 
 def clean_home(factory: Factory, served_names: Sequence[str] = ()) -> Facts:
