@@ -13,8 +13,9 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from registry import retention
-from registry.models import AdapterVersion, Dataset, RetentionPolicy, Tombstone, Upload
-from registry.names import TenantId
+from registry.holds import held, keep_holds
+from registry.models import Adapter, AdapterVersion, Dataset, RetentionPolicy, Tombstone, Upload, User
+from registry.names import AdapterId, TenantId
 from registry.queries import note
 from registry.retention import Expired
 from registry.session import reading, transaction
@@ -31,6 +32,16 @@ class Collected:
     versions: list[Expired] = field(default_factory=list)
     datasets: list[Expired] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        """Whether it is anything at all."""
+        return bool(self.versions or self.datasets)
+
+    def take(self, more: "Collected") -> AdapterId | None:
+        """Take in one batch more; gives the adapter that the next one begins with, if any."""
+        self.versions += more.versions
+        self.datasets += more.datasets
+        return self.versions[-1].adapter_id if self.versions else None
+
     @property
     def size(self) -> int:
         """Bytes of all of it."""
@@ -39,8 +50,10 @@ class Collected:
 
 def plan(engine: Engine, tenant: TenantId, now: datetime) -> Collected:
     """What a collection would remove now: it is marked, and the marks are taken back."""
+    found, since = Collected(), None
     with transaction(engine) as session:
-        found = _mark(session, tenant, now, limit=None)
+        while marked := _mark(session, tenant, now, since):
+            since = found.take(marked)
         session.rollback()
     return found
 
@@ -51,25 +64,25 @@ def collect(engine: Engine, store: ObjectStore, tenant: TenantId, now: datetime)
     Safe to run again, and by several at once.
     """
     clear(engine, store, tenant, now)
-    done = Collected()
+    done, since = Collected(), None
     while True:
         with transaction(engine) as session:
-            marked = _mark(session, tenant, now, _BATCH)
+            marked = _mark(session, tenant, now, since)
+        if not marked:
+            return done
         clear(engine, store, tenant, now)
         for dataset in marked.datasets:
             store.clear(dataset.prefix)
-        done.versions += marked.versions
-        done.datasets += marked.datasets
-        if not marked.versions and not marked.datasets:
-            return done
+        since = done.take(marked)
 
 
 def clear(engine: Engine, store: ObjectStore, tenant: TenantId, now: datetime) -> None:
-    """Remove the bytes of the versions that are marked."""
+    """Remove the bytes of the versions that are marked, unless somebody has put their user under hold since."""
     with reading(engine) as session:
         enter(session, tenant)
         marked = (Tombstone.tenant_id == tenant, Tombstone.cleared_at.is_(None))
-        rows = select(AdapterVersion.id, AdapterVersion.prefix).join(Tombstone).where(*marked)
+        rows = select(AdapterVersion.id, AdapterVersion.prefix).join(Tombstone).where(*marked, ~held())
+        rows = rows.join(Adapter, Adapter.id == AdapterVersion.adapter_id).join(User, User.id == Adapter.user_id)
         left = session.execute(rows.order_by(AdapterVersion.prefix)).tuples().all()
     for _, prefix in left:
         store.clear(prefix)
@@ -81,19 +94,20 @@ def clear(engine: Engine, store: ObjectStore, tenant: TenantId, now: datetime) -
             session.execute(cleared.values(cleared_at=now))
 
 
-def _mark(session: Session, tenant: TenantId, now: datetime, limit: int | None) -> Collected:
-    """Mark what nothing keeps: versions first, since datasets are kept for their sake."""
+def _mark(session: Session, tenant: TenantId, now: datetime, since: AdapterId | None = None) -> Collected:
+    """Mark a batch of what nothing keeps: versions first, since datasets are kept for their sake."""
     enter(session, tenant)
+    keep_holds(session, tenant)
     kept = retention.policy(session, tenant)
     if kept is None:
         return Collected()
     rule = f"kept are {retention.rule(kept)}"
-    versions = retention.expired_versions(session, tenant, kept, now, limit)
+    versions = retention.expired_versions(session, tenant, kept, now, _BATCH, since)
     for one in versions:
         session.add(Tombstone(version_id=one.id, tenant_id=tenant, reason=rule, at=now))
         note(session, tenant, "version removed", one.id, {"reason": rule}, now)
     session.flush()
-    datasets = retention.expired_datasets(session, tenant, now, limit)
+    datasets = retention.expired_datasets(session, tenant, now, _BATCH)
     for one in datasets:
         mine = (Dataset.tenant_id == tenant, Dataset.id == one.id)
         session.execute(update(Dataset).where(*mine).values(removed_at=now))

@@ -46,12 +46,17 @@ def holds(session: Session, tenant: TenantId) -> list[tuple[Hold, str | None]]:
     return [row.tuple() for row in session.execute(rows)]
 
 
+def keep_holds(session: Session, tenant: TenantId) -> None:
+    """See that no hold is put on a tenant or its users, or lifted, before this transaction ends."""
+    session.execute(select(Tenant.id).where(Tenant.id == tenant).with_for_update(read=True))
+
+
 def check_free(session: Session, tenant: TenantId, user: UserId, whom: str) -> None:
     """That nothing holds a user, and that nobody puts a hold on them or the tenant before this transaction ends.
 
     Raises UnderHold, which calls the user `whom`.
     """
-    session.execute(select(Tenant.id).where(Tenant.id == tenant).with_for_update(read=True))
+    keep_holds(session, tenant)
     session.execute(select(User.id).where(User.tenant_id == tenant, User.id == user).with_for_update())
     on = or_(Hold.user_id == user, Hold.user_id.is_(None))
     found = session.scalar(select(Hold).where(Hold.tenant_id == tenant, on).order_by(Hold.user_id.is_(None)).limit(1))
@@ -66,9 +71,9 @@ def held() -> Exists:
 
 def _locked(session: Session, tenant: TenantId, user: str | None) -> UserId | None:
     """Wait for whoever collects or forgets there now; gives the user's id.  Raises NotFound."""
+    # Not FOR UPDATE: that would hold up whoever publishes, since their rows point to the tenant's.
+    session.execute(select(Tenant.id).where(Tenant.id == tenant).with_for_update(key_share=True))
     if user is None:
-        # Not FOR UPDATE: that would hold up whoever publishes, since their rows point to the tenant's.
-        session.execute(select(Tenant.id).where(Tenant.id == tenant).with_for_update(key_share=True))
         return None
     found = session.scalar(select(User.id).where(User.tenant_id == tenant, User.name == user).with_for_update())
     if found is None:

@@ -18,7 +18,7 @@ from registry.errors import NotFound, RetentionRefused, VersionGone
 from registry.holds import held
 from registry.jobs import BUSY
 from registry.models import Adapter, AdapterVersion, Alias, Dataset, Job, Pin, RetentionPolicy, Tombstone, User
-from registry.names import AdapterId, DatasetId, Reference, TenantId, VersionId, check_words
+from registry.names import DEFAULT_ADAPTER, AdapterId, DatasetId, Reference, TenantId, VersionId, check_words
 from registry.queries import find_or_add, note, version
 from registry.session import reading
 from registry.tenancy import Across, across
@@ -33,6 +33,7 @@ class Expired:
     label: str  # for people
     prefix: str  # of its objects
     size: int  # bytes
+    adapter_id: AdapterId | None = None  # of a version
 
 
 def set_policy(
@@ -147,21 +148,23 @@ def lock_aliases(
 
 
 def expired_versions(
-    session: Session, tenant: TenantId, kept: RetentionPolicy, now: datetime, limit: int | None
+    session: Session, tenant: TenantId, kept: RetentionPolicy, now: datetime, limit: int, since: AdapterId | None = None
 ) -> list[Expired]:
-    """The versions that nothing keeps, of adapters that nobody is at now; the oldest numbers of an adapter first."""
+    """The versions that nothing keeps, of adapters that nobody is at now; by adapter, from one on, and number."""
     rows = _versions(tenant, kept, now).order_by(AdapterVersion.adapter_id, AdapterVersion.number)
+    if since is not None:
+        rows = rows.where(AdapterVersion.adapter_id >= since)
     asked = {version.adapter_id for version, *_ in session.execute(rows.limit(limit)).tuples()}
     # Looked at again under their locks: an alias may have moved to one of them meanwhile.
     free = lock_aliases(session, tenant, sorted(asked), wait=False)
     found = session.execute(rows.where(Adapter.id.in_(free)).limit(limit)).tuples()
     return [
-        Expired(version.id, f"{user}/{adapter}:{version.number}", version.prefix, version.size)
+        Expired(version.id, _label(user, adapter, version.number), version.prefix, version.size, version.adapter_id)
         for version, user, adapter in found
     ]
 
 
-def expired_datasets(session: Session, tenant: TenantId, now: datetime, limit: int | None) -> list[Expired]:
+def expired_datasets(session: Session, tenant: TenantId, now: datetime, limit: int) -> list[Expired]:
     """The datasets that nothing keeps.  One that was the newest a moment ago may be on its way into a job: it stays."""
     newer = aliased(Dataset)
     superseded = exists().where(
@@ -206,6 +209,10 @@ def rule(kept: RetentionPolicy) -> str:
     """A policy in words."""
     newest = [f"the newest {kept.newest}"] if kept.newest else []
     return " and ".join(newest + ([f"those of {kept.days} days"] if kept.days else []))
+
+
+def _label(user: str, adapter: str, number: int) -> str:
+    return f"{user}:{number}" if adapter == DEFAULT_ADAPTER else f"{user}/{adapter}:{number}"
 
 
 def _versions(tenant: TenantId, kept: RetentionPolicy, now: datetime) -> Select[tuple[AdapterVersion, str, str]]:

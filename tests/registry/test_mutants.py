@@ -111,7 +111,7 @@ def goings(session: Session, mine: TenantId, holder: Holder, who: Any) -> dict[s
         "kept": lambda: (retention.policy(session, mine), retention.pins(session, mine), holds.holds(session, mine)),
         "hold": lambda: holds.hold(session, mine, "bert", **who),
         "unhold": lambda: holds.unhold(session, mine, "alice", **who),
-        "collect": lambda: collection._mark(session, mine, later, None),
+        "collect": lambda: collection._mark(session, mine, later),
         "forget": lambda: forgetting._begin(session, mine, bert, NOW),
         "receipts": lambda: forgetting.receipts(session, mine),
         "erase": lambda: erasure.delete_rows(session, mine, holder.user.id),
