@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import Delete, delete, func, select
+from sqlalchemy import Delete, Select, delete, exists, func, select
 from sqlalchemy.orm import Session
 
 from registry.models import (
@@ -20,7 +20,7 @@ from registry.models import (
     Tombstone,
     User,
 )
-from registry.names import TenantId, UserId
+from registry.names import AdapterId, TenantId, UserId, VersionId
 
 _CHUNK = 1000  # ids in one statement: databases bound how many they take
 
@@ -35,20 +35,26 @@ def delete_rows(session: Session, tenant: TenantId, user: UserId) -> Facts:
     return {kind: found for kind, found in deleted.items() if found["count"]}
 
 
+def adapters_of(tenant: TenantId, user: UserId) -> Select[tuple[AdapterId]]:
+    """The ids of a user's adapters."""
+    return select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.user_id == user)
+
+
+def _versions_of(tenant: TenantId, user: UserId) -> Select[tuple[VersionId]]:
+    mine = (AdapterVersion.tenant_id == tenant, AdapterVersion.adapter_id.in_(adapters_of(tenant, user)))
+    return select(AdapterVersion.id).where(*mine)
+
+
 def _statements(tenant: TenantId, user: UserId) -> dict[str, Delete]:
-    adapters = select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.user_id == user)
-    versions = select(AdapterVersion.id).where(
-        AdapterVersion.tenant_id == tenant, AdapterVersion.adapter_id.in_(adapters)
-    )
+    adapters, versions = adapters_of(tenant, user), _versions_of(tenant, user)
+    weights = (AdapterVersion.tenant_id == tenant, AdapterVersion.adapter_id.in_(adapters))
     return {
         "scores": delete(Evaluation).where(Evaluation.tenant_id == tenant, Evaluation.version_id.in_(versions)),
         "aliases": delete(Alias).where(Alias.tenant_id == tenant, Alias.adapter_id.in_(adapters)),
         "alias moves": delete(AliasMove).where(AliasMove.tenant_id == tenant, AliasMove.adapter_id.in_(adapters)),
         "pins": delete(Pin).where(Pin.tenant_id == tenant, Pin.version_id.in_(versions)),
         "tombstones": delete(Tombstone).where(Tombstone.tenant_id == tenant, Tombstone.version_id.in_(versions)),
-        "versions": delete(AdapterVersion).where(
-            AdapterVersion.tenant_id == tenant, AdapterVersion.adapter_id.in_(adapters)
-        ),
+        "versions": delete(AdapterVersion).where(*weights),
         "schedules": delete(Schedule).where(Schedule.tenant_id == tenant, Schedule.adapter_id.in_(adapters)),
         "jobs": delete(Job).where(Job.tenant_id == tenant, Job.adapter_id.in_(adapters)),
         "datasets": delete(Dataset).where(Dataset.tenant_id == tenant, Dataset.user_id == user),
@@ -59,16 +65,12 @@ def _statements(tenant: TenantId, user: UserId) -> dict[str, Delete]:
 
 def _delete_events(session: Session, tenant: TenantId, user: UserId) -> dict[str, int]:
     """Delete the events whose subject is the user or anything of theirs."""
-    adapters = select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.user_id == user)
-    versions = select(AdapterVersion.id).where(
-        AdapterVersion.tenant_id == tenant, AdapterVersion.adapter_id.in_(adapters)
-    )
+    adapters = adapters_of(tenant, user)
     jobs = select(Job.id).where(Job.tenant_id == tenant, Job.adapter_id.in_(adapters))
     datasets = select(Dataset.id).where(Dataset.tenant_id == tenant, Dataset.user_id == user)
-    subjects = [str(user)]
-    for ids in (adapters, versions, jobs, datasets):
+    subjects, count = [str(user)], 0
+    for ids in (adapters, _versions_of(tenant, user), jobs, datasets):
         subjects += map(str, session.scalars(ids))
-    count = 0
     for start in range(0, len(subjects), _CHUNK):
         mine = (Event.tenant_id == tenant, Event.subject.in_(subjects[start : start + _CHUNK]))
         count += _rows(session, delete(Event).where(*mine))
@@ -77,14 +79,11 @@ def _delete_events(session: Session, tenant: TenantId, user: UserId) -> dict[str
 
 def _bytes(session: Session, tenant: TenantId, user: UserId) -> tuple[int, int]:
     """Bytes of the user's datasets and versions, less what retention has removed before."""
-    adapters = select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.user_id == user)
-    buried = select(Tombstone.version_id).where(Tombstone.tenant_id == tenant)
-    data = select(func.sum(Dataset.size)).where(
-        Dataset.tenant_id == tenant, Dataset.user_id == user, Dataset.removed_at.is_(None)
-    )
-    weights = select(func.sum(AdapterVersion.size)).where(
-        AdapterVersion.tenant_id == tenant, AdapterVersion.adapter_id.in_(adapters), AdapterVersion.id.not_in(buried)
-    )
+    mine = (Dataset.tenant_id == tenant, Dataset.user_id == user)
+    data = select(func.sum(Dataset.size)).where(*mine, Dataset.removed_at.is_(None))
+    own = (AdapterVersion.tenant_id == tenant, AdapterVersion.adapter_id.in_(adapters_of(tenant, user)))
+    buried = exists().where(Tombstone.tenant_id == AdapterVersion.tenant_id, Tombstone.version_id == AdapterVersion.id)
+    weights = select(func.sum(AdapterVersion.size)).where(*own, ~buried)
     return int(session.scalar(data) or 0), int(session.scalar(weights) or 0)
 
 

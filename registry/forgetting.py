@@ -18,17 +18,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Select, delete, func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from registry.erasure import delete_rows
+from registry.erasure import adapters_of, delete_rows
 from registry.errors import NameRefused, NotFound, NotYetForgotten
 from registry.holds import check_free
 from registry.jobs import BUSY
 from registry.keys import user_prefix
-from registry.models import Adapter, AdapterVersion, Facts, Forgetting, Job, Schedule, Tenant, Upload, User
-from registry.names import AdapterId, TenantId, UserId, check_user, check_words
+from registry.models import AdapterVersion, Facts, Forgetting, Job, Schedule, Tenant, Upload, User
+from registry.names import TenantId, check_user, check_words
 from registry.queries import note, tenant_id
 from registry.session import compact, reading, transaction
 from registry.store import ObjectStore
@@ -172,7 +172,7 @@ def _stop(session: Session, tenant: TenantId, intent: Forgetting, now: datetime)
     if intent.user_id is None or intent.prefix is None:
         return []
     check_free(session, tenant, intent.user_id, f"the user whom {intent.id} is about")
-    adapters = _adapters(tenant, intent.user_id)
+    adapters = adapters_of(tenant, intent.user_id)
     session.execute(adapters.with_for_update())  # nobody adds a job meanwhile
     open_ = (Job.tenant_id == tenant, Job.adapter_id.in_(adapters), Job.state.in_(BUSY))
     over = {"state": CANCELLED, "fence": Job.fence + 1, "lease_until": None, "worker": None, "error": None}
@@ -219,10 +219,6 @@ def _shown(session: Session, tenant: TenantId, one: Forgetting) -> Receipt:
 def _names(text: str, user: str) -> bool:
     """Whether a text names a user; a name of two or three letters may be part of any word."""
     return user in text if len(user) > 3 else user in re.split(r"[^a-z0-9]+", text)
-
-
-def _adapters(tenant: TenantId, user: UserId) -> Select[tuple[AdapterId]]:
-    return select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.user_id == user)
 
 
 def _digests(tenant: TenantId, user: str, secret: str) -> list[str]:

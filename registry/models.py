@@ -229,7 +229,7 @@ class Job(Base):
     recipe_digest: Mapped[str] = mapped_column(String(64))
     fingerprint: Mapped[str] = mapped_column(String(64))  # of dataset, base and recipe: equal work is one job
     cohort_group: Mapped[str] = mapped_column(String(64))  # jobs of equal group can share a cohort
-    state: Mapped[str] = mapped_column(String(16))  # queued, running, published, refused, failed
+    state: Mapped[str] = mapped_column(String(16))  # queued, running, published, refused, failed, cancelled
     attempts: Mapped[int] = mapped_column(default=0)
     fence: Mapped[int] = mapped_column(default=0)  # grows with every claim: an earlier holder's commit fails
     worker: Mapped[str | None] = mapped_column(String(128))
