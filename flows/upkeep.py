@@ -57,6 +57,7 @@ def _is_time(stamp: Path) -> bool:
     """Whether the hour is over that a file stands for; then a new one begins."""
     if stamp.is_file() and time.time() - stamp.stat().st_mtime < EVERY.total_seconds():
         return False
+    stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.touch()
     return True
 
