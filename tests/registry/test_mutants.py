@@ -225,6 +225,7 @@ def _words(row: object) -> object:
 
 @pytest.mark.long
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two copies of a database for each filter
 def test_every_mutant_without_a_tenant_filter_still_sees_and_changes_nothing_foreign(
     twins: Engine, store: FolderStore, tmp_path: Path
 ) -> None:
