@@ -18,7 +18,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 
-from flows import due
+from flows import due, upkeep
 from flows.factory import Factory, now
 
 _MOST_READ = 200  # runs in one answer of Prefect's server
@@ -26,6 +26,7 @@ _BEGINNING = timedelta(minutes=3)  # a run that has been beginning for longer di
 
 _fire_due = task(name="due", retries=2, persist_result=False)(due.fire_due)
 _sweep = task(name="sweep", retries=2, persist_result=False)(due.sweep)
+_keep_up = task(name="keep-up", retries=2, persist_result=False)(upkeep.keep_up)
 _runs_wanted = task(name="count", persist_result=False)(due.runs_wanted)
 
 
@@ -35,6 +36,8 @@ def tick(deployment: str = "adapt-cohort/adapt-cohort") -> int:
     factory = Factory.from_environment()
     _show(_fire_due(factory))
     _sweep(factory)
+    for trouble in _keep_up(factory):
+        get_run_logger().warning("not kept up: %s", trouble)
     wanted: int = max(0, _runs_wanted(factory) - _runs_waiting(deployment))
     for _ in range(wanted):
         run_deployment(deployment, timeout=0, as_subflow=False)

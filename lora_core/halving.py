@@ -127,6 +127,11 @@ def around(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"search": found})
 
 
+def learner_names(name: str, recipe: Recipe) -> list[str]:
+    """What the learners of a user are called whose job has this recipe: the user, or the trials of their search."""
+    return [trial for trial, _ in _named(name, recipe, recipe.search)] if recipe.search else [name]
+
+
 def _named(name: str, recipe: Recipe, spec: SearchSpec) -> list[tuple[str, Recipe]]:
     """Every point of the grid as a plain recipe, with a name that says what it is."""
     axes = {axis: values for axis, values in spec.axes.items() if values}

@@ -101,7 +101,7 @@ class Saves:
             file.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+        return self.folder / f"{file_stem(name)}.safetensors"
 
     def _of(self, learner: Learner) -> str:
         """SHA-256 of everything that decides the learner's bytes."""
@@ -122,3 +122,8 @@ def _read(path: Path, of: str) -> Progress | None:
         return Progress(aside, rows["best"], heard, facts["answers"])  # which saves of old do not have
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
+
+
+def file_stem(name: str) -> str:
+    """How the names of a learner's saves begin, up to their first dot."""
+    return hashlib.sha256(name.encode()).hexdigest()[:32]

@@ -14,6 +14,7 @@ from registry.models import AdapterVersion, Alias, AliasMove
 from registry.names import AdapterId, Reference, TenantId, VersionId, check_plain, check_words
 from registry.protection import check_movable
 from registry.queries import find_or_add, holder, note, version
+from registry.retention import check_living
 
 MOVED, ROLLED_BACK = "moved", "rolled back"  # the kinds of a move: what going back once more depends on
 
@@ -33,14 +34,15 @@ def promote(
 ) -> AdapterVersion:
     """Point an alias at the version that a reference means.
 
-    Raises PromotionRefused for one the gate refused, AliasProtected, and AliasMoved when it does not point to what is
-    expected.
+    Raises PromotionRefused for one the gate refused, VersionGone for one that retention has removed, AliasProtected,
+    and AliasMoved when it does not point to what is expected.
     """
     _check(session, tenant, alias, actor, reason, override)
     chosen = version(session, tenant, reference)
     if chosen.state == "refused" and not force:
         raise PromotionRefused(str(reference), f"the gate refused it ({chosen.reason})", "retrain or pass --force")
     move(session, tenant, chosen, alias, actor=actor, reason=reason, now=now, expected=expected)
+    check_living(session, tenant, chosen, str(reference))  # under the alias's lock: no collection can come between
     return chosen
 
 
@@ -58,7 +60,8 @@ def rollback(
 ) -> AdapterVersion:
     """Point an alias back at the version it pointed to before its last move.
 
-    Raises PromotionRefused at the first, AliasProtected, AliasMoved when it does not point to what is expected.
+    Raises PromotionRefused at the first, VersionGone where that was removed, AliasProtected, AliasMoved when it does
+    not point to what is expected.
     """
     _check(session, tenant, alias, actor, reason, override)
     adapter_id = holder(session, tenant, reference.user, reference.adapter).adapter.id
@@ -72,6 +75,7 @@ def rollback(
     move(
         session, tenant, chosen, alias, actor=actor, reason=reason, now=now, kind=ROLLED_BACK, expected=expected
     )  # fmt: skip
+    check_living(session, tenant, chosen, f"{reference.label}:{chosen.number}")
     return chosen
 
 

@@ -116,6 +116,14 @@ class Cache:
         """Take away a version that must not be used here, held or not."""
         with suppress(FileNotFoundError):
             shutil.rmtree(self._take_away(folder), ignore_errors=True)
+        _tidy_place(folder)
+
+    def drop_half(self, served_name: str) -> int:
+        """Remove what was fetched so far of a version; how many such folders there were."""
+        halves = list(self._pulling.glob(f"*-{served_name}"))
+        for half in halves:
+            shutil.rmtree(half, ignore_errors=True)
+        return len(halves)
 
     def added(self, size: int) -> None:
         """Count what was placed, and now and then measure the whole and trim it."""
@@ -167,10 +175,7 @@ class Cache:
                 return False
             gone = self._take_away(entry.folder)
         shutil.rmtree(gone, ignore_errors=True)
-        for mark in entry.folder.parent.glob(f".signed-{entry.folder.name}-*"):
-            mark.unlink(missing_ok=True)
-        with suppress(OSError):  # another version of the same bytes is there
-            entry.folder.parent.rmdir()
+        _tidy_place(entry.folder)
         return True
 
     def _put(self, aside: Path, folder: Path) -> Path:
@@ -195,6 +200,14 @@ class Cache:
                 if handle is not None:
                     shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                     lock.unlink(missing_ok=True)
+
+
+def _tidy_place(folder: Path) -> None:
+    """Remove what stood beside a version that is gone: marks that it was signed, and the folder above."""
+    for mark in folder.parent.glob(f".signed-{folder.name}-*"):
+        mark.unlink(missing_ok=True)
+    with suppress(OSError):  # another version of the same bytes is there
+        folder.parent.rmdir()
 
 
 def intact(folder: Path, found: Resolved) -> bool:

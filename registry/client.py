@@ -17,6 +17,7 @@ from registry.pins import Pins
 from registry.pulling import Puller
 from registry.resolved import Pulled, Resolved
 from registry.resolving import PAGE, resolve_all, resolve_page
+from registry.retention import check_living
 from registry.session import open_database, reading
 from registry.settings import RegistrySettings
 from registry.signing import Verifier
@@ -45,10 +46,16 @@ class Client(Puller):
         return cls(database, store, settings.cache, settings.cache_size, settings.verifier)
 
     def resolve(self, reference: str | Reference) -> Resolved:
-        """What a reference such as `acme/alice` or `acme/alice:3` means now.  Raises NameRefused, NotFound."""
+        """What a reference such as `acme/alice` or `acme/alice:3` means now.
+
+        Raises NameRefused, NotFound, VersionGone for one that retention has removed.
+        """
         wanted = _read(reference)
         with reading(self.engine) as session:
-            version = queries.version(session, queries.tenant_id(session, wanted.tenant), wanted)
+            tenant = queries.tenant_id(session, wanted.tenant)
+            version = queries.version(session, tenant, wanted)
+            if wanted.number:  # what an alias points to is never removed
+                check_living(session, tenant, version, str(wanted))
         return Resolved(
             wanted, version.number, version.state, version.served_name, version.prefix, version.sha256, version.files
         )

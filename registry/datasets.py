@@ -3,6 +3,7 @@
 import secrets
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy.engine import Engine
 
@@ -10,7 +11,7 @@ from registry import schedules, uploads
 from registry.errors import UploadSwept
 from registry.keys import dataset_prefix
 from registry.names import Reference
-from registry.queries import dataset_key, ensure_adapter, ensure_dataset
+from registry.queries import dataset_key, ensure_adapter, ensure_dataset, still_there
 from registry.session import transaction
 from registry.store import ObjectStore
 from registry.tenancy import enter
@@ -33,22 +34,30 @@ def add_dataset(engine: Engine, store: ObjectStore, reference: Reference, conten
     Every attempt has a prefix of its own: two that add equal content at once do not meet, and the sweeper never takes
     what another attempt is about to commit.  Raises UploadSwept when it took longer than an upload's lease.
     """
+    facts: Any = {
+        "digest": content.digest,
+        "examples": content.examples,
+        "size": len(content.data),
+        "now": now,
+    }  # keywords of unlike types
     with transaction(engine) as session:
         holder = ensure_adapter(session, reference, now)
-        key, prefix = dataset_key(session, holder.tenant_id, holder, content.digest), None
-        if key is None:
-            attempt = secrets.token_hex(8)
-            prefix = dataset_prefix(reference.tenant, holder.user.opaque, content.digest, attempt)
-            key = f"{prefix}/{EXAMPLES}"
-            uploads.declare(session, holder.tenant_id, prefix, now)
+        key = dataset_key(session, holder.tenant_id, holder, content.digest)
+        if key is not None:
+            # Heals a store that has lost it, under the locks of user and row: nobody removes them meanwhile.
+            store.put_new(key, content.data)
+            ensure_dataset(session, holder.tenant_id, holder, key=key, **facts)
+            return
+        prefix = dataset_prefix(reference.tenant, holder.user.opaque, content.digest, secrets.token_hex(8))
+        key = f"{prefix}/{EXAMPLES}"
+        uploads.declare(session, holder.tenant_id, prefix, now)
     store.put_new(key, content.data)
     with transaction(engine) as session:
         enter(session, holder.tenant_id)
-        row = ensure_dataset(
-            session, holder.tenant_id, holder, digest=content.digest, key=key, examples=content.examples,
-            size=len(content.data), now=now,
-        )  # fmt: skip
+        if not still_there(session, holder.tenant_id, holder):
+            raise UploadSwept(prefix)
+        row = ensure_dataset(session, holder.tenant_id, holder, key=key, **facts)
         # Where another attempt was sooner, this one's bytes are the sweeper's.
-        if prefix and row.key == key and not uploads.settle(session, holder.tenant_id, prefix):
+        if row.key == key and not uploads.settle(session, holder.tenant_id, prefix):
             raise UploadSwept(prefix)
         schedules.wake(session, holder.tenant_id, holder.user.id, now)

@@ -3,6 +3,11 @@
 RegistryError
 ├── NameRefused          a tenant, user, adapter or alias name is not allowed
 ├── NotFound             a reference, alias, job or schedule that does not exist
+│   └── VersionGone      a version whose bytes retention has removed
+├── RetentionRefused     a retention policy that cannot be meant
+├── UnderHold            a legal hold forbids to remove anything of a user or tenant
+├── NotYetForgotten      a user is forgotten as far as possible; the rest has to wait
+├── RegistryInUse        a SQLite file cannot be rewritten while others read it
 ├── LeaseLost            somebody else has the job now; this worker's result does not count
 ├── ContentDiffers       the same job published other content before
 ├── UploadSwept          an upload took longer than its lease, and was swept
@@ -52,6 +57,59 @@ class NotFound(RegistryError):
 
     def __str__(self) -> str:
         return "there is no {} {}; {}".format(*self.args)
+
+
+class VersionGone(NotFound):
+    """Retention has removed a version's bytes: which, when, and by what rule."""
+
+    def __init__(self, version: str, at: str, rule: str) -> None:
+        RegistryError.__init__(self, version, at, rule)
+
+    def __str__(self) -> str:
+        version, at, rule = self.args
+        return f"{version} was removed on {at} ({rule}); see `lora history` for those that are kept"
+
+
+class RetentionRefused(RegistryError):
+    """A retention policy cannot be meant: why, and what to do."""
+
+    def __init__(self, why: str, fix: str) -> None:
+        super().__init__(why, fix)
+
+    def __str__(self) -> str:
+        return "retention refused: {}; {}".format(*self.args)
+
+
+class UnderHold(RegistryError):
+    """A legal hold forbids to remove anything: on whom, by whom, and why."""
+
+    def __init__(self, whom: str, actor: str, reason: str) -> None:
+        super().__init__(whom, actor, reason)
+
+    def __str__(self) -> str:
+        whom, actor, reason = self.args
+        return f"{whom} is under legal hold by {actor} ({reason}); nothing is removed until `lora hold {whom} --off`"
+
+
+class NotYetForgotten(RegistryError):
+    """What is left of a user has to wait: how much of what, and until when."""
+
+    def __init__(self, what: str, until: str) -> None:
+        super().__init__(what, until)
+
+    def __str__(self) -> str:
+        what, until = self.args
+        return f"not finished: {what} until {until}; run it again then, or leave it to upkeep"
+
+
+class RegistryInUse(RegistryError):
+    """A SQLite file cannot be rewritten while others read it: where it is."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+
+    def __str__(self) -> str:
+        return "database {} is being read, so deleted rows may still lie in its files; run it again".format(*self.args)
 
 
 class LeaseLost(RegistryError):

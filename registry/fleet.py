@@ -15,7 +15,18 @@ from sqlalchemy.orm import Session, aliased
 
 from registry.aliases import MOVED, ROLLED_BACK
 from registry.errors import NameRefused, PromotionRefused
-from registry.models import Adapter, AdapterVersion, Alias, AliasMove, Event, SharedBase, Tenant, User, UtcTime
+from registry.models import (
+    Adapter,
+    AdapterVersion,
+    Alias,
+    AliasMove,
+    Event,
+    SharedBase,
+    Tenant,
+    Tombstone,
+    User,
+    UtcTime,
+)
 from registry.names import TenantId, check_plain, check_user, check_words
 from registry.protection import check_movable
 
@@ -126,7 +137,8 @@ def roll_back_all(
 ) -> FleetMove:
     """Take a fleet's move back, by default the last of that alias, for every adapter whose last move it still is.
 
-    An alias that it made stays where it is: there is nothing before it.  Raises AliasProtected, PromotionRefused.
+    An alias that it made stays where it is: there is nothing before it; and so does one whose earlier version retention
+    has removed.  Raises AliasProtected, PromotionRefused.
     """
     number = _begin(session, tenant, alias, actor, reason, now, override)
     undone = fleet_id or _last(session, tenant, alias)
@@ -140,6 +152,7 @@ def roll_back_all(
         done.kind == MOVED,
         done.from_id.is_not(None),
         ~moved_since,
+        ~exists().where(Tombstone.version_id == done.from_id),
     )
     session.execute(insert(AliasMove).from_select(_COLUMNS, chosen))
     return _carry_out(session, tenant, alias, number)
@@ -191,6 +204,11 @@ def _carry_out(session: Session, tenant: TenantId, alias: str, fleet_id: int) ->
         set_ = -1
     if set_ != count:
         why = "somebody moved one of them meanwhile, so nothing was changed"
+        raise PromotionRefused(f"fleet@{alias}", why, "run it again")
+    # Under the aliases' locks: no collection can come between.
+    removed = exists().where(Tombstone.tenant_id == AliasMove.tenant_id, Tombstone.version_id == AliasMove.to_id)
+    if session.scalar(select(AliasMove.id).where(*mine, removed).limit(1)) is not None:
+        why = "retention has removed a version that one of them would point to, so nothing was changed"
         raise PromotionRefused(f"fleet@{alias}", why, "run it again")
     return FleetMove(fleet_id, count)
 

@@ -61,9 +61,12 @@ class FolderStore:
             self._prune(path.parent)
 
     def clear(self, prefix: str) -> int:
-        """Remove every object below a prefix, with what killed writers left aside; returns how many objects."""
+        """Remove every object at or below a prefix, with what killed writers left aside; returns how many objects."""
         start, removed = self._path(prefix), 0
         with self._faults(prefix):
+            if start.is_file():
+                start.unlink(missing_ok=True)
+                removed += 1
             for folder, _, names in os.walk(start, topdown=False):
                 for name in names:
                     Path(folder, name).unlink(missing_ok=True)

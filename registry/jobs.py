@@ -24,7 +24,7 @@ SUSPECT = 2  # after so many deaths it is tried alone, so that nobody shares its
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=30), timedelta(hours=1)  # after a job broke its worker
 STEP = timedelta(hours=1)  # of waiting that one step of priority is worth
 PATIENCE = timedelta(minutes=10)  # how much longer another group may wait while a cohort fills up with its own
-GIVEN_UP = ("failed", "cancelled")
+BUSY, GIVEN_UP = ("queued", "running"), ("failed", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,14 @@ def put_off(session: Session, job: ClaimedJob, reason: str, until: datetime, now
     values = {"state": "queued", "lease_until": until, "worker": None, "attempts": job.attempts - 1, "error": reason}
     _change(session, job, values)
     note(session, job.tenant_id, "job put off", job.id, {"reason": reason}, now)
+
+
+def check_fence(session: Session, job: ClaimedJob) -> None:
+    """That nobody has taken or cancelled a job since, nor will until the transaction ends.  Raises LeaseLost."""
+    enter(session, job.tenant_id)
+    ours = select(Job.id).where(Job.tenant_id == job.tenant_id, Job.id == job.id, Job.fence == job.fence)
+    if session.scalar(ours.with_for_update(read=True)) is None:
+        raise LeaseLost(str(job.id), job.fence)
 
 
 def close(session: Session, job: ClaimedJob, state: str, now: datetime, error: str | None = None) -> None:

@@ -118,6 +118,7 @@ class Dataset(Base):
     examples: Mapped[int]
     size: Mapped[int] = mapped_column(BigInteger)  # bytes
     added_at: Mapped[datetime]  # moves when the same content is added again: the newest dataset is what is trained
+    removed_at: Mapped[datetime | None]  # since when its bytes are gone, or going: nothing living needs them
 
 
 class Adapter(Base):
@@ -156,7 +157,7 @@ class AdapterVersion(Base):
     recipe_digest: Mapped[str] = mapped_column(String(64))
     code_version: Mapped[str] = mapped_column(String(64))
     base_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("bases.id"))
-    dataset_id: Mapped[DatasetId] = mapped_column(ForeignKey("datasets.id"))
+    dataset_id: Mapped[DatasetId] = mapped_column(ForeignKey("datasets.id"), index=True)
     job_id: Mapped[JobId] = mapped_column(ForeignKey("jobs.id"), unique=True)  # the idempotency key
     run_id: Mapped[RunId | None] = mapped_column(ForeignKey("runs.id"))
     created_at: Mapped[datetime]
@@ -182,7 +183,7 @@ class Alias(Base):
     adapter_id: Mapped[AdapterId] = mapped_column(ForeignKey("adapters.id"), primary_key=True)
     name: Mapped[str] = mapped_column(String(63), primary_key=True)
     tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"), index=True)
-    version_id: Mapped[VersionId] = mapped_column(ForeignKey("adapter_versions.id"))
+    version_id: Mapped[VersionId] = mapped_column(ForeignKey("adapter_versions.id"), index=True)
 
 
 class AliasMove(Base):
@@ -204,7 +205,7 @@ class AliasMove(Base):
     name: Mapped[str] = mapped_column(String(63))
     kind: Mapped[str] = mapped_column(String(16))  # moved or rolled back
     from_id: Mapped[VersionId | None]
-    to_id: Mapped[VersionId] = mapped_column(ForeignKey("adapter_versions.id"))
+    to_id: Mapped[VersionId] = mapped_column(ForeignKey("adapter_versions.id"), index=True)
     actor: Mapped[str] = mapped_column(String(128))
     reason: Mapped[str]
     at: Mapped[datetime]
@@ -233,7 +234,7 @@ class Job(Base):
     id: Mapped[JobId] = mapped_column(primary_key=True, default=uuid.uuid4)
     tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))
     adapter_id: Mapped[AdapterId] = mapped_column(ForeignKey("adapters.id"))
-    dataset_id: Mapped[DatasetId] = mapped_column(ForeignKey("datasets.id"))
+    dataset_id: Mapped[DatasetId] = mapped_column(ForeignKey("datasets.id"), index=True)
     base_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("bases.id"))
     recipe: Mapped[Facts]
     recipe_digest: Mapped[str] = mapped_column(String(64))
@@ -343,6 +344,78 @@ class Upload(Base):
     job_id: Mapped[JobId | None] = mapped_column(ForeignKey("jobs.id"))  # none for a dataset
     sweeping: Mapped[bool] = mapped_column(default=False)  # once set, its owner can no longer commit
     lease_until: Mapped[datetime] = mapped_column(index=True)
+
+
+class RetentionPolicy(Base):
+    """What a tenant keeps of each adapter; a tenant without one keeps everything."""
+
+    __tablename__ = "retention_policies"
+
+    tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    newest: Mapped[int | None]  # so many versions of the highest numbers
+    days: Mapped[int | None]  # and those that are younger
+    actor: Mapped[str] = mapped_column(String(128))
+    reason: Mapped[str]
+    at: Mapped[datetime]
+    collected_at: Mapped[datetime | None]  # when upkeep last looked
+
+
+class Pin(Base):
+    """A version that retention keeps, whatever the policy says."""
+
+    __tablename__ = "pins"
+
+    version_id: Mapped[VersionId] = mapped_column(ForeignKey("adapter_versions.id"), primary_key=True)
+    tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"), index=True)
+    actor: Mapped[str] = mapped_column(String(128))
+    reason: Mapped[str]
+    at: Mapped[datetime]
+
+
+class Hold(Base):
+    """A legal hold on one user, or (no user) on a whole tenant: nothing of theirs is collected or forgotten."""
+
+    __tablename__ = "holds"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=uuid.uuid4)
+    tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"), index=True)
+    user_id: Mapped[UserId | None] = mapped_column(ForeignKey("users.id"))
+    actor: Mapped[str] = mapped_column(String(128))
+    reason: Mapped[str]
+    at: Mapped[datetime]
+
+
+class Tombstone(Base):
+    """A version whose bytes retention has removed: its row stays, so that numbers have no gaps."""
+
+    __tablename__ = "tombstones"
+
+    version_id: Mapped[VersionId] = mapped_column(ForeignKey("adapter_versions.id"), primary_key=True)
+    tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"), index=True)
+    reason: Mapped[str]  # the rule that it fell under
+    at: Mapped[datetime]
+    cleared_at: Mapped[datetime | None]  # none while there may be bytes
+
+
+class Forgetting(Base):
+    """A user who is to be forgotten, and once that is done the receipt: then it holds nothing of theirs.
+
+    `person` is a keyed digest of the user's name: it answers whether somebody was forgotten, and tells no name.
+    """
+
+    __tablename__ = "forgettings"
+    __table_args__ = (Index(None, "tenant_id", "person"),)
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=uuid.uuid4)
+    tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))
+    person: Mapped[str] = mapped_column(String(64))
+    user_id: Mapped[UserId | None]  # while it is under way
+    prefix: Mapped[str | None] = mapped_column(String(1024))  # of the user's objects, while it is under way
+    actor: Mapped[str] = mapped_column(String(128))
+    reason: Mapped[str]
+    begun_at: Mapped[datetime]
+    deleted: Mapped[Facts]  # by kind: how many, and bytes where there are any
+    finished_at: Mapped[datetime | None]
 
 
 @event.listens_for(AdapterVersion, "before_update")

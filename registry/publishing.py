@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, aliased
 
 from registry import aliases, uploads
 from registry.errors import ContentDiffers, LeaseLost, ObjectDiffers
-from registry.jobs import ClaimedJob, close
+from registry.jobs import ClaimedJob, check_fence, close
 from registry.keys import MANIFEST, version_prefix
 from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Facts, Job
 from registry.names import LATEST, RunId, VersionId, check_file
@@ -76,10 +76,13 @@ def publish(
 
 
 def declare(engine: Engine, job: ClaimedJob, digest: str, now: datetime) -> str:
-    """Write down the intent to upload; returns the prefix.  Raises LeaseLost once the sweeper has begun on it."""
+    """Write down the intent to upload; returns the prefix.
+
+    Raises LeaseLost when the job is not ours any more, and once the sweeper has begun on the upload.
+    """
     prefix = _prefix(job, digest)
     with transaction(engine) as session:
-        enter(session, job.tenant_id)
+        check_fence(session, job)  # nothing of a user who is forgotten meanwhile may come into the store
         if not uploads.declare(session, job.tenant_id, prefix, now, job.id):
             raise LeaseLost(str(job.id), job.fence)
     return prefix

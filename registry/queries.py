@@ -71,7 +71,8 @@ def ensure_adapter(session: Session, reference: Reference, now: datetime) -> Hol
     tenants = select(Tenant).where(Tenant.name == reference.tenant)
     tenant = find_or_add(session, tenants, lambda: Tenant(name=reference.tenant, created_at=now))
     enter(session, tenant.id)
-    users = select(User).where(User.tenant_id == tenant.id, User.name == reference.user)
+    # Locked, so that nobody adds to a user whom somebody else is just beginning to forget.
+    users = select(User).where(User.tenant_id == tenant.id, User.name == reference.user).with_for_update(read=True)
     user = find_or_add(
         session,
         users,
@@ -206,7 +207,7 @@ def newest_dataset(session: Session, tenant: TenantId, holder: Holder) -> Datase
     """The dataset that was added last for an adapter's user.  Raises NotFound."""
     found = session.scalar(
         select(Dataset)
-        .where(Dataset.tenant_id == tenant, Dataset.user_id == holder.user.id)
+        .where(Dataset.tenant_id == tenant, Dataset.user_id == holder.user.id, Dataset.removed_at.is_(None))
         .order_by(Dataset.added_at.desc(), Dataset.digest)
         .limit(1)
     )
@@ -216,9 +217,15 @@ def newest_dataset(session: Session, tenant: TenantId, holder: Holder) -> Datase
 
 
 def dataset_key(session: Session, tenant: TenantId, holder: Holder, digest: str) -> str | None:
-    """Where the user's dataset of that content lies; None where there is none."""
+    """Where the user's dataset of that content lies, and will until the transaction ends; None where there is none."""
     mine = (Dataset.tenant_id == tenant, Dataset.user_id == holder.user.id, Dataset.digest == digest)
-    return session.scalar(select(Dataset.key).where(*mine))
+    return session.scalar(select(Dataset.key).where(*mine, Dataset.removed_at.is_(None)).with_for_update())
+
+
+def still_there(session: Session, tenant: TenantId, holder: Holder) -> bool:
+    """Whether a user has not been forgotten, nor will be until the transaction ends."""
+    mine = (User.tenant_id == tenant, User.id == holder.user.id)
+    return session.scalar(select(User.id).where(*mine).with_for_update(read=True)) is not None
 
 
 def ensure_dataset(
@@ -241,6 +248,8 @@ def ensure_dataset(
             tenant_id=tenant, user_id=holder.user.id, digest=digest, key=key, examples=examples, size=size, added_at=now
         ),
     )
+    if found.removed_at:  # the same content once more, after retention had removed it
+        found.key, found.removed_at = key, None
     found.added_at = now
     note(session, tenant, "dataset added", found.id, {"digest": digest, "examples": examples}, now)
     session.flush()

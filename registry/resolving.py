@@ -9,9 +9,9 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from registry import queries
-from registry.errors import NotFound
+from registry.errors import NotFound, VersionGone
 from registry.fleet import Where
-from registry.models import Adapter, AdapterVersion, Alias, SharedBase, User
+from registry.models import Adapter, AdapterVersion, Alias, SharedBase, Tombstone, User
 from registry.names import Reference, TenantId, check_plain
 from registry.resolved import Resolved
 from registry.session import reading
@@ -54,7 +54,9 @@ def resolve_all(engine: Engine, tenant: str, alias: str, where: Where) -> Iterat
         after = (page[-1].reference.user, page[-1].reference.adapter)
 
 
-def versions_of(session: Session, tenant: TenantId, wanted: Sequence[Reference]) -> dict[Reference, Resolved]:
+def versions_of(
+    session: Session, tenant: TenantId, wanted: Sequence[Reference]
+) -> dict[Reference, Resolved | VersionGone]:
     """The versions that references of one tenant mean now; those that mean none are left out."""
     pinned = {(one.user, one.adapter, one.number): one for one in wanted if one.number}
     moving = {(one.user, one.adapter, one.alias): one for one in wanted if not one.number}
@@ -82,13 +84,14 @@ def versions_at(
 
 def _by_number(
     session: Session, tenant: TenantId, wanted: Mapping[tuple[str, str, int], Reference]
-) -> dict[Reference, Resolved]:
+) -> dict[Reference, Resolved | VersionGone]:
     users, adapters, numbers = (set(part) for part in zip(*wanted, strict=True))
     rows = session.execute(
-        select(User.name, Adapter.name, AdapterVersion.number, *_FACTS)
+        select(User.name, Adapter.name, AdapterVersion.number, *_FACTS, Tombstone.at, Tombstone.reason)
         .select_from(User)
         .join(Adapter, Adapter.user_id == User.id)
         .join(AdapterVersion, AdapterVersion.adapter_id == Adapter.id)
+        .outerjoin(Tombstone, Tombstone.version_id == AdapterVersion.id)
         .where(User.tenant_id == tenant, User.name.in_(users), Adapter.name.in_(adapters))
         .where(AdapterVersion.number.in_(numbers))
     )
@@ -97,7 +100,7 @@ def _by_number(
 
 def _by_alias(
     session: Session, tenant: TenantId, wanted: Mapping[tuple[str, str, str], Reference]
-) -> dict[Reference, Resolved]:
+) -> dict[Reference, Resolved | VersionGone]:
     users, adapters, aliases = (set(part) for part in zip(*wanted, strict=True))
     rows = session.execute(
         select(User.name, Adapter.name, Alias.name, *_FACTS)
@@ -110,10 +113,15 @@ def _by_alias(
     return _asked(wanted, rows)
 
 
-def _asked(wanted: Mapping[Any, Reference], rows: Iterable[Row[Any]]) -> dict[Reference, Resolved]:
+def _asked(wanted: Mapping[Any, Reference], rows: Iterable[Row[Any]]) -> dict[Reference, Resolved | VersionGone]:
     """Of rows that may also pair one reference's user with another's version, those that were asked for."""
     return {
-        reference: Resolved(reference, *facts)
+        reference: _meant(reference, *facts)
         for user, adapter, which, *facts in rows
         if (reference := wanted.get((user, adapter, which)))
     }
+
+
+def _meant(reference: Reference, *facts: Any) -> Resolved | VersionGone:  # a row of `_FACTS`, and of its tombstone
+    *version, at, why = facts if len(facts) > len(_FACTS) else (*facts, None, None)
+    return VersionGone(str(reference), f"{at:%Y-%m-%d}", why) if at else Resolved(reference, *version)

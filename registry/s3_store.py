@@ -82,12 +82,17 @@ class S3Store:
         self._delete(self._key(key))
 
     def clear(self, prefix: str) -> int:
-        """Remove every object below a prefix, whoever put it there; returns how many there were."""
-        checked_key(prefix)
-        found = list(self.keys(prefix))
-        for key in found:
-            self._delete(self.root + key)
-        return len(found)
+        """Remove every object at or below a prefix, whoever put it there; returns how many there were.
+
+        In a bucket with versioning a plain DELETE hides an object and keeps its bytes: every version goes, and what
+        uploads in parts have left.
+        """
+        found = self._versions(prefix)
+        for key, version in found:
+            self._erase(key, version)
+        for key, upload in self._parts(prefix):
+            self._abort(key, upload)
+        return len({key for key, _ in found})
 
     def keys(self, prefix: str) -> Iterator[str]:
         """The keys below a prefix, for sweeping."""
@@ -131,6 +136,56 @@ class S3Store:
 
     def _delete(self, whole_key: str) -> None:
         self._call(whole_key, lambda: self.client.delete_object(Bucket=self.bucket, Key=whole_key))
+
+    def _erase(self, whole_key: str, version: str) -> None:
+        """Remove one version of an object; the empty one on a server that knows no versions."""
+        if not version:
+            self._delete(whole_key)
+            return
+
+        def delete() -> None:
+            self.client.delete_object(Bucket=self.bucket, Key=whole_key, VersionId=version)
+
+        with suppress(ObjectMissing):  # some servers say so where another sweeper was sooner
+            self._call(whole_key, delete)
+
+    def _abort(self, whole_key: str, upload: str) -> None:
+        def abort() -> None:
+            self.client.abort_multipart_upload(Bucket=self.bucket, Key=whole_key, UploadId=upload)
+
+        with suppress(ObjectMissing):  # it has just ended
+            self._call(whole_key, abort)
+
+    def _versions(self, prefix: str) -> list[tuple[str, str]]:
+        """Whole keys at or below a prefix with their versions, the marks of deleted ones among them."""
+        start = self._key(prefix)
+        pages = self._pages("list_object_versions", start)
+        if pages is None:
+            return [(self.root + key, "") for key in self.keys(prefix)]
+        found = [one for page in pages for kind in ("Versions", "DeleteMarkers") for one in page.get(kind, [])]
+        return [(one["Key"], one["VersionId"]) for one in found if _below(one["Key"], start)]
+
+    def _parts(self, prefix: str) -> list[tuple[str, str]]:
+        """Whole keys at or below a prefix that somebody uploads in parts, and the uploads' ids."""
+        start = self._key(prefix)
+        found = [one for page in self._pages("list_multipart_uploads", start) or [] for one in page.get("Uploads", [])]
+        return [(one["Key"], one["UploadId"]) for one in found if _below(one["Key"], start)]
+
+    def _pages(self, listing: str, start: str) -> list[Any] | None:  # boto3's response types differ by call
+        """Every page of a list of what begins so; None from a server that has no such list, and so no such things."""
+        from botocore.exceptions import ClientError
+
+        def pages() -> list[Any] | None:
+            try:
+                # boto3 types each listing's name by itself.
+                paginator: Any = self.client.get_paginator(listing)  # type: ignore[call-overload]
+                return list(paginator.paginate(Bucket=self.bucket, Prefix=start))
+            except ClientError as error:
+                if _code(error) in ("NotImplemented", "MethodNotAllowed", "501"):
+                    return None
+                raise
+
+        return self._call(start, pages)
 
     def _status(self, key: str, call: Callable[[], Any]) -> int:  # boto3's response types differ by call
         """200, or the status of a conditional write that lost."""
@@ -198,3 +253,7 @@ def s3_client() -> "S3Client":
 
 def _code(error: Any) -> str:  # botocore's ClientError, imported late
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _below(key: str, start: str) -> bool:
+    return key == start or key.startswith(f"{start}/")

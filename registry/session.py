@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
-from registry.errors import DatabaseUnavailable
+from registry.errors import DatabaseUnavailable, RegistryInUse
 
 _SQLITE_WAIT_SECONDS = 60  # how long a writer waits for its turn; one writes at a time
 _FROZEN_SECONDS = 300  # a worker that stands still inside a transaction loses it: its locks hold up others
@@ -54,6 +54,20 @@ def reading(engine: Engine) -> Iterator[Session]:
     reader = engine.execution_options(lora_reads=True)
     with known_faults(engine), Session(reader, expire_on_commit=False) as session:
         yield session
+
+
+def compact(engine: Engine) -> None:
+    """Leave no byte of deleted rows in a SQLite file and its log; PostgreSQL does it by itself, in time (VACUUM).
+
+    Raises RegistryInUse while somebody reads, since the log cannot be emptied then.
+    """
+    if engine.dialect.name != "sqlite":
+        return
+    with known_faults(engine), closing(engine.raw_connection()) as connection:
+        cursor = connection.cursor()
+        cursor.execute("VACUUM")
+        if cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            raise RegistryInUse(shown(engine))
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class RegistrySettings(BaseSettings):
     grant_secret: str = Field(default="", repr=False)  # with which a broker signs its grants
     signing_key: Path | None = None  # a private key (PEM, elliptic curve), with which versions are signed at publish
     verify_key: str = ""  # public keys, commas between: only versions that one of them signed are pulled
+    receipt_secret: str = Field(default="", repr=False)  # without it nobody can tell whom a receipt is about; keep it
 
     @classmethod
     def read(cls, **given: object) -> Self:

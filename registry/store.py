@@ -50,7 +50,10 @@ class ObjectStore(Protocol):
         """Remove an object; one that is not there is fine."""
 
     def clear(self, prefix: str) -> int:
-        """Remove every object below a prefix; returns how many there were.  Raises KeyRefused for the empty prefix."""
+        """Remove every byte of every object at or below a prefix; returns how many objects there were.
+
+        Raises KeyRefused for the empty prefix.
+        """
 
     def keys(self, prefix: str) -> Iterator[str]:
         """The keys below a prefix, for sweeping."""

@@ -1,7 +1,7 @@
 """Whose rows a transaction may see: one tenant's, or those of one kind of work that spans tenants.
 
-PostgreSQL holds to it by itself (row-level security, migration 0003), whatever a query forgets.  On SQLite these calls
-do nothing: it is for one trusted machine, where the filters of the queries alone keep tenants apart.
+PostgreSQL holds to it by itself (row-level security, migrations 0003 and 0004), whatever a query forgets.  On SQLite
+these calls do nothing: it is for one trusted machine, where the filters of the queries alone keep tenants apart.
 """
 
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ class Across(StrEnum):
     TICK = "tick"  # fire the schedules that are due
     SWEEP = "sweep"  # find the uploads that nobody finished
     OVERVIEW = "overview"  # the operator's lists of tenants, jobs and schedules: reads only
+    UPKEEP = "upkeep"  # find the tenants where something is to be collected or forgotten: reads only
 
 
 def enter(session: Session, tenant: TenantId) -> None:

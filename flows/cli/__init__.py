@@ -18,6 +18,7 @@ from flows.cli import (
     dataset,
     fleet,
     leave,
+    lifecycle,
     pulling,
     queueing,
     reading,
@@ -44,7 +45,7 @@ app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
 app.add_typer(caching.app, name="cache")
 app.add_typer(queueing.app, name="queue")
-for group in (system, training, tuning, reading, versions, pulling, fleet, leave, chatting, comparing):
+for group in (system, training, tuning, reading, versions, pulling, fleet, lifecycle, leave, chatting, comparing):
     group.register(app)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.printing import AsJson, OwnReference, VersionReference, answer, answer_one, remark, say, size
-from registry import queries
+from registry import queries, retention
 from registry.client import Client
 from registry.models import AdapterVersion, Facts
 from registry.names import Reference
@@ -61,12 +61,13 @@ def history(reference: OwnReference, as_json: AsJson = False) -> None:
         pointed = queries.aliases(session, tenant, adapter)
         found = queries.versions(session, tenant, adapter)
         moves = queries.alias_moves(session, tenant, adapter)
+        removed = retention.gone(session, tenant, adapter)
     numbers = {version.id: version.number for version in found}
     rows = [
         {
             "version": version.number,
             "aliases": ", ".join(name for name, number in pointed.items() if number == version.number) or None,
-            "state": version.state,
+            "state": "removed" if version.id in removed else version.state,
             "made": version.created_at,
             "why": version.reason,
         }
@@ -91,7 +92,8 @@ def show(reference: VersionReference, as_json: AsJson = False) -> None:
         version = queries.version(session, tenant, wanted)
         dataset, base, job = queries.lineage(session, tenant, version)
         scores = queries.scores(session, tenant, version)
-    facts = _version_facts(wanted, version)
+        removed = retention.gone(session, tenant, version.adapter_id).get(version.id)
+    facts = _version_facts(wanted, version) | ({"removed": removed} if removed else {})
     made_from = {
         "base": f"{base.name} ({', '.join(filter(None, (base.quantised, base.digest[:12])))})",
         "dataset": f"{dataset.digest[:12]}, {dataset.examples} examples",

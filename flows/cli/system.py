@@ -15,7 +15,13 @@ from registry.errors import RegistryError
 from registry.session import reading, shown
 from registry.tenancy import unbound
 
-SECRET = {"database_url", "database_owner_url", "store_url", "grant_secret"}  # shown without passwords, or not at all
+SECRET = {
+    "database_url",
+    "database_owner_url",
+    "store_url",
+    "grant_secret",
+    "receipt_secret",
+}  # shown without passwords, or not at all
 LIBRARIES = (
     "lora-factory",
     "torch",

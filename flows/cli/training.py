@@ -142,6 +142,7 @@ def serve_pool(factory: Factory, leave: Leave, pool: str) -> int:
 def work_once(factory: Factory, leave: Leave, every: float, once: bool, quiet: bool) -> list[dict[str, str]]:
     """Do what is due now; one row a user.  What is wrong with database or store is told, unless it is the only time."""
     from flows.due import enqueue_due, sweep
+    from flows.upkeep import keep_up
 
     def tick() -> None:
         for trouble in enqueue_due(factory):
@@ -151,6 +152,8 @@ def work_once(factory: Factory, leave: Leave, every: float, once: bool, quiet: b
         tick()
         rows = drain(factory, None, quiet, leave, tick)
         sweep(factory)
+        for trouble in keep_up(factory):
+            fail(f"not kept up: {trouble}", 0)
         return rows
     except (RegistryError, LoraError, FlowError) as error:
         if once:

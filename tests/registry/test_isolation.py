@@ -96,6 +96,7 @@ SPANS = {
     Across.TICK: {"schedules", "users", "adapters", "events"},
     Across.SWEEP: {"uploads"},
     Across.OVERVIEW: {"users", "adapters", "jobs", "schedules"},
+    Across.UPKEEP: {"retention_policies", "tombstones", "forgettings"},
 }
 
 

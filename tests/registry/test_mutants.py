@@ -16,20 +16,26 @@ from sqlalchemy.orm import Session
 
 from registry import (
     aliases,
+    collection,
+    erasure,
     fleet,
+    forgetting,
     growth,
+    holds,
     jobs,
     protection,
     publishing,
     queries,
     queue,
     resolving,
+    retention,
     schedules,
     shares,
     uploads,
 )
 from registry.client import Client
 from registry.errors import RegistryError
+from registry.forgetting import Wish
 from registry.jobs import ClaimedJob
 from registry.models import AdapterVersion, Base
 from registry.names import Reference, TenantId
@@ -110,6 +116,25 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
             queue.retry(session, mine, queue.Wanted(queue.STATES), now),
             shares.set_quota(session, mine, {"max_versions": 3, "max_waiting": 1}, now),
         ),
+        **goings(session, mine, holder, who),
+    }
+
+
+def goings(session: Session, mine: TenantId, holder: Holder, who: Any) -> dict[str, Callable[[], object]]:
+    """What the registry does for one tenant to let things go."""
+    later, bert = NOW + timedelta(days=1), Wish(OURS, "bert", "", "me", "asked to")
+    second, kept = Reference.parse(f"{OURS}/alice:2"), Reference.parse(f"{OURS}/alice:1")
+    return {
+        "set policy": lambda: retention.set_policy(session, mine, 1, None, **who),
+        "pin": lambda: retention.pin(session, mine, second, **who),
+        "unpin": lambda: retention.unpin(session, mine, kept, **who),
+        "kept": lambda: (retention.policy(session, mine), retention.pins(session, mine), holds.holds(session, mine)),
+        "hold": lambda: holds.hold(session, mine, "bert", **who),
+        "unhold": lambda: holds.unhold(session, mine, "alice", **who),
+        "collect": lambda: collection._mark(session, mine, later),
+        "forget": lambda: forgetting._begin(session, mine, bert, NOW),
+        "receipts": lambda: forgetting.receipts(session, mine),
+        "erase": lambda: erasure.delete_rows(session, mine, holder.user.id),
     }
 
 
@@ -117,6 +142,7 @@ NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
     "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
     "fleet back", "resolve", "resolve all", "schedules", "put", "pause", "remove", "wake", "queue", "cancel",
+    "set policy", "pin", "unpin", "kept", "hold", "unhold", "collect", "forget", "receipts", "erase",
 ]  # fmt: skip
 
 
@@ -175,6 +201,13 @@ def intrusions(session: Session, loot: Loot) -> dict[str, Callable[[], object]]:
         "settle": lambda: uploads.settle(session, mine, loot.prefix),
         "declare": lambda: uploads.declare(session, mine, loot.prefix, soon),
         "already": lambda: publishing._already(session, job, "d" * 64),
+        "fence": lambda: jobs.check_fence(session, job),
+        "gone": lambda: retention.gone(session, mine, adapter),
+        "living": lambda: retention.check_living(session, mine, loot.version, "foreign"),
+        "free": lambda: holds.check_free(session, mine, loot.holder.user.id, "foreign"),
+        "lock": lambda: retention.lock_aliases(session, mine, [adapter]),
+        "there": lambda: queries.still_there(session, mine, loot.holder),
+        "erase": lambda: erasure.delete_rows(session, mine, loot.holder.user.id),
     }
 
 
@@ -192,6 +225,7 @@ def intrude(engine: Engine, loot: Loot) -> list[str]:
 INTRUSIONS = [
     "versions", "aliases", "moves", "scores", "lineage", "dataset", "dataset key", "job", "renew", "release", "move",
     "before", "pause", "remove", "put", "wake", "hold", "cancel", "growth", "full", "settle", "declare", "already",
+    "fence", "gone", "living", "free", "lock", "there", "erase",
 ]  # fmt: skip
 
 
@@ -222,6 +256,7 @@ def _words(row: object) -> object:
 
 @pytest.mark.long
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two copies of a database for each filter
 def test_every_mutant_without_a_tenant_filter_still_sees_and_changes_nothing_foreign(
     twins: Engine, store: FolderStore, tmp_path: Path
 ) -> None:

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
-from registry import aliases, jobs, protection, queries, schedules
+from registry import aliases, forgetting, holds, jobs, protection, queries, retention, schedules
+from registry.forgetting import Wish
 from registry.jobs import ClaimedJob
-from registry.models import Base, Job
+from registry.models import Base, Job, Tombstone
 from registry.names import Reference, TenantId
 from registry.publishing import publish
 from registry.session import reading, transaction
@@ -49,6 +51,25 @@ def furnish(engine: Engine, store: FolderStore, tenant: str) -> None:
         schedules.put(session, owner, holder, Timing.every("1h"), f"base of {tenant}", {}, NOW)
     with transaction(engine) as session:
         jobs.claim(session, f"worker of {tenant}", LEASE, 1, NOW, [asked[2].job_id])
+    bury(engine, store, tenant)
+
+
+def bury(engine: Engine, store: FolderStore, tenant: str) -> None:
+    """Give a tenant a policy, a pin, a hold, a version that was removed, and a user who is being forgotten."""
+    with transaction(engine) as session:
+        (asked,) = enqueue(session, f"{tenant}/bert", 1)
+        queries.ensure_adapter(session, Reference(tenant, "carl"), NOW)
+    with transaction(engine) as session:
+        (job,) = jobs.claim(session, f"worker of {tenant}", LEASE, 1, NOW, [asked.job_id])
+    version = publish(engine, store, job, finished(f"weights of {tenant}'s bert"), NOW).id
+    said: Any = {"actor": "me", "reason": f"secret of {tenant}", "now": NOW}  # keywords of unlike types
+    with transaction(engine) as session:
+        owner = queries.tenant_id(session, tenant)
+        session.add(Tombstone(version_id=version, tenant_id=owner, reason=f"secret of {tenant}", at=NOW))
+        retention.set_policy(session, owner, 5, None, **said)
+        retention.pin(session, owner, Reference.parse(f"{tenant}/alice:1"), **said)
+        holds.hold(session, owner, "alice", **said)
+        forgetting._begin(session, owner, Wish(tenant, "carl", "", "me", f"secret of {tenant}"), NOW)
 
 
 def busy(engine: Engine, tenant: str) -> ClaimedJob:

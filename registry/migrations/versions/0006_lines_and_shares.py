@@ -1,6 +1,6 @@
 """A line for each tenant with priorities, shares and quotas, and schedules with conditions.
 
-Revision 0006, after 0003.
+Revision 0006, after 0004.
 """
 
 import sqlalchemy as sa
@@ -9,7 +9,7 @@ from alembic import op
 from registry.models import UtcTime
 
 revision = "0006"
-down_revision = "0003"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 
