@@ -5,20 +5,25 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
 
-from registry import queries
-from registry.errors import ObjectDiffers, ObjectMissing
-from registry.names import Reference, check_file
+from registry import lookups, queries
+from registry.errors import NotFound, ObjectDiffers, ObjectMissing
+from registry.lookups import Current
+from registry.names import DEFAULT_ADAPTER, LATEST, Reference, TenantId, check_file, check_plain, check_user
 from registry.publishing import MANIFEST
 from registry.session import open_database, reading
 from registry.settings import RegistrySettings
 from registry.store import ObjectStore, open_store
+from registry.tenancy import enter
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class Client(Puller):
     def __init__(self, engine: Engine, store: ObjectStore, cache: Path) -> None:
         super().__init__(store, cache)
         self.engine = engine
+        self._tenants: dict[str, TenantId] = {}
 
     @classmethod
     def from_environment(cls) -> "Client":
@@ -114,11 +120,31 @@ class Client(Puller):
     def resolve(self, reference: str | Reference) -> Resolved:
         """What a reference such as `acme/alice` or `acme/alice:3` means now.  Raises NameRefused, NotFound."""
         wanted = Reference.parse(reference) if isinstance(reference, str) else reference
+        return Resolved(wanted, *self._asked(wanted.tenant, lambda session, id_: lookups.find(session, id_, wanted)))
+
+    def current(
+        self, tenant: str, users: Iterable[str], adapter: str = DEFAULT_ADAPTER, alias: str = LATEST
+    ) -> dict[str, Current]:
+        """Where an alias of many users' adapters is now, in one question; who has none is left out.
+
+        Raises NameRefused, NotFound for the tenant.
+        """
+        names = [check_user(name) for name in users]
+        check_plain("adapter", adapter)
+        check_plain("alias", alias)
+        return self._asked(tenant, lambda session, id_: lookups.find_many(session, id_, names, adapter, alias))
+
+    def _asked(self, tenant: str, question: Callable[[Session, TenantId], Answer]) -> Answer:
+        """The answer to a question about a tenant, whose id is remembered: to ask for it takes longer than the rest."""
         with reading(self.engine) as session:
-            version = queries.version(session, queries.tenant_id(session, wanted.tenant), wanted)
-        return Resolved(
-            wanted, version.number, version.state, version.served_name, version.prefix, version.sha256, version.files
-        )
+            if known := self._tenants.get(tenant):
+                enter(session, known)
+                try:
+                    return question(session, known)
+                except NotFound:  # is it another tenant by now?
+                    session.rollback()
+            self._tenants[tenant] = queries.tenant_id(session, tenant)
+            return question(session, self._tenants[tenant])
 
     def pull(self, reference: str | Reference, verify: bool = False) -> Path:
         """The local folder of a version's files, named as an engine serves it.  Raises ObjectDiffers, ObjectMissing.

@@ -12,6 +12,7 @@ RegistryError
 ├── GrantRefused         a token gives no leave to what was asked for
 ├── TicketRefused        a ticket is not what a broker gives out
 ├── ScheduleRefused      a cron expression, interval or time zone is not valid
+├── CursorRefused        the place where an answer should go on is none of that answer's
 ├── SettingRefused       a variable of the environment holds what it may not
 ├── DatabaseUnavailable  the database cannot be reached or is not set up
 └── StoreError
@@ -139,6 +140,17 @@ class ScheduleRefused(RegistryError):
 
     def __str__(self) -> str:
         return "schedule {!r}: {}; {}".format(*self.args)
+
+
+class CursorRefused(RegistryError):
+    """A cursor does not say where an answer goes on: the cursor, and why."""
+
+    def __init__(self, cursor: str, why: str) -> None:
+        super().__init__(cursor, why)
+
+    def __str__(self) -> str:
+        cursor, why = self.args
+        return f"{ascii(cursor)[:80]} is no cursor of this answer: {why}; pass one that it gave, or begin anew without"
 
 
 class SettingRefused(RegistryError):

@@ -12,6 +12,7 @@ from sqlalchemy import ColumnElement, Select, Subquery, func, select, true
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from registry import freshness
 from registry.errors import NotFound
 from registry.models import (
     Adapter,
@@ -23,6 +24,7 @@ from registry.models import (
     Evaluation,
     Event,
     Facts,
+    Freshness,
     Job,
     SharedBase,
     Tenant,
@@ -82,9 +84,16 @@ def ensure_adapter(session: Session, reference: Reference, now: datetime) -> Hol
     adapter = find_or_add(
         session,
         adapters,
-        lambda: Adapter(tenant_id=tenant.id, user_id=user.id, name=reference.adapter, created_at=now),
+        lambda: _new_adapter(session, tenant.id, user, reference.adapter, now),
     )
     return Holder(tenant.id, user, adapter)
+
+
+def _new_adapter(session: Session, tenant: TenantId, user: User, name: str, now: datetime) -> Adapter:
+    made = Adapter(id=AdapterId(uuid.uuid4()), tenant_id=tenant, user_id=user.id, name=name, created_at=now)
+    newest = freshness.newest(session, tenant, user.id)
+    session.add(Freshness(adapter_id=made.id, tenant_id=tenant, newest_id=newest))
+    return made
 
 
 def find_or_add(session: Session, wanted: Select[tuple[Row]], make: Callable[[], Row]) -> Row:
@@ -128,7 +137,9 @@ def version(session: Session, tenant: TenantId, reference: Reference) -> Adapter
     found = session.scalar(
         owned.where(AdapterVersion.number == reference.number)
         if reference.number
-        else owned.join(Alias, Alias.version_id == AdapterVersion.id).where(Alias.name == reference.alias)
+        else owned.join(Alias, (Alias.adapter_id == Adapter.id) & (Alias.version_id == AdapterVersion.id)).where(
+            Alias.name == reference.alias
+        )
     )
     if found is None:
         raise NotFound("version", str(reference), f"see `lora history {reference.label}` for those there are")
@@ -242,6 +253,7 @@ def ensure_dataset(
         ),
     )
     found.added_at = now
+    freshness.data_added(session, tenant, holder.user.id, found.id)
     note(session, tenant, "dataset added", found.id, {"digest": digest, "examples": examples}, now)
     session.flush()
     return found
