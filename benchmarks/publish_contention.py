@@ -141,7 +141,9 @@ def measure(url: str, publishers: int, versions: int, processes: int) -> dict[st
         mine = select(func.count(), func.max(AdapterVersion.number)).where(AdapterVersion.tenant_id == tenant)
         count, highest = session.execute(mine).one().tuple()
     engine.dispose()
-    say(f"{publishers} publishers in {processes} processes: {versions / elapsed:,.0f} versions/s, each {spread(seconds, ' s')}")
+    say(
+        f"{publishers} publishers in {processes} processes: {versions / elapsed:,.0f} versions/s, each {spread(seconds, ' s')}"
+    )
     if errors or count != versions or highest != versions:
         raise SystemExit(f"{len(errors)} errors, {count} versions up to {highest} of {versions}: {errors[:1]}")
     return {

@@ -13,11 +13,15 @@ from typing import Protocol, TypeVar
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from registry import lookups, queries
+from registry import feed, freshness, lookups, queries, search
 from registry.errors import NotFound, ObjectDiffers, ObjectMissing
+from registry.feed import Change
+from registry.freshness import Outdated
 from registry.lookups import Current
 from registry.names import DEFAULT_ADAPTER, LATEST, Reference, TenantId, check_file, check_plain, check_user
+from registry.pages import Page
 from registry.publishing import MANIFEST
+from registry.search import Found, Search
 from registry.session import open_database, reading
 from registry.settings import RegistrySettings
 from registry.store import ObjectStore, open_store
@@ -133,6 +137,25 @@ class Client(Puller):
         check_plain("adapter", adapter)
         check_plain("alias", alias)
         return self._asked(tenant, lambda session, id_: lookups.find_many(session, id_, names, adapter, alias))
+
+    def search(self, tenant: str, wanted: Search, *, after: str = "", limit: int = 100) -> Page[Found]:
+        """Versions by what they are, a page at a time.  Raises NotFound, NameRefused, CursorRefused."""
+        return self._asked(tenant, lambda session, id_: search.search(session, id_, wanted, after=after, limit=limit))
+
+    def outdated(
+        self, tenant: str, *, base: str = "", recipe: str = "", after: str = "", limit: int = 1000
+    ) -> Page[Outdated]:
+        """Who needs training again, a page at a time.  Raises NotFound, NameRefused, CursorRefused."""
+        given = {"base": base, "recipe": recipe, "after": after}
+        return self._asked(tenant, lambda session, id_: freshness.outdated(session, id_, **given, limit=limit))
+
+    def changes(self, tenant: str, *, after: str = "", limit: int = 1000) -> Page[Change]:
+        """What changed since a cursor; its own is where to ask again.  Raises NotFound, NameRefused, CursorRefused."""
+        return self._asked(tenant, lambda session, id_: feed.changes(session, id_, after=after, limit=limit))
+
+    def changes_from_now(self, tenant: str) -> str:
+        """The cursor that only what is to come lies behind.  Raises NotFound."""
+        return self._asked(tenant, feed.now)
 
     def _asked(self, tenant: str, question: Callable[[Session, TenantId], Answer]) -> Answer:
         """The answer to a question about a tenant, whose id is remembered: to ask for it takes longer than the rest."""

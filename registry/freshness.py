@@ -22,7 +22,7 @@ _BY_WAY = (Freshness.base_id, Freshness.recipe_digest, Freshness.adapter_id)
 
 
 @dataclass(frozen=True)
-class Due:
+class Outdated:
     """One adapter that needs training: why, on which data, and what came of asking for that already."""
 
     user: str
@@ -30,19 +30,19 @@ class Due:
     why: str  # newer data, other base or recipe, never accepted
     newest: str  # digest of the data that would be trained on
     added_at: datetime
-    job: str | None  # state of the job that asked for it last on that data: refused and failed ones stay due
+    job: str | None  # state of the job that asked for it last on that data: refused and failed ones leave it outdated
 
 
-def due(
+def outdated(
     session: Session, tenant: TenantId, *, base: str = "", recipe: str = "", after: str = "", limit: int = 1000
-) -> Page[Due]:
+) -> Page[Outdated]:
     """The adapters of a tenant that need training, a page at a time: first those with newer data, then the others.
 
     `base` and `recipe` are the digests, or beginnings of them, of what would be trained with now; without them only the
-    data counts.  An adapter whose user has no data is never due.  Raises NameRefused, CursorRefused.
+    data counts.  An adapter whose user has no data is never outdated.  Raises NameRefused, CursorRefused.
     """
     check_limit(limit)
-    question = ("due", tenant, check_digest("base", base), check_digest("recipe", recipe))
+    question = ("outdated", tenant, check_digest("base", base), check_digest("recipe", recipe))
     place = read_cursor(after, *question) or []
     chosen: list[tuple[AdapterId, Place]] = []
     if len(place) < len(_BY_WAY):
@@ -115,7 +115,7 @@ def _otherwise(
     return rows.order_by(*_BY_WAY)
 
 
-def _described(session: Session, tenant: TenantId, chosen: Sequence[AdapterId]) -> list[Due]:
+def _described(session: Session, tenant: TenantId, chosen: Sequence[AdapterId]) -> list[Outdated]:
     """The adapters in the order they were chosen, with what there is to say about each."""
     asked = select(Job.state).where(Job.tenant_id == tenant, Job.adapter_id == Adapter.id, Job.dataset_id == Dataset.id)
     rows = session.execute(
@@ -127,7 +127,7 @@ def _described(session: Session, tenant: TenantId, chosen: Sequence[AdapterId]) 
         .where(Adapter.tenant_id == tenant, Adapter.id.in_(chosen))
     )  # fmt: skip
     found = {
-        one: Due(user, adapter, _why(state), digest, added_at, job)
+        one: Outdated(user, adapter, _why(state), digest, added_at, job)
         for one, user, adapter, state, digest, added_at, job in rows.tuples()
     }
     return [found[one] for one in chosen if one in found]

@@ -143,8 +143,22 @@ class Freshness(Base):
 
     __tablename__ = "freshness"
     __table_args__ = (
-        Index(None, "tenant_id", "adapter_id", postgresql_where=_NEWER_DATA, sqlite_where=text("newest_id IS NOT dataset_id")),
-        Index(None, "tenant_id", "base_id", "recipe_digest", "adapter_id", postgresql_where=_SAME_DATA, sqlite_where=_SAME_DATA),
+        Index(
+            None,
+            "tenant_id",
+            "adapter_id",
+            postgresql_where=_NEWER_DATA,
+            sqlite_where=text("newest_id IS NOT dataset_id"),
+        ),
+        Index(
+            None,
+            "tenant_id",
+            "base_id",
+            "recipe_digest",
+            "adapter_id",
+            postgresql_where=_SAME_DATA,
+            sqlite_where=_SAME_DATA,
+        ),
     )
 
     adapter_id: Mapped[AdapterId] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True)

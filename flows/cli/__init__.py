@@ -19,6 +19,7 @@ from flows.cli import (
     leave,
     reading,
     scheduling,
+    searching,
     system,
     training,
     tuning,
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
-for group in (system, training, tuning, reading, versions, fleet, leave, chatting, comparing):
+for group in (system, training, tuning, reading, searching, versions, fleet, leave, chatting, comparing):
     group.register(app)
 
 
