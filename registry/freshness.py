@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Select, or_, select, update
+from sqlalchemy import ColumnElement, Select, Update, or_, select, update
 from sqlalchemy.orm import Session
 
 from registry.models import Adapter, AdapterVersion, AliasMove, Dataset, Freshness, Job, SharedBase, User
@@ -63,11 +63,12 @@ def data_added(session: Session, tenant: TenantId, user: UserId, dataset: Datase
     session.execute(rows.values(newest_id=dataset), execution_options={"synchronize_session": False})
 
 
-def latest_moved(session: Session, tenant: TenantId, version: AdapterVersion) -> None:
-    """`latest` of an adapter is another version."""
+def latest_moved(tenant: TenantId, version: AdapterVersion) -> Update:
+    """That `latest` of an adapter is another version, as a statement."""
     rows = update(Freshness).where(Freshness.tenant_id == tenant, Freshness.adapter_id == version.adapter_id)
-    made_from = {"dataset_id": version.dataset_id, "base_id": version.base_id, "recipe_digest": version.recipe_digest}
-    session.execute(rows.values(**made_from), execution_options={"synchronize_session": False})
+    return rows.values(
+        dataset_id=version.dataset_id, base_id=version.base_id, recipe_digest=version.recipe_digest
+    )  # fmt: skip
 
 
 def latests_moved(session: Session, tenant: TenantId, alias: str, fleet_id: int) -> None:
@@ -100,7 +101,7 @@ def _newer(tenant: TenantId, place: Place) -> Select[tuple[AdapterId]]:
 
 def _otherwise(
     session: Session, tenant: TenantId, base: str, recipe: str, place: Place
-) -> Select[tuple[uuid.UUID, str, AdapterId]]:
+) -> Select[tuple[uuid.UUID | None, str | None, AdapterId]]:
     """Adapters trained on their newest data, but on another base or by another recipe, by these."""
     rows = select(*_BY_WAY).where(Freshness.tenant_id == tenant, Freshness.newest_id == Freshness.dataset_id)
     others: list[ColumnElement[bool]] = []

@@ -1,7 +1,7 @@
 """Connections and transactions: the only place in the registry that commits."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +9,8 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import Engine, Insert, Update, create_engine, event, literal, make_url, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
@@ -59,6 +60,22 @@ def reading(engine: Engine) -> Iterator[Session]:
     reader = engine.execution_options(lora_reads=True)
     with _known_faults(engine), Session(reader, expire_on_commit=False) as session:
         yield session
+
+
+def at_once(session: Session, writes: Sequence[Insert | Update]) -> None:
+    """Carry out writes that do not read each other: in one statement on PostgreSQL, so that locks are held for less."""
+    connection = session.connection()
+    if connection.dialect.name == "postgresql":
+        parts = [write.cte(f"write_{number}") for number, write in enumerate(writes)]
+        connection.execute(select(literal(1)).add_cte(*parts))
+        return
+    for write in writes:
+        connection.execute(write)
+
+
+def adding(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    """An insert that may say what to do on a conflict, in the words of the session's database."""
+    return (postgresql if session.get_bind().dialect.name == "postgresql" else sqlite).insert(table)
 
 
 def upgrade(engine: Engine, revision: str = "head", application: str | None = None) -> None:
