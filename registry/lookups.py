@@ -43,7 +43,8 @@ def find(session: Session, tenant: TenantId, reference: Reference) -> Found:
     row = session.connection().execute(_one(reference.number is not None), asked).one_or_none()
     if row is None:
         raise NotFound("version", str(reference), f"see `lora history {reference.label}` for those there are")
-    return row._tuple()
+    found: Found = row._tuple()
+    return found
 
 
 def find_many(session: Session, tenant: TenantId, users: Sequence[str], adapter: str, alias: str) -> dict[str, Current]:

@@ -45,7 +45,7 @@ def read_cursor(text: str, *question: object) -> Place | None:
         raise CursorRefused(text, "it was cut or changed") from None
     if mark != _mark(question):
         raise CursorRefused(text, "it belongs to another question")
-    return place
+    return list(place)
 
 
 def beyond(order: Sequence[Any], place: Place, descending: bool = False) -> ColumnElement[bool]:  # columns of any type
@@ -61,7 +61,7 @@ def check_limit(limit: int) -> None:
 
 def check_digest(kind: str, digest: str) -> str:
     """A digest or its beginning, if it is one; empty is allowed.  Raises NameRefused."""
-    if len(digest) > 64 or not (digest.isascii() and digest.isalnum() and digest == digest.lower() or not digest):
+    if len(digest) > 64 or not ((digest.isascii() and digest.isalnum() and digest == digest.lower()) or not digest):
         raise NameRefused(f"{kind} digest", digest, "up to 64 of 0-9 and a-f: a SHA-256, or its beginning")
     return digest
 

@@ -14,12 +14,12 @@ from datetime import datetime
 
 from sqlalchemy import Insert, insert, select, update
 from sqlalchemy.engine import Engine
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from registry import aliases, uploads
 from registry.errors import ContentDiffers, LeaseLost
 from registry.jobs import ClaimedJob, close
-from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Facts, Job
+from registry.models import Adapter, AdapterVersion, Evaluation, Facts, Job
 from registry.names import LATEST, RunId, VersionId, check_file
 from registry.protection import is_protected
 from registry.queries import noted
@@ -135,7 +135,7 @@ def _commit(
     The adapter's row lock makes its publishers wait in line, so that numbers have no gaps; what can be done before it
     is taken comes before, and what needs it in as few steps as the database can take.
     """
-    close(session, job, "published" if finished.accepted else "refused", now)
+    asked_at = close(session, job, "published" if finished.accepted else "refused", now)
     if not uploads.settle(session, job.tenant_id, prefix):
         raise LeaseLost(str(job.id), job.fence)
     moves = finished.accepted and not is_protected(session, job.tenant_id, LATEST)
@@ -146,7 +146,7 @@ def _commit(
     writes = [_insert(version), *_scores(version, finished)]
     if moves:
         live = session.connection().scalar(aliases.locked(job.tenant_id, job.adapter_id, LATEST))
-        if live is None or not _overtaken(session, job):
+        if live is None or not _overtaken(session, job, live, asked_at):
             writes += aliases.move_to(version, live, LATEST, actor="gate", reason=finished.reason, now=now)
     body = {"number": number, "accepted": finished.accepted, "reason": finished.reason}
     at_once(session, [*writes, noted(job.tenant_id, "version published", version.id, body, now)])
@@ -162,18 +162,11 @@ def _scores(version: AdapterVersion, finished: Finished) -> list[Insert]:
     ]
 
 
-def _overtaken(session: Session, job: ClaimedJob) -> bool:
-    """Whether `latest` points to a version that was asked for later: an older request that took longer leaves it."""
-    live, mine = aliased(Job), aliased(Job)
-    later = (
-        select(live.id)
-        .join(AdapterVersion, AdapterVersion.job_id == live.id)
-        .join(Alias, Alias.version_id == AdapterVersion.id)
-        .join(mine, mine.id == job.id)
-        .where(Alias.tenant_id == job.tenant_id, Alias.adapter_id == job.adapter_id, Alias.name == LATEST)
-        .where(live.created_at > mine.created_at)
-    )
-    return session.connection().scalar(later) is not None
+def _overtaken(session: Session, job: ClaimedJob, live: VersionId, asked_at: datetime) -> bool:
+    """Whether the live version was asked for later: an older request that took longer leaves `latest` to it."""
+    mine = (Job.tenant_id == job.tenant_id, AdapterVersion.id == live)
+    asked = select(Job.created_at).where(*mine).join(AdapterVersion, AdapterVersion.job_id == Job.id)
+    return session.connection().scalars(asked).one() > asked_at
 
 
 def _version(
@@ -203,7 +196,9 @@ def _loss(scores: Facts | None) -> float | None:
 
 def _insert(version: AdapterVersion) -> Insert:
     """A version's row as a statement."""
-    return insert(AdapterVersion).values({key: getattr(version, key) for key in AdapterVersion.__mapper__.columns.keys()})
+    return insert(AdapterVersion).values(
+        {key: getattr(version, key) for key in AdapterVersion.__mapper__.columns.keys()}
+    )
 
 
 def _published(version: AdapterVersion) -> Published:

@@ -33,7 +33,7 @@ def declare(session: Session, tenant: TenantId, prefix: str, now: datetime, job:
 def settle(session: Session, tenant: TenantId, prefix: str) -> bool:
     """End an intent in the transaction that adds the row which names its objects; False once it has been swept."""
     mine = (Upload.tenant_id == tenant, Upload.prefix == prefix, Upload.sweeping.is_(False))
-    return session.scalar(delete(Upload).where(*mine).returning(Upload.prefix)) is not None
+    return session.connection().scalar(delete(Upload).where(*mine).returning(Upload.prefix)) is not None
 
 
 def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:

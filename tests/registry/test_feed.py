@@ -1,9 +1,10 @@
 """The feed of changes: each is told once, to whoever goes on from cursor to cursor."""
 
 import threading
+import time
 import uuid
+from contextlib import ExitStack, suppress
 from typing import Any
-from contextlib import ExitStack
 
 import pytest
 from sqlalchemy.engine import Engine
@@ -14,7 +15,7 @@ from registry.errors import CursorRefused, NameRefused
 from registry.feed import Change
 from registry.fleet import Where
 from registry.names import Reference
-from registry.pages import Page
+from registry.pages import Page, write_cursor
 from registry.publishing import publish
 from registry.queries import note
 from registry.session import reading, transaction
@@ -39,6 +40,7 @@ def followed(engine: Engine, after: str = "", limit: int = 1000) -> list[Change]
 
 
 def words(changes: list[Change]) -> list[tuple[str, str | None, int | None, str | None]]:
+    """What each says."""
     return [(one.kind, one.user, one.number, one.alias) for one in changes]
 
 
@@ -101,7 +103,7 @@ def test_a_cursor_is_its_own_tenants_and_its_own_databases(engine: Engine, claim
     claim(1, "globex/alice")
     with reading(engine) as session:
         tenant = queries.tenant_id(session, "globex")
-        ahead = feed.write_cursor([2**60, 0, 0], "changes", tenant)
+        ahead = write_cursor([2**60, 0, 0], "changes", tenant)
 
     with pytest.raises(CursorRefused, match="another question"):
         page(engine, str(page(engine).cursor), tenant="globex")
@@ -140,30 +142,8 @@ def test_no_event_of_many_writers_is_missed_and_none_is_told_twice(
     start, each = str(page(engine).cursor), 40
     over = threading.Event()
     told: list[Change] = []
-
-    def read() -> None:
-        after, last = start, False
-        while not last:
-            last = over.is_set()  # once more after everybody is done
-            while (some := page(engine, after, 7)).rows:
-                told.extend(some.rows)
-                after = str(some.cursor)
-            after = str(some.cursor)
-
-    def work(writer: int) -> None:
-        for turn in range(each):
-            try:
-                with transaction(engine) as session:
-                    number = 1000 * writer + turn
-                    write(session, number)
-                    over.wait(0.001 * (number * 7919 % 13))  # seconds: the transaction stays open for a while
-                    if turn % 10 == 9:
-                        raise RuntimeError("undone")
-            except RuntimeError:
-                pass
-
-    reader = threading.Thread(target=read)
-    writers = [threading.Thread(target=work, args=(number,)) for number in range(1, 9)]
+    reader = threading.Thread(target=read_until, args=(engine, start, over, told))
+    writers = [threading.Thread(target=write_many, args=(engine, number, each)) for number in range(1, 9)]
     reader.start()
     for one in writers:
         one.start()
@@ -187,6 +167,27 @@ def test_a_forgotten_users_removed_version_is_told_without_names(engine: Engine,
     (told,) = followed(engine)
 
     assert (told.kind, told.user, told.number, told.served_name) == ("version removed", None, 3, "default-abc")
+
+
+def read_until(engine: Engine, after: str, over: threading.Event, told: list[Change]) -> None:
+    """Go from cursor to cursor, and once more when it is over."""
+    last = False
+    while not last:
+        last = over.is_set()
+        while (some := page(engine, after, 7)).rows:
+            told.extend(some.rows)
+            after = str(some.cursor)
+        after = str(some.cursor)
+
+
+def write_many(engine: Engine, writer: int, count: int) -> None:
+    """Events in transactions that stay open for a while; every tenth is undone."""
+    for number in range(1000 * writer, 1000 * writer + count):
+        with suppress(RuntimeError), transaction(engine) as session:
+            write(session, number)
+            time.sleep(0.001 * (number * 7919 % 13))
+            if number % 10 == 9:
+                raise RuntimeError("undone")
 
 
 def write(session: Session, number: int) -> None:
