@@ -1,7 +1,7 @@
 """256 publishers on one adapter: how many versions a second, and that their numbers have no gap.
 
-PostgreSQL as an application uses it: row-level security forced, a role that owns nothing, `synchronous_commit` on.  Every
-publisher is a thread of one of a few processes; it publishes its share of claimed jobs of one adapter by
+PostgreSQL as an application uses it: row-level security forced, a role that owns nothing, `synchronous_commit` on.
+Every publisher is a thread of one of a few processes; it publishes its share of claimed jobs of one adapter by
 `registry.publishing.publish`, the files into a store that takes them and does nothing: the registry is what is measured.
 The versions are then counted as a reader finds them: 1, 2, 3 ... to the last.
 
@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.engine import Engine
@@ -54,8 +55,8 @@ def claimed(engine: Engine, count: int, now: datetime) -> list[ClaimedJob]:
     with transaction(engine) as session:
         holder = queries.ensure_adapter(session, ALICE, now)
         base = queries.ensure_base(session, name="tiny", revision="main", digest="b" * 64, parameters=7, now=now)
-        data = {"digest": "d" * 64, "key": "k", "examples": 200, "size": 48000}
-        dataset = queries.ensure_dataset(session, holder.tenant_id, holder, now=now, **data)  # type: ignore[arg-type]  # of unlike types
+        data: Any = {"digest": "d" * 64, "key": "k", "examples": 200, "size": 48000}  # keywords of unlike types
+        dataset = queries.ensure_dataset(session, holder.tenant_id, holder, now=now, **data)
         until = now + timedelta(hours=1)
         made = [
             ClaimedJob(
@@ -85,7 +86,7 @@ def finished(job: ClaimedJob) -> Finished:
 
 
 def publish_all(url: str, jobs: Sequence[ClaimedJob], threads: int, gate: object, results: object) -> None:
-    """One process's publishers: each takes the next job until none is left; the seconds of each version are its result."""
+    """One process's publishers: each takes the next job until none is left; the result is the seconds of each."""
     engine, waiting, seconds, errors = open_database(url), iter(jobs), list[float](), list[str]()
     store: ObjectStore = Nowhere()  # type: ignore[assignment]  # a publisher needs no more of it
     lock = threading.Lock()
@@ -139,16 +140,15 @@ def measure(url: str, publishers: int, versions: int, processes: int) -> dict[st
     with reading(engine) as session:
         tenant = queries.tenant_id(session, "acme")
         mine = select(func.count(), func.max(AdapterVersion.number)).where(AdapterVersion.tenant_id == tenant)
-        count, highest = session.execute(mine).one().tuple()
+        count, highest = session.execute(mine).one()._tuple()
     engine.dispose()
-    say(
-        f"{publishers} publishers in {processes} processes: {versions / elapsed:,.0f} versions/s, each {spread(seconds, ' s')}"
-    )
+    rate = versions / elapsed
+    say(f"{publishers} publishers in {processes} processes: {rate:,.0f} versions/s, each {spread(seconds, ' s')}")
     if errors or count != versions or highest != versions:
         raise SystemExit(f"{len(errors)} errors, {count} versions up to {highest} of {versions}: {errors[:1]}")
     return {
         "publishers": publishers, "processes": processes, "versions": versions, "errors": 0, "gaps": 0,
-        "elapsed": elapsed, "versions/s": versions / elapsed, "load": round(os.getloadavg()[0], 1), "seconds": seconds,
+        "elapsed": elapsed, "versions/s": rate, "load": round(os.getloadavg()[0], 1), "seconds": seconds,
     }  # fmt: skip
 
 

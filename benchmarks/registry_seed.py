@@ -1,10 +1,10 @@
 """A registry of a million users, made in minutes: rows as the code writes them, in numbers that it would take weeks to.
 
-Every user has `versions` versions of one adapter, trained in turn on a dataset every second version.  All are accepted,
+Every user has `versions` versions of one adapter, trained in turn, a dataset every second version.  All are accepted,
 `latest` is at the newest and `production` at the one before it.  Some users stand out, so that questions have answers:
-one in 100 has data that `latest` was not trained on, one in 200 is still on the old base, one in 250 on an older recipe,
-one in 1000 has a `canary`.  Left out are what no question here reads: scores but those of `latest`, moves and events but
-the last one's.
+one in 100 has data that `latest` was not trained on, one in 200 is still on the old base, one in 250 on an older
+recipe, one in 1000 has a `canary`.  Left out are what no question here reads: scores but those of `latest`, moves and
+events but the last one's.
 
 Constraints and indexes are dropped, and made again once the rows are there; foreign keys are not checked again, since
 every id is made from the user's number.
@@ -44,7 +44,8 @@ INSERT INTO jobs (id, tenant_id, adapter_id, dataset_id, base_id, recipe, recipe
 INSERT INTO adapter_versions (id, tenant_id, adapter_id, number, state, reason, served_name, prefix, sha256, files,
     size, parameters, recipe, recipe_digest, code_version, loss, gain, base_id, dataset_id, job_id, created_at)
   SELECT id('v' || v, n), id('t', 0), id('a', n), v, 'accepted',
-    'gain +0.4127 nats a token over the base, p = 3.1e-05, 20 held-out examples', 'default-' || left(sha(v, n), 20),
+    'gain +0.4127 nats a token over the base, p = 3.1e-05, 20 held-out examples',
+    'default-' || left(sha(v, n), 20),
     't/acme/u/' || md5('o' || n) || '/default/default-' || left(sha(v, n), 20), sha('m' || v, n), files(v, n),
     5734400, 1376256, recipe(), recipe_of(n), '0.1.0', 2.6 - gain(v, n), gain(v, n), base(n), id('d' || (v + 1) / 2, n),
     id('j' || v, n), day(n, v)
@@ -62,16 +63,16 @@ INSERT INTO evaluations SELECT id('e' || subject, n), id('t', 0), id('v' || :ver
     json_build_object('loss', 2.6 - CASE subject WHEN 'base' THEN 0 ELSE gain(:versions, n) END, 'accuracy', 0.61)
   FROM generate_series(1, :users) n, unnest(ARRAY['base', 'candidate']) subject;
 INSERT INTO alias_moves (tenant_id, adapter_id, name, kind, from_id, to_id, actor, reason, at)
-  SELECT id('t', 0), id('a', n), 'latest', 'moved', id('v' || :versions - 1, n), id('v' || :versions, n), 'gate', 'better',
-    day(n, :versions)
+  SELECT id('t', 0), id('a', n), 'latest', 'moved', id('v' || :versions - 1, n), id('v' || :versions, n), 'gate',
+    'better', day(n, :versions)
   FROM generate_series(1, :users) n;
 INSERT INTO events (tenant_id, kind, subject, body, at, txid)
   SELECT id('t', 0), kind, id('v' || :versions, n)::text, json_build_object('number', :versions, 'alias', 'latest'),
     day(n, :versions), 3
   FROM generate_series(1, :users) n, unnest(ARRAY['version published', 'alias moved']) kind
 """
-RECIPE = """{"method": "lora", "rank": 8, "alpha": 16, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"], "learning_rate": \
-0.0002, "epochs": 3, "batch_size": 4, "row_tokens": 512, "dropout": 0.05, "seed": 0, "schedule": "cosine", "clip": 1.0}"""
+RECIPE = """{"method": "lora", "rank": 8, "alpha": 16, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"], \
+"learning_rate": 0.0002, "epochs": 3, "batch_size": 4, "row_tokens": 512, "dropout": 0.05, "seed": 0, "schedule": "cosine", "clip": 1.0}"""
 FUNCTIONS = {
     "id(kind text, n bigint) RETURNS uuid": "md5(kind || n::text)::uuid",
     "sha(kind text, n bigint) RETURNS text": "md5(kind || n::text) || md5(n::text || kind)",
@@ -159,11 +160,10 @@ def _bare(connection: Connection) -> Iterator[None]:
     ).all()
     for table, name, _, _ in reversed(keys):
         connection.execute(text(f"ALTER TABLE {table} DROP CONSTRAINT {name}"))
-    indexes = connection.execute(
-        text(
-            f"SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = ANY({named})"
-        )
-    ).all()
+    listed = (
+        f"SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = ANY({named})"
+    )
+    indexes = connection.execute(text(listed)).all()
     for name, _ in indexes:
         connection.execute(text(f"DROP INDEX {name}"))
     yield

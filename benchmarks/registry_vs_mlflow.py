@@ -16,7 +16,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import time
 import venv
@@ -55,7 +54,8 @@ def other_side(python: str, url: str, models: int) -> Iterator["OtherSide"]:
     process = subprocess.Popen(
         [python, SIDE, url, str(models)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
-    assert process.stdin and process.stdout  # both are pipes
+    assert process.stdin  # both are pipes
+    assert process.stdout
     try:
         yield OtherSide(process.stdin, process.stdout)
     finally:
@@ -147,4 +147,4 @@ def _made(server: str, name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,8 +1,8 @@
 """Who needs training again: adapters whose `latest` was not trained on what would be trained on now.
 
-What `latest` was trained from, and which data is its user's newest, is kept a second time in a row of its own beside each
-adapter (`Freshness`), by whoever adds data or moves `latest`, in the same transaction.  Each writes columns of its own,
-so that they never wait for more than that row and none undoes what the other wrote.
+What `latest` was trained from, and which data is its user's newest, is kept a second time in a row beside each adapter
+(`Freshness`) by whoever adds data or moves `latest`, in the same transaction.  Each writes columns of its own, so that
+they wait for no more than that row and none undoes what the other wrote.
 """
 
 import uuid

@@ -1,7 +1,7 @@
-"""The question that inference hosts ask all day: which version does a reference mean now, of one adapter or of thousands.
+"""What inference hosts ask all day: which version does a reference mean now, of one adapter or of thousands.
 
-Each is one statement along four keys (user, adapter, alias, version) that reads only what a host needs.  It is made once
-and run past the ORM: making it and its rows would take longer than PostgreSQL does.
+Each is one statement along four keys (user, adapter, alias, version) that reads only what a host needs.  It is made
+once and run past the ORM: making it and its rows would take longer than PostgreSQL does.
 """
 
 import json

@@ -318,7 +318,7 @@ class Event(Base):
     __table_args__ = (Index(None, "tenant_id", "txid", "id"),)
 
     id: Mapped[int] = mapped_column(_COUNTER, primary_key=True, autoincrement=True)
-    # PostgreSQL's number of the transaction that added it, 0 on SQLite: by it a reader knows that none is to come before
+    # PostgreSQL's number of its transaction, 0 on SQLite: by it a reader knows that none is to come in front of it
     txid: Mapped[int] = mapped_column(BigInteger, server_default=FetchedValue())
     tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))
     kind: Mapped[str] = mapped_column(String(32))

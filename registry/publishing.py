@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Insert, insert, select, update
+from sqlalchemy import Insert, Update, insert, select, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
@@ -143,7 +143,7 @@ def _commit(
     bumped = head.values(head=Adapter.head + 1).returning(Adapter.head)
     number = session.connection().scalars(bumped).one()
     version = _version(job, finished, digest, prefix, number, now)
-    writes = [_insert(version), *_scores(version, finished)]
+    writes: list[Insert | Update] = [_insert(version), *_scores(version, finished)]
     if moves:
         live = session.connection().scalar(aliases.locked(job.tenant_id, job.adapter_id, LATEST))
         if live is None or not _overtaken(session, job, live, asked_at):
@@ -196,9 +196,8 @@ def _loss(scores: Facts | None) -> float | None:
 
 def _insert(version: AdapterVersion) -> Insert:
     """A version's row as a statement."""
-    return insert(AdapterVersion).values(
-        {key: getattr(version, key) for key in AdapterVersion.__mapper__.columns.keys()}
-    )
+    columns = AdapterVersion.__mapper__.columns
+    return insert(AdapterVersion).values({column.key: getattr(version, column.key) for column in columns})
 
 
 def _published(version: AdapterVersion) -> Published:

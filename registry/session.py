@@ -75,7 +75,7 @@ def at_once(session: Session, writes: Sequence[Insert | Update]) -> None:
 
 def adding(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """An insert that may say what to do on a conflict, in the words of the session's database."""
-    return (postgresql if session.get_bind().dialect.name == "postgresql" else sqlite).insert(table)
+    return postgresql.insert(table) if session.get_bind().dialect.name == "postgresql" else sqlite.insert(table)
 
 
 def upgrade(engine: Engine, revision: str = "head", application: str | None = None) -> None:
