@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.engine import Connection, Engine
 
 from registry.session import open_database, upgrade
@@ -72,7 +72,8 @@ INSERT INTO events (tenant_id, kind, subject, body, at, txid)
   FROM generate_series(1, :users) n, unnest(ARRAY['version published', 'alias moved']) kind
 """
 RECIPE = """{"method": "lora", "rank": 8, "alpha": 16, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"], \
-"learning_rate": 0.0002, "epochs": 3, "batch_size": 4, "row_tokens": 512, "dropout": 0.05, "seed": 0, "schedule": "cosine", "clip": 1.0}"""
+"learning_rate": 0.0002, "epochs": 3, "batch_size": 4, "row_tokens": 512, "dropout": 0.05, \
+"seed": 0, "schedule": "cosine", "clip": 1.0}"""
 FUNCTIONS = {
     "id(kind text, n bigint) RETURNS uuid": "md5(kind || n::text)::uuid",
     "sha(kind text, n bigint) RETURNS text": "md5(kind || n::text) || md5(n::text || kind)",
@@ -145,6 +146,18 @@ def database(url: str, folder: Path | None = None) -> Iterator[str]:
         admin.dispose()
         yield made
         server.cleanup()
+
+
+def new_database(server: str, name: str) -> tuple[str, bool]:
+    """The URL of a database on a server, and whether it was there already: seeded by an earlier run."""
+    admin = create_engine(server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        named = {"name": name}
+        there = connection.scalar(text("SELECT 1 FROM pg_database WHERE datname = :name"), named) is not None
+        if not there:
+            connection.execute(text(f"CREATE DATABASE {name}"))
+    admin.dispose()
+    return make_url(server).set(database=name).render_as_string(hide_password=False), there
 
 
 @contextmanager
