@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry.errors import NameRefused
@@ -25,7 +25,7 @@ ORDERS: dict[str, tuple[InstrumentedAttribute[Any], bool]] = {  # columns of unl
     "most-gain": (AdapterVersion.gain, True), "least-gain": (AdapterVersion.gain, False),
     "most-loss": (AdapterVersion.loss, True), "least-loss": (AdapterVersion.loss, False),
 }  # fmt: skip
-_FEW = 20_000  # rows that are sorted in less time than it takes to look for them among all versions
+_FEW = 10_000  # versions that are fetched and sorted sooner than they are come across among all
 _FIGURES = {"gain": AdapterVersion.gain, "loss": AdapterVersion.loss}
 _BOUND = re.compile(r"(gain|loss)([<>])=?([-+]?[0-9]{1,9}(?:\.[0-9]{1,9})?)", re.ASCII)
 _OWN = "alias=NAME, state=accepted, state=refused, gain>NUMBER, gain<NUMBER, loss>NUMBER, loss<NUMBER"
@@ -118,9 +118,9 @@ def _pointed_to(session: Session, tenant: TenantId, alias: str) -> ColumnElement
     PostgreSQL takes the two for unrelated and would read every version of a tenant for a common alias.
     """
     mine = (Alias.tenant_id == tenant, Alias.name == alias)
-    some = select(Alias.version_id).where(*mine).limit(_FEW + 1).subquery()
-    if session.scalars(select(func.count()).select_from(some)).one() <= _FEW:
-        return AdapterVersion.id.in_(select(Alias.version_id).where(*mine))
+    some = session.scalars(select(Alias.version_id).where(*mine).limit(_FEW + 1)).all()
+    if len(some) <= _FEW:
+        return AdapterVersion.id.in_(some)
     same = select(Alias.version_id).where(*mine, Alias.adapter_id == AdapterVersion.adapter_id)
     return AdapterVersion.id == same.scalar_subquery()
 

@@ -14,7 +14,20 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from registry import aliases, fleet, jobs, protection, publishing, queries, schedules, uploads
+from registry import (
+    aliases,
+    feed,
+    fleet,
+    freshness,
+    jobs,
+    lookups,
+    protection,
+    publishing,
+    queries,
+    schedules,
+    search,
+    uploads,
+)
 from registry.client import Client
 from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
@@ -23,6 +36,7 @@ from registry.names import Reference
 from registry.publishing import publish
 from registry.queries import Holder
 from registry.schedules import Timing
+from registry.search import Search
 from registry.session import open_database, transaction
 from registry.store import FolderStore
 from tests.conftest import looking
@@ -66,6 +80,12 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         "listing": lambda: queries.listing(session, mine),
         "counts": lambda: (queries.job_counts(session, mine), queries.recent_jobs(session, mine)),
         "job": lambda: queries.job(session, mine, job.id),
+        "lookup": lambda: lookups.find(session, mine, alice),
+        "lookup many": lambda: lookups.find_many(session, mine, ["alice"], "default", "latest"),
+        "search": lambda: search.search(session, mine, Search.parse(["alias=latest"])),
+        "outdated": lambda: freshness.outdated(session, mine, base="c"),
+        "changes": lambda: feed.changes(session, mine),
+        "latest": lambda: aliases.promote(session, mine, first, "latest", **who),
         "enqueue": lambda: jobs.enqueue(session, mine, holder, order, now),
         "renew": lambda: jobs.renew(session, [job], LEASE, now),
         "release": lambda: jobs.release(session, job, now, "error"),
@@ -86,7 +106,7 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
 
 NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
-    "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
+    "job", "lookup", "lookup many", "search", "outdated", "changes", "latest", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
     "fleet back", "schedules", "put", "pause", "remove",
 ]  # fmt: skip
 
