@@ -107,7 +107,8 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
 NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
     "job", "lookup", "lookup many", "search", "outdated", "changes", "latest", "enqueue", "renew", "release", "fail",
-    "promote", "rollback", "protect", "protected", "unprotect", "fleet", "fleet back", "schedules", "put", "pause", "remove",
+    "promote", "rollback", "protect", "protected", "unprotect", "fleet", "fleet back", "schedules", "put", "pause",
+    "remove",
 ]  # fmt: skip
 
 
