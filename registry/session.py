@@ -12,13 +12,20 @@ from alembic.config import Config
 from sqlalchemy import Engine, Insert, Update, create_engine, event, literal, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, ProgrammingError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    NoSuchModuleError,
+    OperationalError,
+    ProgrammingError,
+    TimeoutError,
+)
 from sqlalchemy.orm import Session
 
 from registry.errors import DatabaseUnavailable
 from registry.models import Base
 
-_SQLITE_WAIT_SECONDS = 60  # how long a writer waits for its turn; one writes at a time
+_WAIT_SECONDS = 60  # for a turn: to write on SQLite, for one of the process's connections on PostgreSQL
 _FROZEN_SECONDS = 300  # a worker that stands still inside a transaction loses it: its locks hold up others
 _FOR_GOOD = ("adapter_versions", "alias_moves", "events")  # tables whose rows are added, and never rewritten
 _FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
@@ -29,11 +36,11 @@ def open_database(url: str) -> Engine:
     try:
         parsed = make_url(url)
         if parsed.get_backend_name() == "sqlite":
-            engine = create_engine(parsed, connect_args={"timeout": _SQLITE_WAIT_SECONDS})
+            engine = create_engine(parsed, connect_args={"timeout": _WAIT_SECONDS})
             event.listen(engine, "connect", _set_up_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
             return engine
-        engine = create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
+        engine = create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=_WAIT_SECONDS)
         event.listen(engine, "connect", _set_up_postgres)
         return engine
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
@@ -114,6 +121,9 @@ def _known_faults(engine: Engine) -> Iterator[None]:
     """The database's everyday faults in plain words; anything else is passed on."""
     try:
         yield
+    except TimeoutError as error:
+        why = f"no connection of this process was free for {_WAIT_SECONDS} s"
+        raise DatabaseUnavailable(shown(engine), why, "ask from fewer threads, or see what holds them up") from error
     except DBAPIError as error:
         why = (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]
         if isinstance(error, OperationalError) or error.connection_invalidated:

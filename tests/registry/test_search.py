@@ -66,7 +66,8 @@ def test_each_is_found_once_in_order_whatever_the_pages(client: Client, order: s
     found = every(client, Search.parse([], order), limit)
 
     assert len({(one.user, one.number) for one in found}) == len(found) == 9
-    figures = [{"ain": one.gain, "oss": one.loss}.get(order[-3:], one.created_at) for one in found]
+    column = order.partition("-")[2] or "created_at"
+    figures = [getattr(one, column) for one in found]
     assert figures == sorted(figures, reverse=order in ("newest", "most-gain", "most-loss"))
 
 
