@@ -73,8 +73,9 @@ def latest_moved(tenant: TenantId, version: AdapterVersion) -> Update:
 
 def latests_moved(session: Session, tenant: TenantId, alias: str, fleet_id: int) -> None:
     """`latest` of a fleet is another version, as its moves say."""
-    moved = (AliasMove.tenant_id == tenant, AliasMove.name == alias, AliasMove.fleet_id == fleet_id)
-    rows = update(Freshness).where(Freshness.tenant_id == tenant, Freshness.adapter_id == AliasMove.adapter_id, *moved)
+    same = (AliasMove.tenant_id == Freshness.tenant_id, AliasMove.adapter_id == Freshness.adapter_id)
+    moved = (*same, AliasMove.name == alias, AliasMove.fleet_id == fleet_id)
+    rows = update(Freshness).where(Freshness.tenant_id == tenant, *moved)
     made_from = {
         "dataset_id": AdapterVersion.dataset_id,
         "base_id": AdapterVersion.base_id,
@@ -103,7 +104,9 @@ def _otherwise(
     session: Session, tenant: TenantId, base: str, recipe: str, place: Place
 ) -> Select[tuple[uuid.UUID | None, str | None, AdapterId]]:
     """Adapters trained on their newest data, but on another base or by another recipe, by these."""
-    rows = select(*_BY_WAY).where(Freshness.tenant_id == tenant, Freshness.newest_id == Freshness.dataset_id)
+    rows = select(Freshness.base_id, Freshness.recipe_digest, Freshness.adapter_id).where(
+        Freshness.tenant_id == tenant, Freshness.newest_id == Freshness.dataset_id
+    )
     others: list[ColumnElement[bool]] = []
     if base:
         same = session.scalars(select(SharedBase.id).where(SharedBase.digest.startswith(base, autoescape=True))).all()
