@@ -4,6 +4,7 @@
 # make check  format, lint, types, import contracts
 # make bench  the benchmarks behind the README's figures, on the CPU
 # make bench-gpu  those that need a GPU, each at most ten minutes
+# make bench-registry  a million users, 256 publishers, MLflow beside us; needs about 40 GB of disk
 # make bench-crash  kills, fails and stops a publishing worker at every point, on every database and store; an hour
 # make bench-pull  2,000 adapters from an S3 server 20 ms away, against boto3 in a loop; half an hour
 # make storm  10,000 users due at once on real servers with Prefect, then the same with everything killed at random; an hour
@@ -14,7 +15,7 @@ BIN := .venv/bin
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: demo setup test test-long quick check format bench bench-gpu bench-crash bench-pull bench-hostile storm stack clean
+.PHONY: demo setup test test-long quick check format bench bench-gpu bench-crash bench-pull bench-hostile bench-registry storm stack clean
 
 demo: .venv/.demo-ready
 	$(BIN)/lora demo
@@ -58,6 +59,11 @@ bench-gpu: .venv/.dev-ready
 	$(BIN)/python benchmarks/gpu_users.py
 	$(BIN)/python benchmarks/gpu_exactness.py
 	$(BIN)/python benchmarks/low_memory.py
+
+bench-registry: .venv/.dev-ready
+	PYTHONPATH=. $(BIN)/python benchmarks/publish_contention.py
+	PYTHONPATH=. $(BIN)/python benchmarks/registry_vs_mlflow.py
+	PYTHONPATH=. $(BIN)/python benchmarks/registry_scale.py
 
 bench-crash: .venv/.dev-ready
 	infra/install-test-servers

@@ -1,27 +1,36 @@
 """The client: from a reference to a verified local folder.  What an inference host installs; no torch."""
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import feed, freshness, lookups, queries, search
 from registry.cache import PINS
-from registry.errors import NameRefused
+from registry.errors import NameRefused, NotFound
+from registry.feed import Change
 from registry.fleet import Where
-from registry.names import LATEST, Reference
+from registry.freshness import Outdated
+from registry.lookups import Current
+from registry.names import DEFAULT_ADAPTER, LATEST, Reference, TenantId, check_plain, check_user
+from registry.pages import Page
 from registry.pins import Pins
 from registry.pulling import Puller
 from registry.resolved import Pulled, Resolved
 from registry.resolving import PAGE, resolve_all, resolve_page
-from registry.retention import check_living
+from registry.search import Found, Search
 from registry.session import open_database, reading
 from registry.settings import RegistrySettings
 from registry.signing import Verifier
 from registry.store import ObjectStore, open_store
+from registry.tenancy import enter
+
+Answer = TypeVar("Answer")
 
 __all__ = ["Client", "Pulled", "Resolved"]
 
@@ -34,6 +43,7 @@ class Client(Puller):
     ) -> None:
         super().__init__(store, cache, limit, verifier)
         self.engine, self.pins = engine, Pins(cache / PINS, _identity(engine))
+        self._tenants: dict[str, TenantId] = {}
 
     @classmethod
     def from_environment(cls) -> "Client":
@@ -51,14 +61,50 @@ class Client(Puller):
         Raises NameRefused, NotFound, VersionGone for one that retention has removed.
         """
         wanted = _read(reference)
+        return Resolved(wanted, *self._asked(wanted.tenant, lambda session, id_: lookups.find(session, id_, wanted)))
+
+    def current(
+        self, tenant: str, users: Iterable[str], adapter: str = DEFAULT_ADAPTER, alias: str = LATEST
+    ) -> dict[str, Current]:
+        """Where an alias of many users' adapters is now, in one question; who has none is left out.
+
+        Raises NameRefused, NotFound for the tenant.
+        """
+        names = [check_user(name) for name in users]
+        check_plain("adapter", adapter)
+        check_plain("alias", alias)
+        return self._asked(tenant, lambda session, id_: lookups.find_many(session, id_, names, adapter, alias))
+
+    def search(self, tenant: str, wanted: Search, *, after: str = "", limit: int = 100) -> Page[Found]:
+        """Versions by what they are, a page at a time.  Raises NotFound, NameRefused, CursorRefused."""
+        return self._asked(tenant, lambda session, id_: search.search(session, id_, wanted, after=after, limit=limit))
+
+    def outdated(
+        self, tenant: str, *, base: str = "", recipe: str = "", after: str = "", limit: int = 1000
+    ) -> Page[Outdated]:
+        """Who needs training again, a page at a time.  Raises NotFound, NameRefused, CursorRefused."""
+        given = {"base": base, "recipe": recipe, "after": after}
+        return self._asked(tenant, lambda session, id_: freshness.outdated(session, id_, **given, limit=limit))
+
+    def changes(self, tenant: str, *, after: str = "", limit: int = 1000) -> Page[Change]:
+        """What changed since a cursor; its own is where to ask again.  Raises NotFound, NameRefused, CursorRefused."""
+        return self._asked(tenant, lambda session, id_: feed.changes(session, id_, after=after, limit=limit))
+
+    def changes_from_now(self, tenant: str) -> str:
+        """The cursor that only what is to come lies behind.  Raises NotFound."""
+        return self._asked(tenant, feed.now)
+
+    def _asked(self, tenant: str, question: Callable[[Session, TenantId], Answer]) -> Answer:
+        """The answer to a question about a tenant, whose id is remembered: to ask for it takes longer than the rest."""
         with reading(self.engine) as session:
-            tenant = queries.tenant_id(session, wanted.tenant)
-            version = queries.version(session, tenant, wanted)
-            if wanted.number:  # what an alias points to is never removed
-                check_living(session, tenant, version, str(wanted))
-        return Resolved(
-            wanted, version.number, version.state, version.served_name, version.prefix, version.sha256, version.files
-        )
+            if known := self._tenants.get(tenant):
+                enter(session, known)
+                try:
+                    return question(session, known)
+                except NotFound:  # is it another tenant by now?
+                    session.rollback()
+            self._tenants[tenant] = queries.tenant_id(session, tenant)
+            return question(session, self._tenants[tenant])
 
     def pull(self, reference: str | Reference, verify: bool = False) -> Path:
         """The local folder of a version's files, named as an engine serves it.

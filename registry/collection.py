@@ -105,7 +105,9 @@ def _mark(session: Session, tenant: TenantId, now: datetime, since: AdapterId | 
     versions = retention.expired_versions(session, tenant, kept, now, _BATCH, since)
     for one in versions:
         session.add(Tombstone(version_id=one.id, tenant_id=tenant, reason=rule, at=now))
-        note(session, tenant, "version removed", one.id, {"reason": rule}, now)
+        served_name = one.prefix.rpartition("/")[2]
+        body = {"number": one.number, "served_name": served_name, "reason": rule}
+        note(session, tenant, "version removed", one.id, body, now)
     session.flush()
     datasets = retention.expired_datasets(session, tenant, now, _BATCH)
     for one in datasets:

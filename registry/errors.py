@@ -19,6 +19,7 @@ RegistryError
 ├── ScheduleRefused      a cron expression, interval or time zone is not valid
 ├── QuotaRefused         a weight or limit of a tenant is not valid
 ├── QuotaReached         a tenant has as many jobs waiting as it may have
+├── CursorRefused        the place where an answer should go on is none of that answer's
 ├── SettingRefused       a variable of the environment holds what it may not
 ├── SignatureRefused     a version is not signed, or not by a key that is trusted here
 ├── ManifestRefused      a manifest is not what a version's must be
@@ -223,6 +224,17 @@ class QuotaReached(RegistryError):
     def __str__(self) -> str:
         most = self.args[0]
         return f"no more jobs may wait: the limit is {most}; try again when some are done, or raise max-waiting"
+
+
+class CursorRefused(RegistryError):
+    """A cursor does not say where an answer goes on: the cursor, and why."""
+
+    def __init__(self, cursor: str, why: str) -> None:
+        super().__init__(cursor, why)
+
+    def __str__(self) -> str:
+        cursor, why = self.args
+        return f"{ascii(cursor)[:80]} is no cursor of this answer: {why}; pass one that it gave, or begin anew without"
 
 
 class SettingRefused(RegistryError):

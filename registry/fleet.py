@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, and_, exists, func, insert, literal, or_, 
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
+from registry import freshness
 from registry.aliases import MOVED, ROLLED_BACK
 from registry.errors import NameRefused, PromotionRefused
 from registry.models import (
@@ -27,7 +28,7 @@ from registry.models import (
     User,
     UtcTime,
 )
-from registry.names import TenantId, check_plain, check_user, check_words
+from registry.names import LATEST, TenantId, check_plain, check_user, check_words
 from registry.protection import check_movable
 
 _COLUMNS = ("tenant_id", "adapter_id", "name", "kind", "from_id", "to_id", "actor", "reason", "at", "fleet_id")
@@ -210,6 +211,8 @@ def _carry_out(session: Session, tenant: TenantId, alias: str, fleet_id: int) ->
     if session.scalar(select(AliasMove.id).where(*mine, removed).limit(1)) is not None:
         why = "retention has removed a version that one of them would point to, so nothing was changed"
         raise PromotionRefused(f"fleet@{alias}", why, "run it again")
+    if alias == LATEST:
+        freshness.latests_moved(session, tenant, alias, fleet_id)
     return FleetMove(fleet_id, count)
 
 

@@ -261,15 +261,18 @@ def check_fence(session: Session, job: ClaimedJob) -> None:
         raise LeaseLost(str(job.id), job.fence)
 
 
-def close(session: Session, job: ClaimedJob, state: str, now: datetime, error: str | None = None) -> None:
-    """End a job under its fence.  Raises LeaseLost when somebody else has it."""
-    _change(session, job, {"state": state, "finished_at": now, "lease_until": None, "error": error})
+def close(session: Session, job: ClaimedJob, state: str, now: datetime, error: str | None = None) -> datetime:
+    """End a job under its fence; returns when it was asked for.  Raises LeaseLost when somebody else has it."""
+    return _change(session, job, {"state": state, "finished_at": now, "lease_until": None, "error": error})
 
 
-def _change(session: Session, job: ClaimedJob, values: Mapping[str, object]) -> None:
+def _change(session: Session, job: ClaimedJob, values: Mapping[str, object]) -> datetime:
     enter(session, job.tenant_id)
-    if session.scalar(update(Job).where(*_held(job)).values(**values).returning(Job.id)) is None:
+    changed = update(Job).where(*_held(job)).values(**values).returning(Job.created_at)
+    asked_at = session.connection().scalar(changed)
+    if asked_at is None:
         raise LeaseLost(str(job.id), job.fence)
+    return asked_at
 
 
 def _held(job: ClaimedJob) -> tuple[Any, ...]:  # SQLAlchemy's conditions

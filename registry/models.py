@@ -8,6 +8,7 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     DateTime,
+    FetchedValue,
     ForeignKey,
     Index,
     Integer,
@@ -29,6 +30,7 @@ Facts = dict[str, Any]  # JSON whose shape another module owns: a recipe, scores
 _COUNTER = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts by itself only in its INTEGER
 _OF_FLEETS = text("fleet_id IS NOT NULL")
 _UNFINISHED = text("finished_at IS NULL")
+_NEWER_DATA, _SAME_DATA = text("newest_id IS DISTINCT FROM dataset_id"), text("newest_id = dataset_id")
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -135,14 +137,54 @@ class Adapter(Base):
     created_at: Mapped[datetime]
 
 
+class Freshness(Base):
+    """What an adapter's `latest` was trained from, and its user's newest data: a copy, so that one question is quick.
+
+    Each row is in one of the two indexes: with newer data, or by base and recipe; none without any data.
+    """
+
+    __tablename__ = "freshness"
+    __table_args__ = (
+        Index(
+            None,
+            "tenant_id",
+            "adapter_id",
+            postgresql_where=_NEWER_DATA,
+            sqlite_where=text("newest_id IS NOT dataset_id"),
+        ),
+        Index(
+            None,
+            "tenant_id",
+            "base_id",
+            "recipe_digest",
+            "adapter_id",
+            postgresql_where=_SAME_DATA,
+            sqlite_where=_SAME_DATA,
+        ),
+    )
+
+    adapter_id: Mapped[AdapterId] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True)
+    tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))
+    newest_id: Mapped[DatasetId | None]  # the dataset that was added last
+    dataset_id: Mapped[DatasetId | None]  # of `latest`, as the next two; none before the first accepted version
+    base_id: Mapped[uuid.UUID | None]
+    recipe_digest: Mapped[str | None] = mapped_column(String(64))
+
+
 class AdapterVersion(Base):
     """One immutable set of weights: rows are added, never rewritten."""
 
     __tablename__ = "adapter_versions"
-    __table_args__ = (UniqueConstraint("adapter_id", "number"),)
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "number"),
+        Index(None, "tenant_id", "created_at", "id"),
+        Index(None, "tenant_id", "base_id", "created_at", "id"),
+        Index(None, "tenant_id", "gain", "id"),
+        Index(None, "tenant_id", "loss", "id"),
+    )
 
     id: Mapped[VersionId] = mapped_column(primary_key=True, default=uuid.uuid4)
-    tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"), index=True)
+    tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))
     adapter_id: Mapped[AdapterId] = mapped_column(ForeignKey("adapters.id"))
     number: Mapped[int]
     state: Mapped[str] = mapped_column(String(16))  # accepted or refused, by the gate
@@ -156,6 +198,8 @@ class AdapterVersion(Base):
     recipe: Mapped[Facts]
     recipe_digest: Mapped[str] = mapped_column(String(64))
     code_version: Mapped[str] = mapped_column(String(64))
+    loss: Mapped[float | None]  # on the user's held-out examples; scores as a whole are evaluations
+    gain: Mapped[float | None]  # how far that is below the base's on the same examples
     base_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("bases.id"))
     dataset_id: Mapped[DatasetId] = mapped_column(ForeignKey("datasets.id"), index=True)
     job_id: Mapped[JobId] = mapped_column(ForeignKey("jobs.id"), unique=True)  # the idempotency key
@@ -179,10 +223,11 @@ class Alias(Base):
     """A movable pointer to a version."""
 
     __tablename__ = "aliases"
+    __table_args__ = (Index(None, "tenant_id", "name", "adapter_id"),)
 
     adapter_id: Mapped[AdapterId] = mapped_column(ForeignKey("adapters.id"), primary_key=True)
     name: Mapped[str] = mapped_column(String(63), primary_key=True)
-    tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"), index=True)
+    tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))
     version_id: Mapped[VersionId] = mapped_column(ForeignKey("adapter_versions.id"), index=True)
 
 
@@ -196,7 +241,7 @@ class AliasMove(Base):
     __tablename__ = "alias_moves"
     __table_args__ = (
         Index(None, "adapter_id", "name", "id"),
-        Index(None, "tenant_id", "name", "fleet_id", postgresql_where=_OF_FLEETS, sqlite_where=_OF_FLEETS),
+        Index(None, "tenant_id", "name", "fleet_id", "id", postgresql_where=_OF_FLEETS, sqlite_where=_OF_FLEETS),
     )
 
     id: Mapped[int] = mapped_column(_COUNTER, primary_key=True, autoincrement=True)
@@ -302,9 +347,11 @@ class Event(Base):
     """What happened, when, to whom: added and never changed."""
 
     __tablename__ = "events"
-    __table_args__ = (Index(None, "tenant_id", "id"),)
+    __table_args__ = (Index(None, "tenant_id", "txid", "id"),)
 
     id: Mapped[int] = mapped_column(_COUNTER, primary_key=True, autoincrement=True)
+    # PostgreSQL's number of its transaction, 0 on SQLite: by it a reader knows that none is to come in front of it
+    txid: Mapped[int] = mapped_column(BigInteger, server_default=FetchedValue())
     tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))
     kind: Mapped[str] = mapped_column(String(32))
     subject: Mapped[str] = mapped_column(String(64))  # an id

@@ -45,7 +45,7 @@ def protected(session: Session, tenant: TenantId) -> list[ProtectedAlias]:
 def is_protected(session: Session, tenant: TenantId, alias: str) -> bool:
     """Whether only somebody who means to may move it."""
     mine = (ProtectedAlias.tenant_id == tenant, ProtectedAlias.name == alias)
-    return session.scalar(select(ProtectedAlias.name).where(*mine)) is not None
+    return session.connection().scalar(select(ProtectedAlias.name).where(*mine)) is not None
 
 
 def check_movable(session: Session, tenant: TenantId, alias: str, override: bool) -> None:

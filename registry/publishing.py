@@ -6,24 +6,25 @@ intent, which the sweep in `uploads.py` clears.
 """
 
 import hashlib
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from sqlalchemy import select, update
+from sqlalchemy import Insert, Update, insert, select, update
 from sqlalchemy.engine import Engine
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from registry import aliases, uploads
 from registry.errors import ContentDiffers, LeaseLost, ObjectDiffers
 from registry.jobs import ClaimedJob, check_fence, close
 from registry.keys import MANIFEST, version_prefix
-from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Facts, Job
+from registry.models import Adapter, AdapterVersion, Evaluation, Facts, Job
 from registry.names import LATEST, RunId, VersionId, check_file
 from registry.protection import is_protected
-from registry.queries import note
-from registry.session import reading, transaction
+from registry.queries import noted
+from registry.session import at_once, reading, transaction
 from registry.signing import SIGNATURE, Signer
 from registry.store import ObjectStore
 from registry.tenancy import enter
@@ -62,17 +63,22 @@ def publish(
 
     Raises LeaseLost when somebody else has the job, ContentDiffers when it published other files before.
     """
-    digest, _ = place(job, finished)
-    with reading(engine) as session:
-        done = _already(session, job, digest)
-    if done:
-        return done
-    prefix = declare(engine, job, digest, now)
+    digest, prefix = place(job, finished)
+    with transaction(engine) as session:
+        if done := _already(session, job, digest):
+            return done
+        _declare(session, job, prefix, now)
     if signer:
         finished = replace(finished, files=signed(store, prefix, finished.files, signer))
     upload(store, prefix, finished.files)
-    with transaction(engine) as session:
-        return _already(session, job, digest) or _commit(session, job, finished, digest, prefix, now)
+    try:
+        with transaction(engine) as session:
+            return _commit(session, job, finished, digest, prefix, now)
+    except LeaseLost:  # perhaps since it was published meanwhile, by a call whose answer was lost
+        with reading(engine) as session:
+            if done := _already(session, job, digest):
+                return done
+        raise
 
 
 def declare(engine: Engine, job: ClaimedJob, digest: str, now: datetime) -> str:
@@ -82,10 +88,14 @@ def declare(engine: Engine, job: ClaimedJob, digest: str, now: datetime) -> str:
     """
     prefix = _prefix(job, digest)
     with transaction(engine) as session:
-        check_fence(session, job)  # nothing of a user who is forgotten meanwhile may come into the store
-        if not uploads.declare(session, job.tenant_id, prefix, now, job.id):
-            raise LeaseLost(str(job.id), job.fence)
+        _declare(session, job, prefix, now)
     return prefix
+
+
+def _declare(session: Session, job: ClaimedJob, prefix: str, now: datetime) -> None:
+    check_fence(session, job)  # nothing of a user who is forgotten meanwhile may come into the store
+    if not uploads.declare(session, job.tenant_id, prefix, now, job.id):
+        raise LeaseLost(str(job.id), job.fence)
 
 
 def place(job: ClaimedJob, finished: Finished) -> tuple[str, str]:
@@ -146,43 +156,50 @@ def _already(session: Session, job: ClaimedJob, digest: str) -> Published | None
 def _commit(
     session: Session, job: ClaimedJob, finished: Finished, digest: str, prefix: str, now: datetime
 ) -> Published:
-    """The one transaction that makes the version exist."""
-    close(session, job, "published" if finished.accepted else "refused", now)
+    """The one transaction that makes the version exist.
+
+    The adapter's row lock makes its publishers wait in line, so that numbers have no gaps; what can be done before it
+    is taken comes before, and what needs it in as few steps as the database can take.
+    """
+    asked_at = close(session, job, "published" if finished.accepted else "refused", now)
     if not uploads.settle(session, job.tenant_id, prefix):
         raise LeaseLost(str(job.id), job.fence)
-    # The row lock that this takes makes publishers of one adapter wait in line: numbers have no gaps.
+    moves = finished.accepted and not is_protected(session, job.tenant_id, LATEST)
     head = update(Adapter).where(Adapter.tenant_id == job.tenant_id, Adapter.id == job.adapter_id)
-    number = session.scalars(head.values(head=Adapter.head + 1).returning(Adapter.head)).one()
+    bumped = head.values(head=Adapter.head + 1).returning(Adapter.head)
+    number = session.connection().scalars(bumped).one()
     version = version_row(job, finished, digest, prefix, number, now)
-    session.add(version)
-    session.flush()
-    for subject, metrics in finished.scores.items():
-        session.add(Evaluation(tenant_id=job.tenant_id, version_id=version.id, subject=subject, metrics=dict(metrics)))
-    if finished.accepted and not overtaken(session, job) and not is_protected(session, job.tenant_id, LATEST):
-        aliases.move(session, job.tenant_id, version, LATEST, actor="gate", reason=finished.reason, now=now)
+    writes: list[Insert | Update] = [_insert(version), *_scores(version, finished)]
+    if moves:
+        live = session.connection().scalar(aliases.locked(job.tenant_id, job.adapter_id, LATEST))
+        if live is None or not overtaken(session, job, live, asked_at):
+            writes += aliases.move_to(version, live, LATEST, actor="gate", reason=finished.reason, now=now)
     body = {"number": number, "accepted": finished.accepted, "reason": finished.reason}
-    note(session, job.tenant_id, "version published", version.id, body, now)
+    at_once(session, [*writes, noted(job.tenant_id, "version published", version.id, body, now)])
     return as_published(version)
 
 
-def overtaken(session: Session, job: ClaimedJob) -> bool:
-    """Whether `latest` points to a version that was asked for later: an older request that took longer leaves it."""
-    live, mine = aliased(Job), aliased(Job)
-    later = (
-        select(live.id)
-        .join(AdapterVersion, AdapterVersion.job_id == live.id)
-        .join(Alias, Alias.version_id == AdapterVersion.id)
-        .join(mine, mine.id == job.id)
-        .where(Alias.tenant_id == job.tenant_id, Alias.adapter_id == job.adapter_id, Alias.name == LATEST)
-        .where(live.created_at > mine.created_at)
-    )
-    return session.scalar(later) is not None
+def _scores(version: AdapterVersion, finished: Finished) -> list[Insert]:
+    return [
+        insert(Evaluation).values(
+            id=uuid.uuid4(), tenant_id=version.tenant_id, version_id=version.id, subject=subject, metrics=dict(metrics)
+        )
+        for subject, metrics in finished.scores.items()
+    ]
+
+
+def overtaken(session: Session, job: ClaimedJob, live: VersionId, asked_at: datetime) -> bool:
+    """Whether the live version was asked for later: an older request that took longer leaves `latest` to it."""
+    mine = (Job.tenant_id == job.tenant_id, AdapterVersion.id == live)
+    asked = select(Job.created_at).where(*mine).join(AdapterVersion, AdapterVersion.job_id == Job.id)
+    return session.connection().scalars(asked).one() > asked_at
 
 
 def version_row(
     job: ClaimedJob, finished: Finished, digest: str, prefix: str, number: int, now: datetime
 ) -> AdapterVersion:
     """The row of a version to be."""
+    loss, base = (_loss(finished.scores.get(subject)) for subject in ("candidate", "base"))
     files = {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
         for name, data in sorted(finished.files.items())
@@ -193,8 +210,21 @@ def version_row(
         served_name=prefix.rpartition("/")[2], prefix=prefix, sha256=digest, files=files,
         size=sum(len(data) for data in finished.files.values()), parameters=finished.parameters,
         recipe=job.recipe, recipe_digest=job.recipe_digest, code_version=finished.code_version,
+        loss=loss, gain=None if loss is None or base is None else base - loss,
         base_id=job.base_id, dataset_id=job.dataset_id, job_id=job.id, run_id=finished.run_id, created_at=now,
     )  # fmt: skip
+
+
+def _loss(scores: Facts | None) -> float | None:
+    """A loss that can be sorted by; None where there is none, or one that is no number."""
+    value = scores.get("loss") if scores else None
+    return value if isinstance(value, float | int) and math.isfinite(value) else None
+
+
+def _insert(version: AdapterVersion) -> Insert:
+    """A version's row as a statement."""
+    columns = AdapterVersion.__mapper__.columns
+    return insert(AdapterVersion).values({column.key: getattr(version, column.key) for column in columns})
 
 
 def as_published(version: AdapterVersion) -> Published:

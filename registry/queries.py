@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, Select, Subquery, func, select, true
+from sqlalchemy import ColumnElement, Insert, Select, Subquery, func, insert, select, true
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from registry import freshness
 from registry.errors import NotFound
 from registry.models import (
     Adapter,
@@ -23,6 +24,7 @@ from registry.models import (
     Evaluation,
     Event,
     Facts,
+    Freshness,
     Job,
     SharedBase,
     Tenant,
@@ -83,9 +85,16 @@ def ensure_adapter(session: Session, reference: Reference, now: datetime) -> Hol
     adapter = find_or_add(
         session,
         adapters,
-        lambda: Adapter(tenant_id=tenant.id, user_id=user.id, name=reference.adapter, created_at=now),
+        lambda: _new_adapter(session, tenant.id, user, reference.adapter, now),
     )
     return Holder(tenant.id, user, adapter)
+
+
+def _new_adapter(session: Session, tenant: TenantId, user: User, name: str, now: datetime) -> Adapter:
+    made = Adapter(id=AdapterId(uuid.uuid4()), tenant_id=tenant, user_id=user.id, name=name, created_at=now)
+    newest = freshness.newest(session, tenant, user.id)
+    session.add(Freshness(adapter_id=made.id, tenant_id=tenant, newest_id=newest))
+    return made
 
 
 def find_or_add(session: Session, wanted: Select[tuple[Row]], make: Callable[[], Row]) -> Row:
@@ -129,7 +138,9 @@ def version(session: Session, tenant: TenantId, reference: Reference) -> Adapter
     found = session.scalar(
         owned.where(AdapterVersion.number == reference.number)
         if reference.number
-        else owned.join(Alias, Alias.version_id == AdapterVersion.id).where(Alias.name == reference.alias)
+        else owned.join(Alias, (Alias.adapter_id == Adapter.id) & (Alias.version_id == AdapterVersion.id)).where(
+            Alias.name == reference.alias
+        )
     )
     if found is None:
         raise reference.not_found()
@@ -251,6 +262,7 @@ def ensure_dataset(
     if found.removed_at:  # the same content once more, after retention had removed it
         found.key, found.removed_at = key, None
     found.added_at = now
+    freshness.data_added(session, tenant, holder.user.id, found.id)
     note(session, tenant, "dataset added", found.id, {"digest": digest, "examples": examples}, now)
     session.flush()
     return found
@@ -275,6 +287,11 @@ def ensure_base(
 def note(session: Session, tenant: TenantId, kind: str, subject: uuid.UUID, body: Facts, now: datetime) -> None:
     """Add an event."""
     session.add(Event(tenant_id=tenant, kind=kind, subject=str(subject), body=body, at=now))
+
+
+def noted(tenant: TenantId, kind: str, subject: uuid.UUID, body: Facts, now: datetime) -> Insert:
+    """An event as a statement."""
+    return insert(Event).values(tenant_id=tenant, kind=kind, subject=str(subject), body=body, at=now)
 
 
 def job(session: Session, tenant: TenantId, job_id: JobId) -> Job:

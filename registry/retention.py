@@ -34,6 +34,7 @@ class Expired:
     prefix: str  # of its objects
     size: int  # bytes
     adapter_id: AdapterId | None = None  # of a version
+    number: int | None = None  # the same
 
 
 def set_policy(
@@ -159,8 +160,8 @@ def expired_versions(
     free = lock_aliases(session, tenant, sorted(asked), wait=False)
     found = session.execute(rows.where(Adapter.id.in_(free)).limit(limit)).tuples()
     return [
-        Expired(version.id, _label(user, adapter, version.number), version.prefix, version.size, version.adapter_id)
-        for version, user, adapter in found
+        Expired(one.id, _label(user, adapter, one.number), one.prefix, one.size, one.adapter_id, one.number)
+        for one, user, adapter in found
     ]
 
 

@@ -1,19 +1,28 @@
 """Connections and transactions: the only place in the registry that commits."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import Engine, Insert, Update, create_engine, event, literal, make_url, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, ProgrammingError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    NoSuchModuleError,
+    OperationalError,
+    ProgrammingError,
+    TimeoutError,
+)
 from sqlalchemy.orm import Session
 
 from registry.errors import DatabaseUnavailable, RegistryInUse
+from registry.models import Base
 
-_SQLITE_WAIT_SECONDS = 60  # how long a writer waits for its turn; one writes at a time
+_WAIT_SECONDS = 60  # for a turn: to write on SQLite, for one of the process's connections on PostgreSQL
 _FROZEN_SECONDS = 300  # a worker that stands still inside a transaction loses it: its locks hold up others
 _FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
 
@@ -23,11 +32,11 @@ def open_database(url: str) -> Engine:
     try:
         parsed = make_url(url)
         if parsed.get_backend_name() == "sqlite":
-            engine = create_engine(parsed, connect_args={"timeout": _SQLITE_WAIT_SECONDS})
+            engine = create_engine(parsed, connect_args={"timeout": _WAIT_SECONDS})
             event.listen(engine, "connect", _set_up_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
             return engine
-        engine = create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
+        engine = create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=_WAIT_SECONDS)
         event.listen(engine, "connect", _set_up_postgres)
         return engine
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
@@ -56,6 +65,22 @@ def reading(engine: Engine) -> Iterator[Session]:
         yield session
 
 
+def at_once(session: Session, writes: Sequence[Insert | Update]) -> None:
+    """Carry out writes that do not read each other: in one statement on PostgreSQL, so that locks are held for less."""
+    connection = session.connection()
+    if connection.dialect.name == "postgresql":
+        parts = [write.cte(f"write_{number}") for number, write in enumerate(writes)]
+        connection.execute(select(literal(1)).add_cte(*parts))
+        return
+    for write in writes:
+        connection.execute(write)
+
+
+def adding(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    """An insert that may say what to do on a conflict, in the words of the session's database."""
+    return postgresql.insert(table) if session.get_bind().dialect.name == "postgresql" else sqlite.insert(table)
+
+
 def compact(engine: Engine) -> None:
     """Leave no byte of deleted rows in a SQLite file and its log; PostgreSQL does it by itself, in time (VACUUM).
 
@@ -75,6 +100,9 @@ def known_faults(engine: Engine) -> Iterator[None]:
     """The database's everyday faults in plain words; anything else is passed on."""
     try:
         yield
+    except TimeoutError as error:
+        why = f"no connection of this process was free for {_WAIT_SECONDS} s"
+        raise DatabaseUnavailable(shown(engine), why, "ask from fewer threads, or see what holds them up") from error
     except DBAPIError as error:
         why = (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]
         if isinstance(error, OperationalError) or error.connection_invalidated:

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from registry.names import TenantId
+
+# Made once: every transaction begins with it.
+_SET_LOCAL = select(func.set_config(bindparam("name"), bindparam("value"), True))
 
 
 class Across(StrEnum):
@@ -59,4 +62,4 @@ def _set(session: Session, name: str, value: str) -> None:
     """SET LOCAL, once what is pending has been written under the settings it was made under."""
     if session.get_bind().dialect.name == "postgresql":
         session.flush()
-        session.execute(select(func.set_config(name, value, True)))
+        session.connection().execute(_SET_LOCAL, {"name": name, "value": value})

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from registry import aliases
+from registry import aliases, freshness
 from registry.errors import LeaseLost, RegistryError
 from registry.jobs import ClaimedJob
 from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Job, Upload
@@ -229,7 +229,18 @@ def _point_at(
                 aliases.begin(session, tenant, version, LATEST, actor="gate", reason=reason, now=now)
     except IntegrityError:  # somebody pointed one there meanwhile
         first = {}
+    freshness.begun(session, tenant, list(first))
     for version, parcel in sorted(accepted.items(), key=lambda one: one[0].adapter_id):  # locks in one order
-        if version not in first and not overtaken(session, parcel.job):
-            reason = parcel.finished.reason
-            aliases.move(session, tenant, version, LATEST, actor="gate", reason=reason, now=now)
+        if version not in first:
+            _move_on(session, parcel, version, now)
+
+
+def _move_on(session: Session, parcel: _Parcel, version: AdapterVersion, now: datetime) -> None:
+    """Move `latest` of an adapter that had one, unless it points to a version that was asked for later."""
+    job = parcel.job
+    live = session.scalar(aliases.locked(job.tenant_id, job.adapter_id, LATEST))
+    mine = (Job.tenant_id == job.tenant_id, Job.id == job.id)
+    asked_at = session.scalars(select(Job.created_at).where(*mine)).one()
+    if live is None or not overtaken(session, job, live, asked_at):
+        reason = parcel.finished.reason
+        aliases.move(session, job.tenant_id, version, LATEST, actor="gate", reason=reason, now=now)

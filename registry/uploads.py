@@ -14,8 +14,7 @@ from sqlalchemy.orm import Session
 from registry.errors import RegistryError
 from registry.models import AdapterVersion, Job, Upload
 from registry.names import JobId, TenantId
-from registry.queries import find_or_add
-from registry.session import transaction
+from registry.session import adding, transaction
 from registry.store import ObjectStore
 from registry.tenancy import Across, across, enter
 
@@ -24,19 +23,18 @@ UPLOAD_LEASE = timedelta(minutes=15)
 
 def declare(session: Session, tenant: TenantId, prefix: str, now: datetime, job: JobId | None = None) -> bool:
     """Write down the intent to upload below a prefix, or renew it; False once the sweeper has begun on it."""
-    intent = find_or_add(
-        session,
-        select(Upload).where(Upload.tenant_id == tenant, Upload.prefix == prefix).with_for_update(),
-        lambda: Upload(prefix=prefix, tenant_id=tenant, job_id=job, sweeping=False, lease_until=now + UPLOAD_LEASE),
-    )
-    intent.lease_until = now + UPLOAD_LEASE
-    return not intent.sweeping
+    until = now + UPLOAD_LEASE
+    made = adding(session, Upload).values(
+        prefix=prefix, tenant_id=tenant, job_id=job, sweeping=False, lease_until=until
+    )  # fmt: skip
+    kept = made.on_conflict_do_update(index_elements=["prefix"], set_={"lease_until": until})
+    return not session.connection().scalars(kept.returning(Upload.sweeping)).one()
 
 
 def settle(session: Session, tenant: TenantId, prefix: str) -> bool:
     """End an intent in the transaction that adds the row which names its objects; False once it has been swept."""
     mine = (Upload.tenant_id == tenant, Upload.prefix == prefix, Upload.sweeping.is_(False))
-    return session.scalar(delete(Upload).where(*mine).returning(Upload.prefix)) is not None
+    return session.connection().scalar(delete(Upload).where(*mine).returning(Upload.prefix)) is not None
 
 
 def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:

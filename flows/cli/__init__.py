@@ -23,6 +23,7 @@ from flows.cli import (
     queueing,
     reading,
     scheduling,
+    searching,
     system,
     training,
     tuning,
@@ -45,7 +46,9 @@ app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
 app.add_typer(caching.app, name="cache")
 app.add_typer(queueing.app, name="queue")
-for group in (system, training, tuning, reading, versions, pulling, fleet, lifecycle, leave, chatting, comparing):
+for group in (
+    system, training, tuning, reading, searching, versions, pulling, fleet, lifecycle, leave, chatting, comparing,
+):  # fmt: skip
     group.register(app)
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import Engine, event
 from registry.errors import StoreUnavailable
 from registry.store import FolderStore, ObjectStore, S3Store
 
-_TABLE = re.compile(r"^(SELECT\b.*?\bFROM|INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)", re.DOTALL)
+_TABLE = re.compile(r"^(?:WITH write_0 AS\s+\()?(SELECT\b.*?\bFROM|INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)", re.DOTALL)
 _FILE_CALLS = {"open", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.scandir"}
 
 

@@ -82,7 +82,7 @@ def test_a_restart_between_transactions_is_not_noticed(
     check_all(engine, store)
 
 
-@pytest.mark.parametrize("statement", ["INSERT INTO uploads", "UPDATE adapters", "INSERT INTO aliases"])
+@pytest.mark.parametrize("statement", ["INSERT INTO uploads", "UPDATE adapters", "WITH write_0"])
 def test_a_restart_inside_a_transaction_is_told_and_makes_no_version(
     engine: Engine, store: FolderStore, job: ClaimedJob, own_postgres: tuple[str, Restart], statement: str
 ) -> None:

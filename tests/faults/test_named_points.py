@@ -36,7 +36,7 @@ TABLE = [
     ("publish: after put manifest.json", 1, OLD, OLD),
     ("publish: after UPDATE jobs", 1, OLD, OLD),
     ("publish: after INSERT adapter_versions", 1, OLD, OLD),
-    ("publish: after UPDATE aliases", 1, OLD, OLD),
+    ("publish: after SELECT aliases", 1, OLD, OLD),
     ("publish: before COMMIT", 2, OLD, OLD),
     ("publish: after COMMIT", 2, NEW, OLD),
     ("promote: before COMMIT", 1, NEW, OLD),

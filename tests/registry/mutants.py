@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,10 +65,19 @@ def alive(mutant: Mutant) -> Iterator[None]:
     try:
         for function, _ in kept:
             function.__code__ = codes[function.__name__]
+        _forget(module)
         yield
     finally:
         for function, code in kept:
             function.__code__ = code
+        _forget(module)
+
+
+def _forget(module: ModuleType) -> None:
+    """What its functions remember was made by the code before."""
+    for one in vars(module).values():
+        if hasattr(one, "cache_clear"):
+            one.cache_clear()
 
 
 def _true() -> ast.expr:
@@ -76,7 +86,8 @@ def _true() -> ast.expr:
 
 
 def _functions(module: ModuleType) -> list[FunctionType]:
-    return [one for one in vars(module).values() if isinstance(one, FunctionType) and one.__module__ == module.__name__]
+    plain = [inspect.unwrap(one) for one in vars(module).values() if callable(one)]
+    return [one for one in plain if isinstance(one, FunctionType) and one.__module__ == module.__name__]
 
 
 def _filters(tree: ast.Module) -> Iterator[ast.Compare]:

@@ -18,11 +18,14 @@ from registry import (
     aliases,
     collection,
     erasure,
+    feed,
     fleet,
     forgetting,
+    freshness,
     growth,
     holds,
     jobs,
+    lookups,
     protection,
     publishing,
     queries,
@@ -30,6 +33,7 @@ from registry import (
     resolving,
     retention,
     schedules,
+    search,
     shares,
     uploads,
 )
@@ -42,6 +46,7 @@ from registry.names import Reference, TenantId
 from registry.publishing import publish
 from registry.queries import Holder
 from registry.schedules import Due, Terms
+from registry.search import Search
 from registry.session import open_database, transaction
 from registry.store import FolderStore
 from registry.timing import Timing
@@ -86,6 +91,12 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         "listing": lambda: queries.listing(session, mine),
         "counts": lambda: (queries.job_counts(session, mine), queries.recent_jobs(session, mine)),
         "job": lambda: queries.job(session, mine, job.id),
+        "lookup": lambda: lookups.find(session, mine, alice),
+        "lookup many": lambda: lookups.find_many(session, mine, ["alice"], "default", "latest"),
+        "search": lambda: search.search(session, mine, Search.parse(["alias=latest"])),
+        "outdated": lambda: freshness.outdated(session, mine, base="c"),
+        "changes": lambda: feed.changes(session, mine),
+        "latest": lambda: aliases.promote(session, mine, first, "latest", **who),
         "enqueue": lambda: jobs.enqueue(session, mine, holder, order, now),
         "renew": lambda: jobs.renew(session, [job], LEASE, now),
         "release": lambda: jobs.release(session, job, now, "error"),
@@ -140,8 +151,9 @@ def goings(session: Session, mine: TenantId, holder: Holder, who: Any) -> dict[s
 
 NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
-    "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
-    "fleet back", "resolve", "resolve all", "schedules", "put", "pause", "remove", "wake", "queue", "cancel",
+    "job", "lookup", "lookup many", "search", "outdated", "changes", "latest", "enqueue", "renew", "release", "fail",
+    "promote", "rollback", "protect", "protected", "unprotect", "fleet", "fleet back", "resolve", "resolve all",
+    "schedules", "put", "pause", "remove", "wake", "queue", "cancel",
     "set policy", "pin", "unpin", "kept", "hold", "unhold", "collect", "forget", "receipts", "erase",
 ]  # fmt: skip
 

@@ -1,6 +1,6 @@
 """A line for each tenant with priorities, shares and quotas, and schedules with conditions.
 
-Revision 0006, after 0004.
+Revision 0006, after 0005.
 """
 
 import sqlalchemy as sa
@@ -9,7 +9,7 @@ from alembic import op
 from registry.models import UtcTime
 
 revision = "0006"
-down_revision = "0004"
+down_revision = "0005"
 branch_labels = None
 depends_on = None
 
@@ -44,7 +44,7 @@ def _add_line() -> None:
     op.add_column("jobs", sa.Column("in_line_since", UtcTime(), server_default="2000-01-01 00:00:00", nullable=False))
     op.execute("UPDATE jobs SET in_line_since = created_at")
     if op.get_bind().dialect.name == "postgresql":
-        op.alter_column("jobs", "in_line_since", server_default=None)
+        op.alter_column("jobs", "in_line_since", server_default=sa.func.now())
     op.drop_index("ix_jobs_state_cohort_group_created_at", "jobs")
     op.drop_index("ix_jobs_tenant_id", "jobs")
     unfinished = sa.text("finished_at IS NULL")

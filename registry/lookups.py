@@ -1,0 +1,94 @@
+"""What inference hosts ask all day: which version does a reference mean now, of one adapter or of thousands.
+
+Each is one statement along four keys (user, adapter, alias, version) that reads only what a host needs.  It is made
+once and run past the ORM: making it and its rows would take longer than PostgreSQL does.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sqlalchemy import JSON, ColumnElement, Select, String, and_, bindparam, cast, func, select
+from sqlalchemy.orm import Session
+
+from registry.errors import NotFound, VersionGone
+from registry.models import Adapter, AdapterVersion, Alias, Facts, Tombstone, User
+from registry.names import Reference, TenantId
+
+Found = tuple[int, str, str, str, str, Facts]  # number, state, served name, prefix, SHA-256 of the manifest, files
+
+_FACTS = (
+    AdapterVersion.number, AdapterVersion.state, AdapterVersion.served_name, AdapterVersion.prefix,
+    AdapterVersion.sha256,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Current:
+    """Where one user's adapter is now: enough to see whether a host has it, and to ask for it if not."""
+
+    number: int
+    state: str
+    served_name: str
+    prefix: str
+    sha256: str  # of the manifest
+
+
+def find(session: Session, tenant: TenantId, reference: Reference) -> Found:
+    """What a reference means now, by number or by alias.  Raises NotFound, VersionGone for one that was removed."""
+    exact = {"number": reference.number} if reference.number else {"alias": reference.alias}
+    asked = {"tenant": tenant, "user": reference.user, "adapter": reference.adapter, **exact}
+    row = session.connection().execute(_one(reference.number is not None), asked).one_or_none()
+    if row is None:
+        raise NotFound("version", str(reference), f"see `lora history {reference.label}` for those there are")
+    facts = row._tuple()
+    if reference.number:  # what an alias points to is never removed
+        *facts, removed_at, rule = facts
+        if removed_at:
+            raise VersionGone(str(reference), f"{removed_at:%Y-%m-%d}", rule)
+    found: Found = tuple(facts)
+    return found
+
+
+def find_many(session: Session, tenant: TenantId, users: Sequence[str], adapter: str, alias: str) -> dict[str, Current]:
+    """Where an alias of each of these users' adapters of that name is; who has none is left out."""
+    asked = {"tenant": tenant, "users": json.dumps(users), "adapter": adapter, "alias": alias}
+    connection = session.connection()
+    rows = connection.execute(_many(connection.dialect.name), asked)
+    return {user: Current(*facts) for user, *facts in rows}
+
+
+@cache
+def _one(by_number: bool) -> Select[Any]:  # a Found
+    """The version of one user's adapter, by its number or an alias."""
+    mine = (User.tenant_id == bindparam("tenant"), User.name == bindparam("user"))
+    adapter = select(*_FACTS, AdapterVersion.files).select_from(User).where(*mine).join(Adapter, _named())
+    if by_number:
+        number = AdapterVersion.number == bindparam("number")
+        version = adapter.join(AdapterVersion, (AdapterVersion.adapter_id == Adapter.id) & number)
+        buried = version.outerjoin(Tombstone, Tombstone.version_id == AdapterVersion.id)
+        return buried.add_columns(Tombstone.at, Tombstone.reason)
+    return adapter.join(Alias, _aliased()).join(AdapterVersion, AdapterVersion.id == Alias.version_id)
+
+
+@cache
+def _many(dialect: str) -> Select[Any]:  # a user's name, and the columns of a Current
+    """For any number of users in one parameter: PostgreSQL goes along the keys, whatever it thinks their number is."""
+    names = bindparam("users", type_=String())
+    listed = func.json_array_elements_text(cast(names, JSON)) if dialect == "postgresql" else func.json_each(names)
+    asked = listed.table_valued("value", name="asked")
+    mine = (User.tenant_id == bindparam("tenant"), User.name == asked.c.value)
+    users = select(User.name, *_FACTS).select_from(asked.join(User, and_(*mine))).where(*mine)
+    adapters = users.join(Adapter, _named()).join(Alias, _aliased())
+    return adapters.join(AdapterVersion, AdapterVersion.id == Alias.version_id)
+
+
+def _named() -> ColumnElement[bool]:
+    return and_(Adapter.user_id == User.id, Adapter.name == bindparam("adapter"))
+
+
+def _aliased() -> ColumnElement[bool]:
+    """By the whole key of the alias: for a part of it PostgreSQL would read all aliases of that name."""
+    return and_(Alias.adapter_id == Adapter.id, Alias.name == bindparam("alias"))
