@@ -22,8 +22,7 @@ SPANNED = ("retention_policies", "tombstones", "forgettings")
 
 
 def upgrade() -> None:
-    with op.batch_alter_table("datasets", schema=None) as batch_op:
-        batch_op.add_column(sa.Column("removed_at", UtcTime(), nullable=True))
+    op.add_column("datasets", sa.Column("removed_at", UtcTime(), nullable=True))
     op.create_table(
         "retention_policies", _tenant(),
         sa.Column("newest", sa.Integer(), nullable=True),
@@ -104,5 +103,4 @@ def downgrade() -> None:
         op.drop_table(table)  # and its policies with it
     for table, column in POINTING.items():
         op.drop_index(op.f(f"ix_{table}_{column}"), table)
-    with op.batch_alter_table("datasets", schema=None) as batch_op:
-        batch_op.drop_column("removed_at")
+    op.drop_column("datasets", "removed_at")  # in place: SQLite cannot rebuild a table that others refer to
