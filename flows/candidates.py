@@ -69,6 +69,11 @@ class Candidate:
         return max(len(rendered.tokens) for rendered in (*self.learner.train, *self.learner.held_out))
 
     @property
+    def judged_tokens(self) -> int:
+        """Tokens of its held-out examples."""
+        return sum(len(rendered.tokens) for rendered in self.learner.held_out)
+
+    @property
     def learners(self) -> list[Learner]:
         """Who is trained for it: one, or its search's trials."""
         return list(self.search.trials.values()) if self.search else [self.learner]

@@ -3,6 +3,7 @@
 Every step may run twice or die at any line: leases, fences and idempotent publishing make that harmless.
 """
 
+import logging
 import math
 import threading
 import time
@@ -22,9 +23,11 @@ from flows.candidates import (
     train_candidates,
     training_bank,
 )
+from flows.costs import NANOSECONDS, Meter
 from flows.factory import Factory, now
 from flows.finished import computed_on, finished
 from flows.fitting import budget_bytes, load_within_budget, plan_fitting, usual_plan
+from flows.logs import event
 from lora_core.base_model import BaseModel, check_device
 from lora_core.data.snapshot import load_snapshot
 from lora_core.errors import ArtifactRefused, BaseModelError, LoraError, MemoryTooSmall
@@ -57,6 +60,7 @@ class Cohort:
         self.plan = plan  # a smaller one once memory ran out
         self.run_id = RunId(uuid.uuid4())
         self.started_at = now()
+        self.meter = Meter()
         self.work: dict[JobId, tuple[ClaimedJob, Candidate]] = {}
         self.failed: dict[str, str] = {}  # label to reason
         self.put_off: dict[JobId, tuple[str, str]] = {}  # label and reason of who needs more memory than is here
@@ -95,6 +99,7 @@ def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
         for job in claimed:
             _drop(factory, cohort, job, str(error))
     else:
+        cohort.meter.devices = len({parameter.device for parameter in cohort.base.model.parameters()})
         _admit(factory, cohort, claimed)
         if cohort.work:
             _fit_into_memory(factory, cohort)
@@ -128,9 +133,16 @@ def _fit_into_memory(factory: Factory, cohort: Cohort) -> None:
 
 def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None = None) -> None:
     """Train everybody packed; who was retired drops out, with the reason."""
+
+    def seen(pace: Pace) -> None:
+        cohort.meter.spend(pace.read)
+        factory.pulse.keep(pace)
+        if watch:
+            watch(pace)
+
     if cohort.work:
         saves, states = _saves(factory, cohort), _states(factory, cohort)
-        cohort.plan = train_candidates(cohort.base, cohort.candidates, cohort.plan, watch, saves, states)
+        cohort.plan = train_candidates(cohort.base, cohort.candidates, cohort.plan, seen, saves, states)
     for job, candidate in list(cohort.work.values()):
         trained = candidate.trained
         if trained is None or trained.outcome == "retired" or not finite(trained.row_P):
@@ -142,6 +154,7 @@ def judge(factory: Factory, cohort: Cohort) -> None:
     if cohort.work:
         base, users, plan = cohort.base, cohort.candidates, cohort.plan
         with_fewer(base, plan.slots, lambda slots: judge_candidates(base, users, slots, plan.row_tokens))
+        cohort.meter.spend({candidate.label: candidate.judged_tokens for candidate in users})
 
 
 def publish_all(factory: Factory, cohort: Cohort) -> None:
@@ -154,15 +167,19 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
     for job, candidate in list(cohort.work.values()):
         assert bank  # there is work
         try:
-            result = finished(cohort.base, cohort.run_id, bank, job, candidate)
-            cohort.published[candidate.label] = publish(factory.engine, factory.store, job, result, now())
+            result = finished(cohort.base, cohort.run_id, bank, job, candidate, cohort.meter)
+            cohort.published[candidate.label] = version = publish(factory.engine, factory.store, job, result, now())
+            event("version published", job, run=cohort.run_id, version=version.number, accepted=version.accepted,
+                  reason=result.reason, tokens=result.tokens, device_seconds=result.device_seconds)  # fmt: skip
             for learner in candidate.learners:
                 _saves(factory, cohort).drop(learner.name)
         except LeaseLost as error:
             cohort.failed[candidate.label] = str(error)
             del cohort.work[job.id]
+            event("lease lost", job, logging.WARNING, run=cohort.run_id, reason=str(error))
         except RegistryError as error:
             trouble = error
+            event("not published", job, logging.ERROR, run=cohort.run_id, reason=str(error))
     if trouble:
         raise trouble
     if cohort.work:
@@ -199,6 +216,7 @@ def in_hand(factory: Factory, claimed: Sequence[ClaimedJob]) -> Iterator[None]:
 
 def _put_back(factory: Factory, claimed: Sequence[ClaimedJob], error: str | None) -> None:
     for job in claimed:
+        event("job put back", job, logging.WARNING, reason=error)
         # Over already, or in other hands; and without a database the lease runs out by itself.
         with suppress(RegistryError), transaction(factory.engine) as session:
             jobs.release(session, job, now(), error)
@@ -225,6 +243,7 @@ def _drop(factory: Factory, cohort: Cohort, job: ClaimedJob, reason: str) -> Non
     """One user leaves the cohort; the others go on."""
     cohort.failed[job.reference.label] = reason
     cohort.work.pop(job.id, None)
+    event("job failed", job, logging.WARNING, run=cohort.run_id, reason=reason)
     with suppress(LeaseLost), transaction(factory.engine) as session:  # a new holder will find out for itself
         jobs.fail(session, job, reason, now())
 
@@ -233,6 +252,7 @@ def _put_off(factory: Factory, cohort: Cohort, job: ClaimedJob, trouble: MemoryT
     """One user leaves the cohort and waits for a worker that has more memory; it costs no attempt."""
     cohort.put_off[job.id] = (job.reference.label, str(trouble))
     cohort.work.pop(job.id, None)
+    event("job put off", job, run=cohort.run_id, reason=str(trouble))
     until = now() + timedelta(seconds=factory.settings.lease_seconds)
     with suppress(LeaseLost), transaction(factory.engine) as session:
         jobs.put_off(session, job, str(trouble), until, now())
@@ -279,7 +299,8 @@ def _close_run(factory: Factory, cohort: Cohort) -> None:
     with transaction(factory.engine) as session:
         run = session.get_one(Run, cohort.run_id)
         run.finished_at = now()
-        run.facts = {"published": len(cohort.published), "failed": len(cohort.failed)}
+        run.facts = {"published": len(cohort.published), "failed": len(cohort.failed), "put_off": len(cohort.put_off),
+                     "device_seconds": cohort.meter.total / NANOSECONDS}  # fmt: skip
 
 
 def runs_wanted(factory: Factory) -> int:

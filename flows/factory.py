@@ -13,6 +13,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from flows.errors import Unready
+from flows.pulse import Pulse
 from flows.settings import FactorySettings
 from lora_core.data.snapshot import IngestReport, SkipPolicy, Snapshot, take_snapshot
 from lora_core.data.sources import in_s3
@@ -46,6 +47,7 @@ class Factory:
 
     def __init__(self, settings: FactorySettings) -> None:
         self.settings = settings
+        self.pulse = Pulse()  # what the process is doing, for whoever looks
 
     @classmethod
     def from_environment(cls, **given: object) -> "Factory":

@@ -34,4 +34,7 @@ class FactorySettings(RegistrySettings):
     lease_seconds: Annotated[int, Field(ge=1)] = 300  # how long a silent worker keeps its jobs
     save_seconds: Annotated[float, Field(ge=0)] = 60  # between saves of a training's progress
     worker: Annotated[str, AfterValidator(_tellable)] = Field(default_factory=_worker_name)
+    log: Literal["", "json", "text"] = ""  # how events are logged; empty: JSON lines, on a terminal warnings in words
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0  # of `lora work`: Prometheus metrics and health; 0: none
+    stall_seconds: Annotated[float, Field(gt=0)] = 1800  # without a step of any kind, after which /healthz says 503
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of a dataset's rows, before it is refused

@@ -3,18 +3,21 @@
 `do` says how a step is run: called plainly here, as a Prefect task in `adapt.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from flows import cohort as steps
 from flows.cohort import Cohort
 from flows.errors import FlowError
 from flows.factory import Factory, Pinned, now, pin_base, request_training
+from flows.logs import event
 from lora_core.errors import LoraError
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
 from registry import schedules, uploads
 from registry.errors import RegistryError
+from registry.jobs import ClaimedJob
 from registry.names import JobId
 from registry.session import reading, transaction
 
@@ -36,12 +39,28 @@ def run_cohort(
     claimed = do(steps.claim, factory, only)
     if not claimed:
         return None
-    with steps.in_hand(factory, claimed):
-        cohort: Cohort = do(steps.prepare, factory, claimed)  # a user with bad data drops out alone
-        do(steps.train, factory, cohort, watch)  # one process, one frozen base, every user
-        do(steps.judge, factory, cohort)  # against the base and the live version
-        do(steps.publish_all, factory, cohort)  # bytes first, row second
+    with steps.in_hand(factory, claimed), _seen(factory, claimed, do) as seen:
+        cohort: Cohort = seen(steps.prepare, factory, claimed)  # a user with bad data drops out alone
+        seen(steps.train, factory, cohort, watch)  # one process, one frozen base, every user
+        seen(steps.judge, factory, cohort)  # against the base and the live version
+        seen(steps.publish_all, factory, cohort)  # bytes first, row second
     return cohort
+
+
+@contextmanager
+def _seen(factory: Factory, claimed: Sequence[ClaimedJob], do: Do) -> Iterator[Do]:
+    """`do`, and each step that begins is known to whoever looks at this process."""
+    for job in claimed:
+        event("job claimed", job, fence=job.fence)
+
+    def seen(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives
+        factory.pulse.enter(step.__name__, len(claimed))
+        return do(step, *arguments)
+
+    try:
+        yield seen
+    finally:
+        factory.pulse.rest()
 
 
 def enqueue_due(factory: Factory) -> list[str]:

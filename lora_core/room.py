@@ -122,6 +122,18 @@ class Room:
         """How many wait."""
         return len(self._waiting)
 
+    @property
+    def rows_left(self) -> int:
+        """About how many rows everybody here is still to read."""
+        return sum(seat.student.rows_left for seat in (*self._seated.values(), *self._waiting))
+
+    def readers(self, lessons: Sequence[Lesson | None]) -> dict[str, int]:
+        """Who reads what was dealt, and how many tokens of it."""
+        return {
+            seat.name: sum(lesson.row.used for slot in seat.slots if (lesson := lessons[slot]))
+            for seat in self._seated.values()
+        }
+
     def enter(self, learners: Iterable[Learner]) -> bool:
         """Let learners wait for a slot; whether there were any.  Raises ValueError for a name that was here before."""
         before = len(self._waiting)

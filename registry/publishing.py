@@ -40,6 +40,8 @@ class Finished:
     scores: Mapping[str, Facts]
     run_id: RunId | None
     code_version: str
+    tokens: int | None = None  # read for it
+    device_seconds: float | None = None  # its share of what the cohort took
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,11 @@ def _commit(
         session.add(Evaluation(tenant_id=job.tenant_id, version_id=version.id, subject=subject, metrics=dict(metrics)))
     if finished.accepted and not _overtaken(session, job) and not is_protected(session, job.tenant_id, LATEST):
         aliases.move(session, job.tenant_id, version, LATEST, actor="gate", reason=finished.reason, now=now)
-    body = {"number": number, "accepted": finished.accepted, "reason": finished.reason}
+    asked_at = session.scalars(select(Job.created_at).where(Job.tenant_id == job.tenant_id, Job.id == job.id)).one()
+    body = {
+        "number": number, "accepted": finished.accepted, "reason": finished.reason, "tokens": finished.tokens,
+        "device_seconds": finished.device_seconds, "seconds": (now - asked_at).total_seconds(),
+    }  # fmt: skip
     note(session, job.tenant_id, "version published", version.id, body, now)
     return _published(version)
 
@@ -162,6 +168,7 @@ def _version(
         size=sum(len(data) for data in finished.files.values()), parameters=finished.parameters,
         recipe=job.recipe, recipe_digest=job.recipe_digest, code_version=finished.code_version,
         base_id=job.base_id, dataset_id=job.dataset_id, job_id=job.id, run_id=finished.run_id, created_at=now,
+        tokens=finished.tokens, device_seconds=finished.device_seconds,
     )  # fmt: skip
 
 

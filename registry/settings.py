@@ -1,7 +1,7 @@
 """Where registry, store and cache are: read once from the environment, frozen, passed down."""
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -18,6 +18,7 @@ class RegistrySettings(BaseSettings):
     database_url: str = Field(default="", repr=False)  # may hold a password
     database_owner_url: str = Field(default="", repr=False)  # PostgreSQL: whose tables they are; for `lora setup` only
     store_url: str = ""
+    gpu_hour_cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # shown as what versions cost
     grant_secret: str = Field(default="", repr=False)  # with which a broker signs its grants
 
     @classmethod

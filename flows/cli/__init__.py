@@ -17,8 +17,10 @@ from flows.cli import (
     dataset,
     fleet,
     leave,
+    metrics,
     reading,
     scheduling,
+    status,
     system,
     training,
     tuning,
@@ -39,7 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
-for group in (system, training, tuning, reading, versions, fleet, leave, chatting, comparing):
+for group in (system, training, tuning, status, metrics, reading, versions, fleet, leave, chatting, comparing):
     group.register(app)
 
 

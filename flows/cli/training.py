@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from flows.cli.printing import AsJson, answer, console, fail, say
 from flows.errors import FlowError
 from flows.factory import Factory, add_data, pin_base, request_training
+from flows.logs import set_up_logs
 from lora_core.errors import LoraError
 from registry import queries
 from registry.errors import RegistryError
@@ -60,9 +61,12 @@ def train(
 
     lora train acme/alice acme/bob globex/eve --recipe recipe.yaml --memory 4GiB
     """
+    from flows.presence import at_work
     from lora_core.recipe import load_recipe
 
     factory = Factory.from_environment(memory=memory)
+    if factory.settings.log:  # else its table and its exit code say all
+        set_up_logs(factory.settings)
     factory.set_up()
     wanted = [Reference.parse_adapter(reference) for reference in references]
     if data and len(wanted) > 1:
@@ -72,7 +76,8 @@ def train(
         add_data(factory, wanted[0], data)
     with transaction(factory.engine) as session:
         jobs = {one.label: request_training(session, one, pinned, settled) for one in wanted}
-    rows = drain(factory, [job.job_id for job in jobs.values() if not job.unchanged], quiet=as_json)
+    with at_work(factory):
+        rows = drain(factory, [job.job_id for job in jobs.values() if not job.unchanged], quiet=as_json)
     for label in jobs.keys() - {row["user"] for row in rows}:
         rows.append(not_trained(factory, label, jobs[label]))
     finish(sorted(rows, key=lambda row: row["user"]), as_json)
@@ -82,16 +87,25 @@ def work(
     once: Annotated[bool, typer.Option("--once", help="Stop when nobody waits; else go on for ever.")] = False,
     memory: MemoryOption = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks when nobody waits.")] = 5.0,
+    metrics_port: Annotated[int | None, typer.Option(help="Serve metrics and health; else LORA_METRICS_PORT.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Do what is due: fire schedules, train waiting jobs in cohorts, sweep up.  No Prefect server is needed.
 
     lora work --once
     """
+    from flows.presence import watched
+
+    factory = Factory.from_environment(memory=memory, metrics_port=metrics_port)
+    set_up_logs(factory.settings)
+    factory.set_up()
+    with watched(factory):
+        _work(factory, once, every, as_json)
+
+
+def _work(factory: Factory, once: bool, every: float, as_json: bool) -> None:
     from flows.work import enqueue_due, sweep
 
-    factory = Factory.from_environment(memory=memory)
-    factory.set_up()
     while True:
         try:
             for trouble in enqueue_due(factory):
@@ -103,6 +117,7 @@ def work(
                 raise
             fail(f"{error}; looking again in {every:g} s", 0)
             rows = []
+        factory.pulse.rest()
         if once:
             return finish(rows, as_json)
         if rows:
