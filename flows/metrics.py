@@ -14,11 +14,12 @@ from sqlalchemy.engine import Engine
 
 from flows.logs import event
 from flows.reasons import kind_of
-from registry import overview, workers
+from registry import overview, queries, workers
 from registry.errors import RegistryError
 from registry.overview import Happened, Tail
 from registry.session import reading
 
+OUTCOMES = ("accepted", "refused")
 TENANTS = 200  # that have labels of their own; the rest are "other"
 WAITS = (1, 5, 15, 60, 300, 900, 1800, 3600, 7200, 14400, 28800, 86400)  # seconds
 
@@ -76,7 +77,12 @@ class FactoryMetrics:
         with reading(self._engine) as session:
             happened = self._tail.read(session, now)
             waiting, holdings = overview.waiting(session, now), overview.holdings(session, now)
-            present = workers.present(session, now)
+            present, names = workers.present(session, now), [tenant.name for tenant in queries.tenants(session)]
+        for tenant in map(self._tenant, names):  # a counter that begins at 1 has not grown, as Prometheus sees it
+            for outcome in OUTCOMES:
+                self.published.labels(tenant, outcome)
+            for counter in (self.claimed, self.released, self.tokens, self.device):
+                counter.labels(tenant)
         for gauge in (self.waiting, self.put_off, self.oldest, self.running):
             gauge.clear()
         for one in reversed(waiting):  # the longest waiting last, so that its age stands
@@ -105,7 +111,7 @@ class FactoryMetrics:
             case "job failed":
                 self.failed.labels(tenant, kind_of(str(body.get("reason")))).inc()
             case "version published":
-                self.published.labels(tenant, "accepted" if body["accepted"] else "refused").inc()
+                self.published.labels(tenant, OUTCOMES[not body["accepted"]]).inc()
                 self.tokens.labels(tenant).inc(body.get("tokens") or 0)
                 self.device.labels(tenant).inc(body.get("device_seconds") or 0)
                 if "seconds" in body:

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from registry import aliases, fleet, jobs, protection, publishing, queries, schedules, uploads
+from registry import aliases, fleet, jobs, overview, protection, publishing, queries, schedules, uploads
 from registry.client import Client
 from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
@@ -65,6 +65,13 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         "lineage": lambda: queries.lineage(session, mine, version),
         "listing": lambda: queries.listing(session, mine),
         "counts": lambda: (queries.job_counts(session, mine), queries.recent_jobs(session, mine)),
+        "seen": lambda: (
+            overview.waiting(session, now, mine),
+            overview.holdings(session, NOW, mine),
+            overview.failures(session, NOW, mine),
+            overview.ended(session, NOW, mine),
+        ),
+        "costs": lambda: overview.costs(session, mine),
         "job": lambda: queries.job(session, mine, job.id),
         "enqueue": lambda: jobs.enqueue(session, mine, holder, order, now),
         "renew": lambda: jobs.renew(session, [job], LEASE, now),
@@ -86,7 +93,7 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
 
 NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
-    "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
+    "seen", "costs", "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
     "fleet back", "schedules", "put", "pause", "remove",
 ]  # fmt: skip
 
@@ -130,6 +137,13 @@ def intrusions(session: Session, loot: Loot) -> dict[str, Callable[[], object]]:
         "lineage": lambda: queries.lineage(session, mine, loot.version),
         "dataset": lambda: queries.newest_dataset(session, mine, loot.holder),
         "dataset key": lambda: queries.dataset_key(session, mine, loot.holder, job.dataset_digest),
+        "seen": lambda: (
+            overview.waiting(session, now, mine),
+            overview.holdings(session, NOW, mine),
+            overview.failures(session, NOW, mine),
+            overview.ended(session, NOW, mine),
+        ),
+        "costs": lambda: overview.costs(session, mine),
         "job": lambda: queries.job(session, mine, job.id),
         "renew": lambda: jobs.renew(session, [job], LEASE, soon),
         "release": lambda: jobs.release(session, job, now, "error"),
