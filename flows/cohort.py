@@ -296,11 +296,12 @@ def _open_run(factory: Factory, cohort: Cohort) -> None:
 
 
 def _close_run(factory: Factory, cohort: Cohort) -> None:
+    facts = {"published": len(cohort.published), "failed": len(cohort.failed), "put_off": len(cohort.put_off),
+             "device_seconds": cohort.meter.total / NANOSECONDS}  # fmt: skip
     with transaction(factory.engine) as session:
         run = session.get_one(Run, cohort.run_id)
-        run.finished_at = now()
-        run.facts = {"published": len(cohort.published), "failed": len(cohort.failed), "put_off": len(cohort.put_off),
-                     "device_seconds": cohort.meter.total / NANOSECONDS}  # fmt: skip
+        run.finished_at, run.facts = now(), facts
+    event("cohort finished", run=cohort.run_id, **facts)
 
 
 def runs_wanted(factory: Factory) -> int:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from datetime import datetime
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from sqlalchemy.engine import Engine
 
 from flows.logs import event
@@ -29,6 +29,7 @@ class FactoryMetrics:
 
     def __init__(self, engine: Engine, clock: Callable[[], datetime]) -> None:
         self.registry = CollectorRegistry()
+        disable_created_metrics()  # a series more for each counter, which nothing here reads
         self._engine, self._clock, self._tail = engine, clock, Tail()
         self._lock, self._tenants = threading.Lock(), set[str]()
         self._gauges()

@@ -87,7 +87,7 @@ def price_of(device_seconds: float | None, price: float | None) -> float | None:
 
 
 def _at_work(present: Iterable[Worker], held: Sequence[Holding]) -> list[AtWork]:
-    """Who is present, the busy first; then who holds jobs and is not."""
+    """Who holds jobs and is not heard of, then who is present, the busy first."""
     holds: dict[str, dict[str, int]] = {}
     leases: dict[str, datetime] = {}
     for one in held:
@@ -99,4 +99,4 @@ def _at_work(present: Iterable[Worker], held: Sequence[Holding]) -> list[AtWork]
         for one in told.values()
     ]
     silent = [AtWork(name, None, None, {}, holds[name], leases[name]) for name in holds if name not in told]
-    return sorted(found, key=lambda one: (one.facts.get("phase") == "idle", one.name)) + silent
+    return silent + sorted(found, key=lambda one: (one.facts.get("phase") == "idle", one.name))

@@ -110,7 +110,7 @@ def span(length: timedelta) -> str:
     seconds = max(0, round(length.total_seconds()))
     if seconds < 100:
         return f"{seconds} s"
-    minutes, hours = seconds // 60, seconds // 3600
+    minutes, hours = round(seconds / 60), seconds // 3600
     if minutes < 100:
         return f"{minutes} min"
-    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+    return f"{hours} h {seconds // 60 % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
@@ -51,7 +52,8 @@ def status(
     client, price = Client.from_environment(), RegistrySettings.read().gpu_hour_cost
     begin = moment(since)
     if watch:
-        _watch(client, tenant, since, price, every)
+        with suppress(KeyboardInterrupt):  # the way to end it
+            _watch(client, tenant, since, price, every)
         return
     seen = _look(client, tenant, begin, price)
     listed = _jobs(client, tenant, jobs) if jobs else []

@@ -93,8 +93,8 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
 
 NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
-    "seen", "costs", "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected", "unprotect", "fleet",
-    "fleet back", "schedules", "put", "pause", "remove",
+    "seen", "costs", "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected",
+    "unprotect", "fleet", "fleet back", "schedules", "put", "pause", "remove",
 ]  # fmt: skip
 
 
