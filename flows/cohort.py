@@ -40,7 +40,7 @@ from lora_core.train import Pace
 from registry import jobs
 from registry.errors import LeaseLost, NotFound, ObjectDiffers, ObjectMissing, RegistryError
 from registry.jobs import ClaimedJob
-from registry.models import Run
+from registry.models import Facts, Run
 from registry.names import JobId, RunId
 from registry.publishing import Published, publish
 from registry.session import reading, transaction
@@ -216,10 +216,11 @@ def in_hand(factory: Factory, claimed: Sequence[ClaimedJob]) -> Iterator[None]:
 
 def _put_back(factory: Factory, claimed: Sequence[ClaimedJob], error: str | None) -> None:
     for job in claimed:
-        event("job put back", job, logging.WARNING, reason=error)
         # Over already, or in other hands; and without a database the lease runs out by itself.
-        with suppress(RegistryError), transaction(factory.engine) as session:
-            jobs.release(session, job, now(), error)
+        with suppress(RegistryError):
+            with transaction(factory.engine) as session:
+                jobs.release(session, job, now(), error)
+            event("job put back", job, logging.WARNING, reason=error)
 
 
 def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob) -> Candidate:
@@ -296,7 +297,7 @@ def _open_run(factory: Factory, cohort: Cohort) -> None:
 
 
 def _close_run(factory: Factory, cohort: Cohort) -> None:
-    facts = {"published": len(cohort.published), "failed": len(cohort.failed), "put_off": len(cohort.put_off),
+    facts: Facts = {"published": len(cohort.published), "failed": len(cohort.failed), "put_off": len(cohort.put_off),
              "device_seconds": cohort.meter.total / NANOSECONDS}  # fmt: skip
     with transaction(factory.engine) as session:
         run = session.get_one(Run, cohort.run_id)

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,8 @@ def told(pulse: Pulse, listeners: Sequence[Listener], every: float = EVERY) -> I
             tell_all(listeners, pulse.look)
             done.wait(every)
 
-    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    # In this thread's context: in a flow run that holds the client of its own server.
+    thread = threading.Thread(target=copy_context().run, args=(beat,), name="pulse", daemon=True)
     thread.start()
     try:
         yield

@@ -9,7 +9,7 @@ from flows.reasons import Reason
 from flows.seen import AtWork, Seen
 from registry.overview import Waiting
 
-WORKERS, TENANTS, REASONS, HELD = 8, 6, 5, 3  # shown of each, and the rest counted
+WORKERS, TENANTS, REASONS, HELD = 8, 6, 5, 2  # shown of each, and the rest counted
 # Steps as a person calls them.
 PHASES = {"prepare": "loading", "train": "training", "judge": "judging", "publish_all": "publishing"}
 
@@ -45,7 +45,7 @@ def _workers(workers: Sequence[AtWork], at: datetime) -> Iterator[str]:
 def _worker(one: AtWork, at: datetime) -> str:
     if one.silent:
         until = one.lease_until or at
-        return f"silent: {_held(one)} wait for its lease, {span(until - at)} more"
+        return f"silent      its lease ends in {span(until - at)}  {_held(one)}"
     facts = one.facts
     phase = PHASES.get(facts.get("phase", "idle"), facts.get("phase", "idle"))
     parts = [f"{phase:<10}"]
@@ -61,7 +61,7 @@ def _held(one: AtWork) -> str:
     """Whose jobs it holds, those of most jobs first."""
     most = sorted(one.holds.items(), key=lambda item: (-item[1], item[0]))
     told = [f"{jobs} of {tenant}" for tenant, jobs in most[:HELD]]
-    return ", ".join(told + ([f"{len(most) - HELD} tenants more"] if len(most) > HELD else []))
+    return ", ".join(told + ([f"+{len(most) - HELD}"] if len(most) > HELD else []))
 
 
 def _waiting(waiting: Sequence[Waiting], at: datetime) -> Iterator[str]:

@@ -6,7 +6,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -62,7 +62,9 @@ def test_an_event_says_whose_it_is_without_the_users_name(capsys: pytest.Capture
 
 @pytest.mark.parametrize("text", SECRETS.values(), ids=SECRETS)
 @pytest.mark.parametrize("kind", ["json", "text"])
-def test_secrets_that_a_library_says_are_blotted_out(capsys: pytest.CaptureFixture[str], text: str, kind: str) -> None:
+def test_secrets_that_a_library_says_are_blotted_out(
+    capsys: pytest.CaptureFixture[str], text: str, kind: Literal["json", "text"]
+) -> None:
     """In fields and in tracebacks; the line stays one that machines read."""
     set_up_logs(FactorySettings(log=kind))
     try:

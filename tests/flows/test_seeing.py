@@ -186,7 +186,7 @@ def test_the_screen_is_one_screen_whatever_the_number_of_users(seen_metrics: See
     assert max(map(len, shown)) <= 100
     assert "waiting  6,000, the oldest for 3 h" in text
     assert re.search(r"workers  39, \d+ of 624 slots used", text)
-    assert re.search(r"gpu-39 +silent: 6 of crowd\d+, .* wait for its lease, 4 min more", text)
+    assert re.search(r"gpu-39 +silent +its lease ends in 4 min +6 of crowd\d+, 6 of crowd\d+, \+5$", text, re.MULTILINE)
     assert "and 294 tenants more" in text
     assert "2,000x * examples" not in text
     assert re.search(r"2,000x \d+ examples to learn from", text)
