@@ -50,8 +50,8 @@ def _worker(one: AtWork, at: datetime) -> str:
     phase = PHASES.get(facts.get("phase", "idle"), facts.get("phase", "idle"))
     parts = [f"{phase:<10}"]
     if phase == "training":
-        parts += [f"{facts['training']}/{one.slots} slots", f"{facts['share']:.0%}"]
-        parts += [f"{facts['tokens_per_second']:,.0f} tokens/s"]
+        parts += [f"{facts.get('training', 0)}/{one.slots} slots", f"{facts.get('share', 0):.0%}"]
+        parts += [f"{facts.get('tokens_per_second', 0):,.0f} tokens/s"]
         if facts.get("seconds_left") is not None:
             parts.append(f"~{span(timedelta(seconds=facts['seconds_left']))} left")
     return "  ".join([*parts, _held(one)]).rstrip()
