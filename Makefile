@@ -5,13 +5,15 @@
 # make bench  the benchmarks behind the README's figures, on the CPU
 # make bench-gpu  those that need a GPU, each at most ten minutes
 # make bench-crash  kills, fails and stops a publishing worker at every point, on every database and store; an hour
+# make bench-pull  2,000 adapters from an S3 server 20 ms away, against boto3 in a loop; half an hour
+# make storm  10,000 users due at once on real servers with Prefect, then the same with everything killed at random; an hour
 # make stack  the compose file's services as plain processes, without Docker
 PYTHON ?= python3
 BIN := .venv/bin
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: demo setup test test-long quick check format bench bench-gpu bench-crash stack clean
+.PHONY: demo setup test test-long quick check format bench bench-gpu bench-crash bench-pull storm stack clean
 
 demo: .venv/.demo-ready
 	$(BIN)/lora demo
@@ -59,6 +61,15 @@ bench-gpu: .venv/.dev-ready
 bench-crash: .venv/.dev-ready
 	infra/install-test-servers
 	PYTHONPATH=. $(BIN)/python benchmarks/crash_publish.py
+
+bench-pull: .venv/.dev-ready
+	infra/install-test-servers
+	PYTHONPATH=. $(BIN)/python benchmarks/pull_many.py
+
+storm: .venv/.dev-ready
+	infra/install-test-servers
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/storm.py
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/storm.py --kill
 
 stack: .venv/.dev-ready
 	infra/install-test-servers

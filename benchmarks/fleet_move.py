@@ -29,7 +29,8 @@ from benchmarks.measuring import RESULTS, processor, save, say, spread
 from registry import fleet, queries
 from registry.fleet import FleetMove, Where
 from registry.models import AdapterVersion, Alias
-from registry.session import open_database, reading, transaction, upgrade
+from registry.schema import migrate
+from registry.session import open_database, reading, transaction
 
 ROLE = "lora_app"
 # One statement a table; every id is made from the user's number, so that rows find each other.
@@ -98,7 +99,7 @@ def seed(url: str, users: int) -> Engine:
         if connection.scalar(text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": ROLE}) is None:
             connection.execute(text(f"CREATE ROLE {ROLE} LOGIN"))
             connection.commit()
-    upgrade(owner, application=ROLE)
+    migrate(owner, application=ROLE)
     named = "CREATE FUNCTION pg_temp.id(kind text, n bigint) RETURNS uuid LANGUAGE sql IMMUTABLE"
     with owner.begin() as connection:
         connection.execute(text(f"{named} AS $$ SELECT md5(kind || n)::uuid $$"))

@@ -22,6 +22,7 @@ from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Answers, Learner, Lesson, Trained
 from lora_core.data.rendering import Rendered
+from lora_core.door import Door
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace, train
 
@@ -65,10 +66,11 @@ def run(learners: list[Learner], slots: int, row_tokens: int) -> tuple[list[Trai
     first, late = learners[: len(learners) * 4 // 5], learners[len(learners) * 4 // 5 :]
     paces: list[Pace] = []
 
-    def arrivals() -> list[Learner]:
-        return [late.pop()] if late and len(paces) >= 100 and len(paces) % 3 == 0 else []
+    class Trickle(Door):
+        def arrivals(self, places: int) -> list[Learner]:
+            return [late.pop()] if late and len(paces) >= 100 and len(paces) % 3 == 0 else []
 
-    done = list(train(base, first, slots, row_tokens, bank, paces.append, arrivals, no_computing))
+    done = list(train(base, first, slots, row_tokens, bank, paces.append, Trickle(), no_computing))
     return done, paces[-1]
 
 

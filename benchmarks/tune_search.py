@@ -2,7 +2,8 @@
 
 For each of the demo's users the grid that `lora tune` searches by default, on the demo's base: halved, in full with
 the same slots, and in full by a plain PEFT loop, one trial after the other, with the same batches, schedule,
-examinations and early stop.  Gap: how far the best held-out loss that halving found lies above the full grid's.
+examinations and early stop.  With --together, all users' searches in one cohort, as a worker trains those who wait,
+against the loops of all, in rounds.  Gap: how far the best held-out loss that halving found lies above the full grid's.
 Tokens: of examples trained on, over the full grid's.  Seconds: the three take turns, user by user; a short turn of
 each warms up.  Processor seconds are kept too: with OMP_NUM_THREADS=1 they hold beside other work.  Absolute times
 are not for comparing machines.
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measuring import Side, machine_facts, ratios, save, say, spread, timed
+from benchmarks.measuring import Samples, Side, alternate, machine_facts, ratios, save, say, spread, timed
 from benchmarks.peft_loop import train_with_peft
 from flows.candidates import make_candidate
 from flows.demo.people import write_people
@@ -29,6 +30,7 @@ from lora_core.base_model import BaseModel, load_base
 from lora_core.curriculum import Learner, Trained
 from lora_core.data.snapshot import SkipPolicy, take_snapshot
 from lora_core.halving import Halving, around
+from lora_core.methods import AnyMethod
 from lora_core.recipe import Recipe, load_recipe
 from lora_core.train import train
 
@@ -62,7 +64,7 @@ class Measured:
 
 def measure(base: BaseModel, user: Learner, slots: int, with_peft: bool) -> Measured:
     """All sides on one user."""
-    search = Halving(user, lambda spec: getattr(spec, "rank", 0))
+    search = Halving(user, _rank)
     trials = list(search.trials.values())
     plain = [replace(trial, referee=None) for trial in trials]
     trained: dict[str, list[Trained]] = {}
@@ -87,6 +89,25 @@ def measure(base: BaseModel, user: Learner, slots: int, with_peft: bool) -> Meas
     tokens = {name: sum(one.tokens for one in results) for name, results in trained.items()}
     winner = next(report.loss for report in reports if report.won)
     return Measured(user.name, len(trials), slots, losses, tokens, seconds, processor_seconds, winner)
+
+
+def measure_together(base: BaseModel, chosen: Sequence[Learner], slots: int, rounds: int) -> Samples:
+    """Seconds of the searches of all users in one cohort, and of PEFT's loops over their grids, in turn."""
+    grids = [trial for user in chosen for trial in Halving(user, _rank).trials.values()]
+
+    def search() -> None:
+        searches = [Halving(user, _rank) for user in chosen]  # anew: what was told once stays told
+        run(base, [trial for one in searches for trial in one.trials.values()], slots)
+
+    def peft() -> None:
+        for trial in grids:
+            train_with_peft(base, trial)
+
+    return alternate({"halving": search, "peft": peft}, rounds, CPU)
+
+
+def _rank(spec: AnyMethod) -> int:
+    return getattr(spec, "rank", 0)
 
 
 def run(base: BaseModel, learners: Sequence[Learner], slots: int) -> list[Trained]:
@@ -135,6 +156,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="the demo's base where it is made already")
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--together", type=int, metavar="ROUNDS", default=0, help="all users in one cohort of 4x slots")
     parser.add_argument("--seed", type=int, default=0, help="of the users' examples")
     parser.add_argument("--without-peft", action="store_true", help="only what is found and what it reads")
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys other than the demo's")
@@ -147,6 +169,13 @@ def main() -> None:
         asked = load_recipe(None, options.set).model_dump(exclude_unset=True)
         recipe = around(Recipe.model_validate(demo_recipe().model_dump() | asked))
         chosen = users(base, recipe, Path(home) / "people", options.seed)[: options.users]
+    if options.together:
+        seconds = measure_together(base, chosen, 4 * options.slots, options.together)
+        over = ratios(seconds["peft"], seconds["halving"])
+        say(f"{len(chosen)} users together, peft / halving: {spread(over)} [{GOALS['speed']:g}x]")
+        if options.save:
+            save(options.save, machine, [{"users": len(chosen), "slots": 4 * options.slots, "seconds": seconds}])
+        return
     short = chosen[0].recipe.model_copy(update={"epochs": 1, "max_steps": 8})
     measure(base, replace(chosen[0], recipe=short), options.slots, not options.without_peft)  # warms up
     say(f"{'user':>6} {'grid':>8} {'halving':>8} {'peft':>8} {'gap':>7} {'tokens':>7}")

@@ -39,8 +39,8 @@ class Progress:
     def finish(self, cohort: Cohort) -> None:
         """The cohort has ended."""
         if self.key:
-            counts = (len(cohort.published), len(cohort.failed), len(cohort.put_off))
-            self._show(100.0, "{} published, {} failed, {} put off".format(*counts))
+            counts = (len(cohort.published), len(cohort.failed), len(cohort.put_off), len(cohort.put_back))
+            self._show(100.0, "{} published, {} failed, {} put off, {} put back".format(*counts))
 
     def _show(self, percent: float, words: str) -> None:
         new = (round(percent, 1), words)

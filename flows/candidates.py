@@ -5,7 +5,7 @@ Pure of databases and stores: `cohort.py` brings snapshots and earlier versions 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -26,15 +26,11 @@ from lora_core.gate import Verdict, judge
 from lora_core.generate import TaskScore, generate, task_score
 from lora_core.halving import Halving, Report
 from lora_core.intake import AdapterFiles
-from lora_core.lower_layers import LowerLayers
 from lora_core.methods import AnyMethod
 from lora_core.objectives import ObjectiveSpec
 from lora_core.pair_scores import as_judged
-from lora_core.planner import Plan, plan, train_planned
+from lora_core.planner import Plan, plan
 from lora_core.recipe import Recipe
-from lora_core.row_store import RowStore
-from lora_core.saves import Saves
-from lora_core.train import Pace
 
 ANSWERS_JUDGED = 8  # held-out prompts a user that are answered and compared: generation is the slow part
 ANSWER_TOKENS = 48
@@ -79,9 +75,28 @@ class Candidate:
         return list(self.search.trials.values()) if self.search else [self.learner]
 
     @property
+    def names(self) -> set[str]:
+        """Under which the device works for it: as itself, and as its trials."""
+        return {self.label, *(learner.name for learner in self.learners)}
+
+    @property
     def seats(self) -> int:
         """How many slots it makes good use of: as many as go on after a search's first rung."""
         return self.search.spec.places(len(self.learners)) if self.search else 1
+
+    def slim(self) -> None:
+        """Forget examples and weights: what it came to is safe elsewhere, and many come after it."""
+        self.learner, self.held_out, self.live, self.search = _slim(self.learner), (), None, None
+        self.trials = [
+            replace(one, learner=_slim(one.learner), trained=replace(one.trained, row_P=one.trained.row_P[:0]))
+            for one in self.trials
+        ]
+        if self.trained:
+            self.trained = replace(self.trained, row_P=self.trained.row_P[:0])
+
+
+def _slim(learner: Learner) -> Learner:
+    return replace(learner, train=(), held_out=(), start=None, referee=None)
 
 
 def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel) -> Candidate:
@@ -117,44 +132,6 @@ def _check_kind(label: str, examples: Sequence[Example], objective: ObjectiveSpe
         raise TrainingError(
             label, f"{why}, which objective {objective.name} learns from", "add them, or set objective=sft"
         )
-
-
-def train_candidates(
-    base: BaseModel,
-    candidates: Sequence[Candidate],
-    planned: Plan,
-    watch: Callable[[Pace], None] | None = None,
-    saves: Saves | None = None,
-    states: RowStore | None = None,
-) -> Plan:
-    """Train a cohort packed, and tell by which plan it ended: a smaller one where memory ran out.
-
-    Its recipes share base, row length and bank, so neighbours change nobody's bytes.
-    """
-    bank = training_bank(base, candidates)
-    learners = [learner for candidate in candidates for learner in candidate.learners]
-    compute = LowerLayers(base, bank, states).read_rows if states else None
-    found: dict[str, tuple[Trained, Plan]] = {}
-    for trained, used in train_planned(base, learners, planned, bank, watch, compute, saves):
-        found[trained.name] = trained, used
-        planned = used
-    for candidate in candidates:
-        _take(candidate, found)
-    return planned
-
-
-def _take(candidate: Candidate, found: Mapping[str, tuple[Trained, Plan]]) -> None:
-    """What became of a candidate; of a search its winner, under the winner's own recipe."""
-    name = candidate.label
-    if candidate.search:
-        try:
-            candidate.trials = candidate.search.reports({trial: trained for trial, (trained, _) in found.items()})
-        except TrainingError as error:
-            candidate.trouble = str(error)
-            return
-        winner = next(report.learner for report in candidate.trials if report.won)
-        candidate.recipe, name = winner.recipe, winner.name
-    candidate.trained, candidate.plan = found[name]
 
 
 def plan_training(base: BaseModel, candidates: Sequence[Candidate], budget_bytes: int, most_slots: int) -> Plan:

@@ -4,48 +4,46 @@ Every step may run twice or die at any line: leases, fences and idempotent publi
 """
 
 import logging
-import math
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
-import torch
-
-from flows.candidates import (
-    Candidate,
-    finite,
-    judge_candidates,
-    make_candidate,
-    train_candidates,
-    training_bank,
-)
-from flows.costs import NANOSECONDS, Meter
+from flows.candidates import Candidate, finite, judge_candidates, training_bank
+from flows.costs import Meter
+from flows.desk import Desk
+from flows.entrance import Entrance, Newcomer
 from flows.factory import Factory, now
-from flows.finished import computed_on, finished
-from flows.fitting import budget_bytes, load_within_budget, plan_fitting, usual_plan
+from flows.finished import finished
+from flows.fitting import budget_bytes, load_for, plan_fitting, seats_for_more, usual_plan
+from flows.guests import train_candidates
+from flows.hands import Hands
+from flows.joining import drop, join, newcomers, put_off, tell_claimed
+from flows.keeping import row_store, saves
+from flows.leaving import Leave
 from flows.logs import event
+from flows.outgoing import Done, Outgoing
+from flows.runs import close_run, open_run
+from flows.shelf import StoreShelf
+from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel, check_device
-from lora_core.data.snapshot import load_snapshot
-from lora_core.errors import ArtifactRefused, BaseModelError, LoraError, MemoryTooSmall
-from lora_core.intake import AdapterFiles, read_artifact
+from lora_core.errors import LoraError, MemoryTooSmall
 from lora_core.planner import Plan, with_fewer
 from lora_core.recipe import make_recipe
-from lora_core.row_store import RowFolder, RowMemory, RowStore
 from lora_core.saves import Saves
 from lora_core.train import Pace
 from registry import jobs
-from registry.errors import LeaseLost, NotFound, ObjectDiffers, ObjectMissing, RegistryError
+from registry.errors import LeaseLost, RegistryError
 from registry.jobs import ClaimedJob
-from registry.models import Facts, Run
 from registry.names import JobId, RunId
-from registry.publishing import Published, publish
-from registry.session import reading, transaction
+from registry.publishing import Published
+from registry.session import transaction
+from registry.together import publish_together
 
-MOST_RUNS = 16  # cohort runs asked for in one tick: more would only wait in line
+TOGETHER = 64  # users published in one transaction
+Watch = Callable[[Pace], None]  # is told once a micro-step how far a cohort is
 
 
 class Cohort:
@@ -54,22 +52,52 @@ class Cohort:
     A plain class: Prefect walks through dataclasses that it is passed, tensors and all.
     """
 
-    base: BaseModel  # there once anybody's work is
+    base: BaseModel  # there once anybody's work is; while it trains, its modules are the trainer's alone
+    twin: BaseModel  # on which is judged meanwhile
+    backstage: BaseModel  # for the threads that prepare and publish
+    bank: Bank  # of everybody
+    saves: Saves
+    shelf: StoreShelf
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, group: str, hands: Hands, leave: Leave) -> None:
         self.plan = plan  # a smaller one once memory ran out
+        self.group, self.hands, self.leave = group, hands, leave
         self.run_id = RunId(uuid.uuid4())
         self.started_at = now()
         self.meter = Meter()
         self.work: dict[JobId, tuple[ClaimedJob, Candidate]] = {}
+        self.trained_for: dict[str, ClaimedJob] = {}  # by learner
         self.failed: dict[str, str] = {}  # label to reason
         self.put_off: dict[JobId, tuple[str, str]] = {}  # label and reason of who needs more memory than is here
-        self.published: dict[str, Published] = {}  # by label
+        self.put_back: dict[JobId, str] = {}  # labels of the unfinished, when the worker was told to go
+        self.versions: dict[JobId, Published] = {}
 
     @property
     def candidates(self) -> list[Candidate]:
-        """The users still in it."""
-        return [candidate for _, candidate in self.work.values()]
+        """The users still in it, and those who are published."""
+        return [candidate for _, candidate in list(self.work.values())]
+
+    @property
+    def published(self) -> dict[str, Published]:
+        """Versions by label."""
+        jobs_there = [(id_, self.work[id_][0].reference.label) for id_ in self.versions]
+        return {label: self.versions[id_] for id_, label in jobs_there}
+
+    @property
+    def unpublished(self) -> set[str]:
+        """The labels of those who are on their way."""
+        return {job.reference.label for id_, (job, _) in list(self.work.items()) if id_ not in self.versions}
+
+    def enter(self, came: Sequence[Newcomer]) -> None:
+        """Write down who has come."""
+        for job, candidate in came:
+            self.work[job.id] = (job, candidate)
+            self.trained_for.update(dict.fromkeys(candidate.names, job))
+            self.meter.forget(candidate.names)  # of an earlier job, whose cost is written down
+
+    def lost(self) -> set[str]:
+        """The labels of those whose job somebody else has by now."""
+        return {self.work[id_][0].reference.label for id_ in self.hands.lost if id_ in self.work}
 
 
 def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[ClaimedJob]:
@@ -81,44 +109,48 @@ def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[Claimed
     check_device(settings.device or "cpu")
     lease = timedelta(seconds=settings.lease_seconds)
     with transaction(factory.engine) as session:
-        return jobs.claim(session, settings.worker, lease, settings.slots, now(), only)
+        claimed = jobs.claim(session, settings.worker, lease, settings.slots, now(), only)
+    tell_claimed(claimed)
+    return claimed
 
 
-def prepare(factory: Factory, claimed: Sequence[ClaimedJob]) -> Cohort:
-    """Load the base and every user's examples; a user with bad data drops out alone, with the reason."""
+def prepare(factory: Factory, claimed: Sequence[ClaimedJob], hands: Hands, leave: Leave, admits: bool) -> Cohort:
+    """Load the base and every user's examples; a user with bad data drops out alone, with the reason.
+
+    A cohort that admits has slots for newcomers.
+    """
     first = claimed[0]
-    cohort = Cohort(usual_plan(factory.settings, len(claimed), make_recipe(first.recipe), first.base_quantised))
+    plan = usual_plan(factory.settings, len(claimed), make_recipe(first.recipe), first.base_quantised)
+    cohort = Cohort(plan, first.group, hands, leave)
     try:
-        cohort.base = load_within_budget(factory.settings, first)
-        if cohort.base.digest != first.base_digest:
-            raise BaseModelError(first.base_name, "its files have changed since the job was made", "train again")
+        cohort.base = load_for(factory, first)
     except MemoryTooSmall as error:
         for job in claimed:
-            _put_off(factory, cohort, job, error)
+            put_off(factory, cohort, job, error)
     except LoraError as error:
         for job in claimed:
-            _drop(factory, cohort, job, str(error))
+            drop(factory, cohort, job, str(error))
     else:
         cohort.meter.devices = len({parameter.device for parameter in cohort.base.model.parameters()})
-        _admit(factory, cohort, claimed)
-        if cohort.work:
-            _fit_into_memory(factory, cohort)
-        _open_run(factory, cohort)
+        _fill(factory, cohort, claimed, admits)
+        open_run(factory, cohort)
     return cohort
 
 
-def _admit(factory: Factory, cohort: Cohort, claimed: Sequence[ClaimedJob]) -> None:
-    """Everybody whose examples can be used."""
-    for job in claimed:
-        try:
-            cohort.work[job.id] = (job, _candidate(factory, cohort.base, job))
-        except (LoraError, ObjectMissing, ObjectDiffers) as error:
-            _drop(factory, cohort, job, str(error))
+def _fill(factory: Factory, cohort: Cohort, claimed: Sequence[ClaimedJob], admits: bool) -> None:
+    cohort.twin, cohort.backstage = cohort.base.twin(), cohort.base.twin()
+    cohort.enter(join(factory, cohort, claimed))
+    if cohort.work:
+        _fit_into_memory(factory, cohort, admits)
+    if cohort.work:
+        cohort.bank = training_bank(cohort.backstage, cohort.candidates)
 
 
-def _fit_into_memory(factory: Factory, cohort: Cohort) -> None:
+def _fit_into_memory(factory: Factory, cohort: Cohort, admits: bool) -> None:
     """Plan as many slots as fit, where it is known how much memory there is; who does not fit is put off alone."""
     seats = sum(candidate.seats for candidate in cohort.candidates)
+    if admits:
+        seats = seats_for_more(factory.settings, seats, cohort.base)
     cohort.plan = usual_plan(factory.settings, seats, cohort.candidates[0].recipe, cohort.base.quantised)
     budget = budget_bytes(factory.settings, cohort.base)
     if budget is None:
@@ -128,11 +160,17 @@ def _fit_into_memory(factory: Factory, cohort: Cohort) -> None:
         cohort.plan = replace(planned, compiled=cohort.plan.compiled)
     for job, candidate in list(cohort.work.values()):
         if candidate.label in left_out:
-            _put_off(factory, cohort, job, left_out[candidate.label])
+            put_off(factory, cohort, job, left_out[candidate.label])
 
 
-def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None = None) -> None:
-    """Train everybody packed; who was retired drops out, with the reason."""
+def train(factory: Factory, cohort: Cohort, watch: Watch | None, look: Callable[[], object] | None) -> None:
+    """Train everybody packed, and who comes meanwhile; judge and publish who is done while others go on.
+
+    Newcomers are let in where there is a `look`, which is called before each look for them.  Who was retired drops
+    out, with the reason.  When the worker is told to go, the unfinished are put back.
+    """
+    if not cohort.work:
+        return
 
     def seen(pace: Pace) -> None:
         cohort.meter.spend(pace.read)
@@ -140,173 +178,115 @@ def train(factory: Factory, cohort: Cohort, watch: Callable[[Pace], None] | None
         if watch:
             watch(pace)
 
-    if cohort.work:
-        saves, states = _saves(factory, cohort), _states(factory, cohort)
-        cohort.plan = train_candidates(cohort.base, cohort.candidates, cohort.plan, seen, saves, states)
+    with (
+        closing(StoreShelf(factory, cohort.trained_for.__getitem__)) as shelf,
+        _at_desk(factory, cohort, look) as desk,
+    ):
+        cohort.shelf, cohort.saves = shelf, saves(factory, cohort, shelf)
+        people, states = cohort.candidates, row_store(factory, cohort)
+        for candidate in train_candidates(cohort.base, people, cohort.plan, seen, cohort.saves, states, desk):
+            cohort.plan = candidate.plan or cohort.plan
+            desk.left()
+            job, trained = cohort.trained_for[candidate.label], candidate.trained
+            if trained is None or trained.outcome == "retired" or not finite(trained.row_P):
+                drop(factory, cohort, job, trained.reason if trained else candidate.trouble)
+            else:
+                desk.done(job, candidate)
     for job, candidate in list(cohort.work.values()):
-        trained = candidate.trained
-        if trained is None or trained.outcome == "retired" or not finite(trained.row_P):
-            _drop(factory, cohort, job, trained.reason if trained else candidate.trouble)
-
-
-def judge(factory: Factory, cohort: Cohort) -> None:
-    """Score base, live version and candidate of every user, and pass the gate."""
-    if cohort.work:
-        base, users, plan = cohort.base, cohort.candidates, cohort.plan
-        with_fewer(base, plan.slots, lambda slots: judge_candidates(base, users, slots, plan.row_tokens))
-        cohort.meter.spend({candidate.label: candidate.judged_tokens for candidate in users})
-
-
-def publish_all(factory: Factory, cohort: Cohort) -> None:
-    """Publish every candidate, accepted or refused; one whose job went to another worker meanwhile is left to it.
-
-    A store or database that fails for one does not hold up the others; the trouble is raised at the end.
-    """
-    trouble: RegistryError | None = None
-    bank = training_bank(cohort.base, cohort.candidates) if cohort.work else None
-    for job, candidate in list(cohort.work.values()):
-        assert bank  # there is work
-        try:
-            result = finished(cohort.base, cohort.run_id, bank, job, candidate, cohort.meter)
-            cohort.published[candidate.label] = version = publish(factory.engine, factory.store, job, result, now())
-            event("version published", job, run=cohort.run_id, version=version.number, accepted=version.accepted,
-                  reason=result.reason, tokens=result.tokens, device_seconds=result.device_seconds)  # fmt: skip
-            for learner in candidate.learners:
-                _saves(factory, cohort).drop(learner.name)
-        except LeaseLost as error:
-            cohort.failed[candidate.label] = str(error)
-            del cohort.work[job.id]
-            event("lease lost", job, logging.WARNING, run=cohort.run_id, reason=str(error))
-        except RegistryError as error:
-            trouble = error
-            event("not published", job, logging.ERROR, run=cohort.run_id, reason=str(error))
-    if trouble:
-        raise trouble
-    if cohort.work:
-        _close_run(factory, cohort)
+        if candidate.trained is None:
+            _leave_behind(cohort, job)
 
 
 @contextmanager
-def in_hand(factory: Factory, claimed: Sequence[ClaimedJob]) -> Iterator[None]:
-    """Renew the jobs' leases from a thread while the block works; when it breaks, put back what is still held.
-
-    An interruption and a fault of the database or the store cost no attempt; any other error does.
-    """
-    done = threading.Event()
-    lease = timedelta(seconds=factory.settings.lease_seconds)
-
-    def beat() -> None:
-        while not done.wait(lease.total_seconds() / 3):
-            # Whatever is wrong with the database now, the next beat comes before the lease is over.
-            with suppress(Exception), transaction(factory.engine) as session:
-                jobs.renew(session, claimed, lease, now())
-
-    thread = threading.Thread(target=beat, name="leases", daemon=True)
-    thread.start()
+def _at_desk(factory: Factory, cohort: Cohort, look: Callable[[], object] | None) -> Iterator[Desk]:
+    """A desk for as long as the cohort trains; whoever is on the way to it at the end is put back."""
+    plan, recipe = cohort.plan, cohort.candidates[0].recipe
+    entrance = None
+    if look and plan.row_tokens == recipe.row_tokens:  # else rows are as short as the examples of those here allow
+        fetch = partial(newcomers, factory, cohort, look)
+        entrance = Entrance(fetch, cohort.leave, plan.slots, factory.settings.admit_seconds)
+    outgoing = Outgoing(partial(_judge, factory, cohort), partial(publish_some, factory, cohort), plan.slots)
     try:
-        yield
-    except BaseException as error:
-        blamed = isinstance(error, Exception) and not isinstance(error, RegistryError)
-        _put_back(factory, claimed, f"{type(error).__name__}: {error}" if blamed else None)
-        raise
+        yield Desk(outgoing, entrance, cohort.leave, cohort.enter, cohort.lost, len(cohort.work))
     finally:
-        done.set()
-        thread.join()
+        for job, _ in entrance.close() if entrance else ():
+            cohort.hands.put_back(job)
+        outgoing.close()
 
 
-def _put_back(factory: Factory, claimed: Sequence[ClaimedJob], error: str | None) -> None:
-    for job in claimed:
-        # Over already, or in other hands; and without a database the lease runs out by itself.
-        with suppress(RegistryError):
-            with transaction(factory.engine) as session:
-                jobs.release(session, job, now(), error)
-            event("job put back", job, logging.WARNING, reason=error)
+def _leave_behind(cohort: Cohort, job: ClaimedJob) -> None:
+    """One user is unfinished and this worker must go: the next goes on from what was saved."""
+    del cohort.work[job.id]
+    cohort.put_back[job.id] = job.reference.label
+    cohort.hands.put_back(job)
 
 
-def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob) -> Candidate:
-    snapshot = load_snapshot(factory.store.get(job.dataset_key), job.dataset_digest)
-    candidate = make_candidate(job.reference.label, make_recipe(job.recipe), snapshot, base)
-    candidate.live, candidate.live_number = _live(factory, base, job)
-    return candidate
+def judge(factory: Factory, cohort: Cohort) -> None:
+    """Score base, live version and candidate of every user who was not judged while others trained; pass the gate."""
+    waiting = [candidate for candidate in cohort.candidates if candidate.verdict is None]
+    if waiting:
+        _judge(factory, cohort, waiting)
 
 
-def _live(factory: Factory, base: BaseModel, job: ClaimedJob) -> tuple[AdapterFiles | None, int | None]:
-    """The version that `latest` points to, as a rival; None where there is none for this base."""
-    try:
-        found = factory.client.resolve(job.reference)
-        files = read_artifact(factory.client.fetch(found), base)
-        return files, found.number
-    except (NotFound, ArtifactRefused):
-        return None, None
+def _judge(factory: Factory, cohort: Cohort, users: Sequence[Candidate]) -> None:
+    """Judging is paid for by those who are judged, whoever else waits for the device meanwhile."""
+    twin, plan = cohort.twin, cohort.plan
+    with_fewer(twin, plan.slots, lambda slots: judge_candidates(twin, users, slots, plan.row_tokens))
+    cohort.meter.spend({candidate.label: candidate.judged_tokens for candidate in users})
+    factory.pulse.move()
 
 
-def _drop(factory: Factory, cohort: Cohort, job: ClaimedJob, reason: str) -> None:
-    """One user leaves the cohort; the others go on."""
-    cohort.failed[job.reference.label] = reason
-    cohort.work.pop(job.id, None)
-    event("job failed", job, logging.WARNING, run=cohort.run_id, reason=reason)
-    with suppress(LeaseLost), transaction(factory.engine) as session:  # a new holder will find out for itself
-        jobs.fail(session, job, reason, now())
+def publish_all(factory: Factory, cohort: Cohort) -> None:
+    """Publish every candidate who is not yet, accepted or refused.
+
+    A store or database that fails for one does not hold up the others; the trouble is raised at the end.
+    """
+    left = [(job, candidate) for job, candidate in cohort.work.values() if job.id not in cohort.versions]
+    trouble: RegistryError | None = None
+    for start in range(0, len(left), TOGETHER):
+        try:
+            publish_some(factory, cohort, left[start : start + TOGETHER])
+        except RegistryError as error:
+            trouble = error
+    if trouble:
+        raise trouble
+    if cohort.work:
+        close_run(factory, cohort)
 
 
-def _put_off(factory: Factory, cohort: Cohort, job: ClaimedJob, trouble: MemoryTooSmall) -> None:
-    """One user leaves the cohort and waits for a worker that has more memory; it costs no attempt."""
-    cohort.put_off[job.id] = (job.reference.label, str(trouble))
-    cohort.work.pop(job.id, None)
-    event("job put off", job, run=cohort.run_id, reason=str(trouble))
-    until = now() + timedelta(seconds=factory.settings.lease_seconds)
-    with suppress(LeaseLost), transaction(factory.engine) as session:
-        jobs.put_off(session, job, str(trouble), until, now())
+def publish_some(factory: Factory, cohort: Cohort, done: Sequence[Done]) -> None:
+    """Publish users' versions, here and nowhere else; one whose job went to another worker is left to it.
+
+    Raises RegistryError, once everybody who can be is published.
+    """
+    bank, run = cohort.bank, cohort.run_id
+    results = [(job, finished(cohort.backstage, run, bank, job, candidate, cohort.meter)) for job, candidate in done]
+    outcomes = publish_together(factory.engine, factory.store, results, now())
+    troubles = []
+    for (job, candidate), (_, result) in zip(done, results, strict=True):
+        outcome = outcomes[job.id]
+        if isinstance(outcome, Published):
+            event("version published", job, run=run, version=outcome.number, accepted=outcome.accepted,
+                  reason=result.reason, tokens=result.tokens, device_seconds=result.device_seconds)  # fmt: skip
+            _settle(cohort, job, candidate, outcome)
+        elif isinstance(outcome, LeaseLost):
+            event("lease lost", job, logging.WARNING, run=run, reason=str(outcome))
+            cohort.failed[candidate.label] = str(outcome)
+            del cohort.work[job.id]
+            cohort.hands.let_go(job)
+        else:
+            event("not published", job, logging.ERROR, run=run, reason=str(outcome))
+            troubles.append(outcome)
+    if troubles:
+        raise troubles[0]
 
 
-def _saves(factory: Factory, cohort: Cohort) -> Saves:
-    """Where this machine keeps the progress of trainings, for whoever claims their jobs after a kill."""
-    shape = f"{cohort.base.digest} {computed_on(cohort.base)} {torch.__version__} {cohort.plan.compiled}"
-    last = time.monotonic()
-
-    def due() -> bool:
-        nonlocal last
-        if time.monotonic() - last < factory.settings.save_seconds:
-            return False
-        last = time.monotonic()
-        return True
-
-    return Saves(factory.settings.home_folder / "saves", shape, due)
-
-
-def _states(factory: Factory, cohort: Cohort) -> RowStore | None:
-    """Where states under the first adapted layer are kept, if any row of the cohort comes again over a few layers."""
-    memory, disk = factory.settings.states, factory.settings.states_disk
-    learners = [learner for candidate in cohort.candidates for learner in candidate.learners]
-    if not (memory or disk) or not all(learner.recipe.method.layers for learner in learners):
-        return None
-    kind = "compiled" if cohort.plan.compiled else "eager"  # which rounds otherwise
-    folder = RowFolder(factory.settings.home_folder / "states" / kind, disk) if disk else None
-    return RowStore(RowMemory(memory), time.monotonic, folder)
-
-
-def _open_run(factory: Factory, cohort: Cohort) -> None:
-    with transaction(factory.engine) as session:
-        session.add(
-            Run(
-                id=cohort.run_id, worker=factory.settings.worker, device=computed_on(cohort.base)["device"],
-                slots=cohort.plan.slots, row_tokens=cohort.plan.row_tokens, started_at=cohort.started_at,
-                finished_at=None, facts={},
-            )
-        )  # fmt: skip
-
-
-def _close_run(factory: Factory, cohort: Cohort) -> None:
-    facts: Facts = {"published": len(cohort.published), "failed": len(cohort.failed), "put_off": len(cohort.put_off),
-             "device_seconds": cohort.meter.total / NANOSECONDS}  # fmt: skip
-    with transaction(factory.engine) as session:
-        run = session.get_one(Run, cohort.run_id)
-        run.finished_at, run.facts = now(), facts
-    event("cohort finished", run=cohort.run_id, **facts)
-
-
-def runs_wanted(factory: Factory) -> int:
-    """How many cohort runs the waiting jobs need, at most a few at a time."""
-    with reading(factory.engine) as session:
-        groups = jobs.waiting(session, now())
-    return min(MOST_RUNS, sum(math.ceil(count / factory.settings.slots) for count in groups.values()))
+def _settle(cohort: Cohort, job: ClaimedJob, candidate: Candidate, version: Published) -> None:
+    """One user is safe elsewhere: forget what was kept for them here."""
+    cohort.hands.let_go(job)
+    for learner in candidate.learners:
+        cohort.saves.drop(learner.name)
+    cohort.shelf.clear(job)
+    candidate.slim()
+    cohort.versions[job.id] = version
+    cohort.failed.pop(candidate.label, None)  # of an earlier lease, that was lost

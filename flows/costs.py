@@ -12,7 +12,10 @@ NANOSECONDS = 1e9
 
 
 class Meter:
-    """Device time of one cohort by learner, in whole nanoseconds, since it was made."""
+    """Device time of one cohort by learner, in whole nanoseconds, since it was made.
+
+    One thread spends; others may read what is final.
+    """
 
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.devices = 1  # that are held at once
@@ -34,6 +37,12 @@ class Meter:
             self._tokens[name] = self._tokens.get(name, 0) + count
             due, tokens = due - share, tokens - count
         self.common = due
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Begin with these learners at nothing: a user may come again, with another job."""
+        for name in names:
+            self._by_learner.pop(name, None)
+            self._tokens.pop(name, None)
 
     def nanoseconds(self, names: Iterable[str]) -> int:
         """What the device did for these learners."""

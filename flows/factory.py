@@ -24,11 +24,13 @@ from registry.datasets import Content, add_dataset
 from registry.jobs import Enqueued, Order, enqueue
 from registry.models import SharedBase
 from registry.names import Reference
-from registry.session import open_database, upgrade
+from registry.session import open_database
 from registry.store import ObjectStore, open_store, s3_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+    from lora_core.base_model import BaseModel
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Factory:
     def __init__(self, settings: FactorySettings) -> None:
         self.settings = settings
         self.pulse = Pulse()  # what the process is doing, for whoever looks
+        self.loaded: BaseModel | None = None  # the base that was trained on last
 
     @classmethod
     def from_environment(cls, **given: object) -> "Factory":
@@ -67,10 +70,15 @@ class Factory:
     @cached_property
     def client(self) -> Client:
         """The pull client on the same registry and store."""
-        return Client(self.engine, self.store, self.settings.cache)
+        return Client(self.engine, self.store, self.settings.cache, self.settings.cache_size)
 
-    def set_up(self) -> None:
-        """Make what is missing: home folder, tables, bucket.  Safe to run again.  Raises Unready."""
+    def set_up(self, revision: str | None = None) -> None:
+        """Make what is missing: home folder, tables, bucket.  Safe to run again.  Raises Unready, SchemaUnknown.
+
+        With the revision of an earlier release, the tables go back to it.
+        """
+        from registry.schema import migrate  # imported late: who only pulls waits for less
+
         home = self.settings.home_folder
         try:
             home.mkdir(parents=True, exist_ok=True)
@@ -78,10 +86,10 @@ class Factory:
             raise Unready(f"the home {home} cannot be made ({error.strerror})", "set LORA_HOME to a folder") from None
         if self.settings.database_owner_url:
             owner = open_database(self.settings.database_owner_url)
-            upgrade(owner, application=self.engine.url.username)
+            migrate(owner, revision or "head", application=self.engine.url.username)
             owner.dispose()
         else:
-            upgrade(self.engine)
+            migrate(self.engine, revision or "head")
         self.store.set_up()
 
 

@@ -52,10 +52,9 @@ def finished(
         tried = [trial_facts(report) for report in candidate.trials]
         facts["search"] = {"spec": candidate.search.spec.model_dump(mode="json"), "trials": tried}
     files = write_artifact(base, spec, tensors, facts)
-    names = {candidate.label, *(learner.name for learner in candidate.learners)}
     return Finished(
         files, verdict.accepted, verdict.reason, bank.parameters(spec), scores, run_id,
-        code_versions()["lora-factory"], meter.tokens(names), meter.seconds(names),
+        code_versions()["lora-factory"], meter.tokens(candidate.names), meter.seconds(candidate.names),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flows.candidates import Candidate, plan_training
+from flows.factory import Factory
 from flows.settings import FactorySettings
 from lora_core.base_model import (
     BaseModel,
@@ -15,11 +16,27 @@ from lora_core.base_model import (
     outline,
 )
 from lora_core.budget import Weights, check_base_fits
-from lora_core.errors import MemoryTooSmall
+from lora_core.errors import BaseModelError, MemoryTooSmall
 from lora_core.memory import tighten
 from lora_core.planner import Plan, free_bytes
 from lora_core.recipe import Recipe
 from registry.jobs import ClaimedJob
+
+
+def load_for(factory: Factory, job: ClaimedJob) -> BaseModel:
+    """A job's base: the one that this process loaded last, where it is that.
+
+    Raises MemoryTooSmall, and BaseModelError where its files have changed since the job was made.
+    """
+    kept = factory.loaded
+    if kept is not None and kept.digest == job.base_digest:  # which tells quantised ones apart too
+        return kept
+    kept = factory.loaded = None  # two at once may be too many
+    base = load_within_budget(factory.settings, job)
+    if base.digest != job.base_digest:
+        raise BaseModelError(job.base_name, "its files have changed since the job was made", "train again")
+    factory.loaded = base
+    return base
 
 
 def load_within_budget(settings: FactorySettings, job: ClaimedJob) -> BaseModel:
@@ -39,6 +56,14 @@ def usual_plan(settings: FactorySettings, seats: int, recipe: Recipe, quantised:
     """
     slots = min(settings.slots, 1 << math.ceil(math.log2(seats)))
     return Plan(slots, recipe.row_tokens, compiled=settings.compile and not quantised)
+
+
+def seats_for_more(settings: FactorySettings, seats: int, base: BaseModel) -> int:
+    """How many seats a cohort should have that lets newcomers in.
+
+    On a GPU as many as there may be: empty ones cost little.  On a CPU one to spare, which doubles its slots at most.
+    """
+    return settings.slots if base.model.device.type == "cuda" else seats + 1
 
 
 def budget_bytes(settings: FactorySettings, base: BaseModel) -> int | None:

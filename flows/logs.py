@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import sys
+import threading
 from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("lora")
 LOG.addHandler(logging.NullHandler())  # where nobody asked for logs there are none
 TALLY: Counter[str] = Counter()  # events of this process so far, logged or not
+_COUNTING = threading.Lock()  # publishers, entrance and trainer all have something to tell
 # Signatures and keys of presigned URLs, passwords in URLs, and credentials in headers.
 _SECRETS = (
     re.compile(r"(?i)([?&](?:x-amz-[a-z-]+|signature|awsaccesskeyid|token|password|expires)=)[^&\s\"'\\]+"),
@@ -35,7 +37,8 @@ def event(what: str, job: "ClaimedJob | None" = None, level: int = logging.INFO,
     if job:
         whose = {"tenant": job.reference.tenant, "user": job.opaque, "adapter": job.reference.adapter}
         fields = whose | {"job": job.id, "attempt": job.attempts} | {k: _nameless(v, job) for k, v in fields.items()}
-    TALLY[what] += 1
+    with _COUNTING:
+        TALLY[what] += 1
     LOG.log(level, what, extra={"fields": fields})
 
 

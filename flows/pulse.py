@@ -36,7 +36,7 @@ class Look:
     room: int = 0  # tokens there was room for
     micro_steps: int = 0
     tokens_per_second: float = 0.0
-    share: float = 0.0  # of the cohort's way that lies behind it, 0 to 1
+    share: float = 0.0  # of the cohort's way that lies behind it, 0 to 1; less again when others join
     seconds_left: float | None = None  # of training, if nobody stops early
 
     def facts(self) -> dict[str, Any]:  # numbers and a word, as JSON
@@ -45,29 +45,38 @@ class Look:
 
 
 class Pulse:
-    """The process's look as it changes.  One thread writes; any may read."""
+    """The process's look as it changes.  One thread writes, but for `join`; any may read."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.look = Look()
         self.tokens_total = self.room_total = self.micro_steps_total = 0  # since the process began
         self.moved_at = clock()  # when anything last happened here
+        self._users = 0  # of this cohort, so far
         self._clock = clock
         self._began = clock()  # the training
         self._paced: deque[tuple[float, int]] = deque()  # when, and tokens_total by then
 
-    def enter(self, phase: str, users: int | None = None) -> None:
+    def join(self, users: int) -> None:
+        """So many users come to the cohort: at its beginning, or while others train."""
+        self._users += users
+
+    def enter(self, phase: str) -> None:
         """Another step begins."""
         self.moved_at = now = self._clock()
         if phase == "train":
             self._began = now
             self._paced.clear()
         share = WEIGHTS[phase][0] if phase in WEIGHTS else 0.0
-        self.look = Look(phase, self.look.users if users is None else users, share=share)
+        self.look = Look(phase, self._users, share=share)
 
     def rest(self) -> None:
         """Nothing to do now, and that is well."""
+        self.move()
+        self.look, self._users = Look(), 0
+
+    def move(self) -> None:
+        """Something has happened that is no step."""
         self.moved_at = self._clock()
-        self.look = Look()
 
     def keep(self, pace: "Pace") -> None:
         """A micro-step is over."""
@@ -79,7 +88,7 @@ class Pulse:
         begin, end = WEIGHTS["train"]
         done = pace.rows / max(1, pace.rows + pace.rows_left)
         self.look = Look(
-            "train", self.look.users, len(pace.training), pace.waiting, pace.finished, pace.tokens, pace.room,
+            "train", self._users, len(pace.training), pace.waiting, pace.finished, pace.tokens, pace.room,
             pace.micro_steps, self._speed(now), begin + (end - begin) * done,
             (now - self._began) * pace.rows_left / max(1, pace.rows),
         )  # fmt: skip

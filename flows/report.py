@@ -7,6 +7,7 @@ from typing import Any
 from flows.candidates import Candidate
 from flows.cohort import Cohort
 from flows.matrix import Matrix
+from registry.publishing import Published
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -14,15 +15,17 @@ Row = dict[str, str]
 
 
 def rows(cohort: Cohort) -> list[Row]:
-    """One row a user: published, refused, failed or put off, with what it scored."""
-    table = [_row(cohort, candidate) for candidate in cohort.candidates]
+    """One row a user: published, refused, failed, put off or put back, with what it scored."""
+    table = [_row(candidate, cohort.versions.get(job.id)) for job, candidate in cohort.work.values()]
     failed = [{"user": label, "result": "failed", "why": reason} for label, reason in cohort.failed.items()]
     failed += [{"user": label, "result": "put off", "why": reason} for label, reason in cohort.put_off.values()]
+    unfinished = "this worker was told to go; whoever takes the job next goes on from where it was"
+    failed += [{"user": label, "result": "put back", "why": unfinished} for label in cohort.put_back.values()]
     return sorted(table + failed, key=lambda row: row["user"])
 
 
-def _row(cohort: Cohort, candidate: Candidate) -> Row:
-    published, trained, verdict = cohort.published.get(candidate.label), candidate.trained, candidate.verdict
+def _row(candidate: Candidate, published: Published | None) -> Row:
+    trained, verdict = candidate.trained, candidate.verdict
     assert trained  # it came through training
     assert verdict  # and the gate
     base, own = candidate.scores["base"], candidate.scores["candidate"]

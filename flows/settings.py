@@ -1,10 +1,12 @@
 """Every setting of a factory process: read once from the environment, frozen, passed down."""
 
 import os
+import re
 import socket
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ByteSize, Field
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
 
 from registry.settings import RegistrySettings
 
@@ -17,6 +19,14 @@ def _tellable(name: str) -> str:
     if not name.isprintable() or not 0 < len(name) <= 128:
         raise ValueError("it must be 1 to 128 characters on one line, without control characters")
     return name
+
+
+def _seconds(given: object) -> float:
+    """Seconds from 45, 45s, 2m or 1h."""
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,3})?)([smh]?)\s*", str(given))
+    if match is None:
+        raise ValueError("it must be a time such as 30s, 2m or 1h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 class FactorySettings(RegistrySettings):
@@ -33,6 +43,10 @@ class FactorySettings(RegistrySettings):
     device: str = ""  # cpu, cuda, cuda:1, auto for all GPUs; empty takes a GPU where there is one
     lease_seconds: Annotated[int, Field(ge=1)] = 300  # how long a silent worker keeps its jobs
     save_seconds: Annotated[float, Field(ge=0)] = 60  # between saves of a training's progress
+    save_to: Literal["home", "store"] = "home"  # where; in the store any worker goes on after one that was killed
+    grace: Annotated[float, BeforeValidator(_seconds), Field(ge=0, le=86400)] = 30  # from SIGTERM to the end
+    leave_note: Path | None = None  # a file that asks to leave by being there: `lora work --pool` sets it for its runs
+    admit_seconds: Annotated[float, Field(ge=0)] = 600  # so long a cohort lets newcomers in; other groups wait for it
     worker: Annotated[str, AfterValidator(_tellable)] = Field(default_factory=_worker_name)
     log: Literal["", "json", "text"] = ""  # how events are logged; empty: JSON lines, on a terminal warnings in words
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0  # of `lora work`: Prometheus metrics and health; 0: none

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from flows.candidates import Candidate, make_candidate, train_candidates
+from flows.candidates import Candidate, make_candidate
 from flows.factory import Factory, Pinned
 from flows.fitting import planned
+from flows.guests import train_candidates
 from lora_core.base_model import check_device, load_base
 from lora_core.data.snapshot import Snapshot, load_snapshot
 from lora_core.errors import TrainingError
@@ -27,7 +28,8 @@ def rehearse(
     check_device(factory.settings.device or "cpu")
     loaded = load_base(base.name, base.revision, factory.settings.device or None, quantise=base.quantised)
     candidate = make_candidate(label, recipe, snapshot, loaded)
-    train_candidates(loaded, [candidate], planned(factory.settings, loaded, candidate), watch)
+    for _ in train_candidates(loaded, [candidate], planned(factory.settings, loaded, candidate), watch):
+        pass
     if candidate.trained is None:
         raise TrainingError(label, candidate.trouble, "or look at the data")
     return candidate

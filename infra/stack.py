@@ -26,7 +26,7 @@ S3_SERVER = ROOT / "infra" / "s3-server"
 STARTED = ("setup", "prefect", "deploy", "clock", "worker")  # in order; postgres and minio are ours
 # What a shell needs to use the stack.
 SHOWN = (
-    "LORA_DATABASE_URL", "LORA_STORE_URL", "LORA_HOME", "PREFECT_API_URL",
+    "PATH", "LORA_DATABASE_URL", "LORA_STORE_URL", "LORA_HOME", "LORA_BASE", "PREFECT_API_URL",
     "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION",
 )  # fmt: skip
 _VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
@@ -62,7 +62,7 @@ def running(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[St
         with contextlib.suppress(Exception):  # there already: the folder was used before
             database.psql("CREATE DATABASE lora;")
             database.psql("CREATE ROLE lora_app LOGIN;")
-        place = _Place(str(folder / "postgres"), s3_port, prefect_port, folder)
+        place = _Place(str(folder / "postgres"), str(database.bin_path), s3_port, prefect_port, folder)
         services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
         stack.environment = place.environment(services["worker"]) | dict(extra or {})
         for name in STARTED:
@@ -79,6 +79,7 @@ class _Place:
     """What stands for the compose network's names on this machine."""
 
     postgres: str  # the folder of its socket
+    programs: str  # where psql and pg_dump of its release are
     s3_port: int
     prefect_port: int
     home: Path
@@ -106,7 +107,7 @@ class _Place:
         given = {name: self.put_in(str(value)) for name, value in service.get("environment", {}).items()}
         keys = {"AWS_ACCESS_KEY_ID": "AKLORA1", "AWS_SECRET_ACCESS_KEY": "SKLORA1secret"}
         own = {"PREFECT_HOME": str(self.home / "prefect"), "PREFECT_WORKER_WEBSERVER_PORT": str(free_port())}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        path = os.pathsep.join((str(Path(sys.executable).parent), self.programs, os.environ.get("PATH", "")))
         return given | keys | own | {"PATH": path, "HOME": os.environ.get("HOME", "/tmp")}
 
 

@@ -23,7 +23,11 @@ ELSEWHERE = {
     ("registry/jobs.py", "_claimed"): "called in the block of `claim`, by the ids it has just taken",
     ("registry/schedules.py", "_with_owner"): "its callers filter, or are in a block",
 }
-RAW = {"registry/session.py": "locks, pragmas and grants", "registry/tenancy.py": "asks which role this is"}
+RAW = {
+    "registry/schema.py": "locks and grants",
+    "registry/session.py": "pragmas and settings of connections",
+    "registry/tenancy.py": "asks which role this is",
+}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

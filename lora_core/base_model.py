@@ -1,10 +1,11 @@
 """The shared base: loaded once, frozen, fingerprinted, and the list of its adaptable sites."""
 
+import copy
 import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,16 @@ class BaseModel:
     def parameters(self) -> int:
         """How many numbers the base holds, however few bits each has; tied ones count once."""
         return int(self.model.num_parameters())
+
+    def twin(self) -> "BaseModel":
+        """The same tensors in modules of their own, and a tokenizer of its own.
+
+        What is attached to one is not to the other, and two threads may each have one.
+        """
+        packed = [module.state for module in self.model.modules() if isinstance(module, QuantisedLinear)]
+        shared = {id(kept): kept for kept in (*self.frozen, *packed)}
+        model = copy.deepcopy(self.model, shared)
+        return replace(self, model=model, tokenizer=copy.deepcopy(self.tokenizer))
 
 
 def locate(name: str, revision: str | None = None) -> Path:

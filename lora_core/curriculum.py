@@ -24,7 +24,7 @@ from lora_core.recipe import Recipe
 from lora_core.referee import Dropped, Referee
 
 BASE_READS = 64  # rows that the base is given at once: enough for any number of free slots
-Outcome = Literal["finished", "stopped early", "dropped", "retired"]
+Outcome = Literal["finished", "stopped early", "dropped", "retired", "dismissed"]
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,10 @@ class LoraSpec(MethodSpec):
 
     @property
     def shape(self) -> tuple[Hashable, ...]:
-        """Rank in the row, which linears, and whether they have scales of their own."""
-        return (self.name, self.row_rank, self.targets, self.layers, *(("patterned",) if self.patterned else ()))
+        """Rank in the row, which linears, and what a bank has for some users only."""
+        extra = [word for word, there in (("patterned", self.patterned), ("pissa", self.init_lora_weights == "pissa"))
+                 if there]  # fmt: skip
+        return (self.name, self.row_rank, self.targets, self.layers, *extra)
 
     @property
     def row_rank(self) -> int:

@@ -3,7 +3,7 @@
 K slots, T tokens a slot.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -13,6 +13,7 @@ from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.budget import Weights, fewer_bits
 from lora_core.curriculum import Learner, Trained
+from lora_core.door import SHUT, Door
 from lora_core.errors import MemoryTooSmall
 from lora_core.layers import checkpointed, compiled, decoder_layers
 from lora_core.memory import predict, release
@@ -109,31 +110,48 @@ def train_planned(
     watch: Callable[[Pace], None] | None = None,
     compute: Compute | None = None,
     saves: Saves | None = None,
+    door: Door = SHUT,
 ) -> Iterator[tuple[Trained, Plan]]:
-    """Train every learner, and yield each with the plan it was trained by.
+    """Train every learner, and who comes in by the door, and yield each with the plan it was trained by.
 
     Where memory runs out all the same, those who have not finished begin again by a smaller plan: nobody is lost, and
     each has the bytes that its own plan gives.  Raises what the device said once no plan is smaller.
     """
-    waiting = list(learners)
+    inside = {learner.name: learner for learner in learners}
     current: Plan | None = planned
-    while waiting and current:
-        done: set[str] = set()
+    while current and not door.closing and (inside or current is planned):
         smaller = None
         try:
             with compiled(base, current.compiled), checkpointed(base, current.checkpointed):
-                for trained in train(
-                    base, waiting, current.slots, current.row_tokens, bank, watch, compute=compute, saves=saves
-                ):
-                    done.add(trained.name)
+                shape, listed = (current.slots, current.row_tokens, bank), _Listed(door, inside)
+                for trained in train(base, inside.values(), *shape, watch, listed, compute, saves):
+                    del inside[trained.name]
                     yield trained, current
         except (RuntimeError, MemoryError) as error:
             smaller = current.smaller()
             if smaller is None or not exhausted(error):
                 raise
         release(base.model.device)  # out here: an error that is being handled holds on to the cohort
-        waiting = [learner for learner in waiting if learner.name not in done]
         current = smaller
+
+
+class _Listed(Door):
+    """A door at which whoever comes in is written down: they must not be lost if the room gets smaller."""
+
+    def __init__(self, door: Door, inside: dict[str, Learner]) -> None:
+        self.door, self.inside = door, inside
+
+    def arrivals(self, places: int) -> Sequence[Learner]:
+        came = self.door.arrivals(places)
+        self.inside.update({learner.name: learner for learner in came})
+        return came
+
+    def dismissed(self) -> Collection[str]:
+        return self.door.dismissed()
+
+    @property
+    def closing(self) -> bool:
+        return self.door.closing
 
 
 def with_fewer(base: BaseModel, slots: int, attempt: Callable[[int], None]) -> None:

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -134,8 +134,15 @@ class Room:
             for seat in self._seated.values()
         }
 
+    @property
+    def places(self) -> int:
+        """How many more could sit down now or in a moment: free slots and those of users of a few rows."""
+        soon = sum(seat.standing(self.clock).few for seat in self._seated.values())
+        due = sum(not seat.asks for seat in self._waiting)
+        return max(0, self.cohort.slots - len(self._seated) + soon - due)
+
     def enter(self, learners: Iterable[Learner]) -> bool:
-        """Let learners wait for a slot; whether there were any.  Raises ValueError for a name that was here before."""
+        """Let learners wait for a slot; whether there were any.  Raises ValueError for a name that is here already."""
         before = len(self._waiting)
         for learner in learners:
             if learner.name in self._names:
@@ -218,11 +225,18 @@ class Room:
                     self._leave(seat)
                     yield trained
 
-    def save(self) -> None:
-        """Keep everybody's progress who has begun."""
+    def dismiss(self, names: Collection[str]) -> Iterator[Trained]:
+        """Send learners away, as they are."""
+        for seat in [seat for seat in (*self._seated.values(), *self._waiting) if seat.name in names]:
+            self._leave(seat)
+            seat.student.result.outcome, seat.student.result.reason = "dismissed", "nobody wants its result any more"
+            yield seat.student.result
+
+    def save(self, last: bool = False) -> None:
+        """Keep everybody's progress who has begun; the last time, for whoever goes on with it elsewhere."""
         for seat in (*self._seated.values(), *self._waiting):
             if self.saves and (seat.heard or seat.answers):
-                self.saves.save(seat.learner, seat.progress(self.cohort))
+                self.saves.save(seat.learner, seat.progress(self.cohort), last)
 
     def _step(self, ready: Sequence[Seat]) -> list[float]:
         """One optimiser step of those whose assignment ends in one; each slot's gradient norm.
@@ -260,6 +274,7 @@ class Room:
         seat.hold_until = self.clock + seating.HOLD if standing.starved else 0
 
     def _leave(self, seat: Seat) -> None:
+        self._names.remove(seat.name)
         if seat.slot < 0:
             self._waiting.remove(seat)
         else:

@@ -1,4 +1,4 @@
-"""Progress on disk: a learner killed half-way goes on where it was, to the same bytes.
+"""Progress on disk: a learner killed or stopped half-way goes on where it was, to the same bytes.
 
 A save is a learner's rows and what its stream has heard: the stream is replayed from that without computing anything.
 A save of other data, another recipe, base, bank or batch shape is not used.
@@ -7,9 +7,10 @@ A save of other data, another recipe, base, bank or batch shape is not used.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,6 +29,24 @@ class Progress:
     heard: Sequence[Heard]
     answers: Answers
 
+    @property
+    def lessons(self) -> int:
+        """How many lessons it has been through."""
+        return sum(len(answers) for answers, _ in self.heard) + len(self.answers)
+
+
+class Shelf(Protocol):
+    """A second place for saves, where other machines find them.  `of` names everything that decides the bytes."""
+
+    def put(self, name: str, of: str, lessons: int, path: Path, last: bool) -> None:
+        """Take a copy of a learner's save, or leave it; the last one there will be, or one of many."""
+
+    def newest(self, name: str, of: str) -> int | None:
+        """How many lessons the furthest save there has been through; None where there is none."""
+
+    def fetch(self, name: str, of: str, lessons: int, path: Path) -> None:
+        """Copy that save to a path, whole or not at all."""
+
 
 @dataclass(frozen=True)
 class Saves:
@@ -39,42 +58,41 @@ class Saves:
     folder: Path
     shape: str
     due: Callable[[], bool]
+    shelf: Shelf | None = None
 
     def shaped(self, *more: object) -> "Saves":
         """The saves of one training, whose slots, row length and bank decide the bytes too."""
         return replace(self, shape=f"{self.shape} {more}")
 
-    def save(self, learner: Learner, progress: Progress) -> None:
+    def save(self, learner: Learner, progress: Progress, last: bool = False) -> None:
         """Write a learner's progress over its earlier one, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = progress.aside
+        aside, of = progress.aside, self._of(learner)
         tensors = {
             "weights": aside.weights_P, "first": aside.first_P, "second": aside.second_P,
             "gradient": aside.gradient_P, "best": progress.best_P,
         }  # fmt: skip
         facts = {"scale": aside.scale, "heard": progress.heard, "answers": progress.answers}
-        metadata = {"of": self._of(learner), "facts": json.dumps(facts)}
+        metadata = {"of": of, "facts": json.dumps(facts)}
         path = self._path(learner.name)
         beside = path.with_suffix(f".{os.getpid()}")
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, beside, metadata)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
+        if self.shelf:
+            self.shelf.put(learner.name, of, progress.lessons, path, last)
 
     def load(self, learner: Learner) -> Progress | None:
-        """A learner's progress; None where there is none that fits, or the file is not whole."""
-        try:
-            with safe_open(self._path(learner.name), framework="pt") as file:
-                metadata = file.metadata()
-                if metadata["of"] != self._of(learner):
-                    return None
-                facts = json.loads(metadata["facts"])
-                rows = {name: file.get_tensor(name) for name in ("weights", "first", "second", "gradient", "best")}
-            aside = Aside(rows["weights"], rows["first"], rows["second"], rows["gradient"], facts["scale"])
-            heard = [(answers, norm) for answers, norm in facts["heard"]]
-            return Progress(aside, rows["best"], heard, facts["answers"])  # which saves of old do not have
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            return None
+        """A learner's progress, the furthest there is; None where there is none that fits and is whole."""
+        of, path = self._of(learner), self._path(learner.name)
+        found = _read(path, of)
+        further = self.shelf and self.shelf.newest(learner.name, of)
+        if self.shelf and further and further > (found.lessons if found else 0):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.shelf.fetch(learner.name, of, further, path)
+            found = _read(path, of)
+        return found
 
     def drop(self, name: str) -> None:
         """Forget a learner's progress: its result is safe elsewhere."""
@@ -88,3 +106,19 @@ class Saves:
     def _of(self, learner: Learner) -> str:
         """SHA-256 of everything that decides the learner's bytes."""
         return hashlib.sha256(f"{self.shape}\n{learner.digest}".encode()).hexdigest()
+
+
+def _read(path: Path, of: str) -> Progress | None:
+    """A file's progress; None where there is no file, or it is of something else or not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: Mapping[str, str] = file.metadata()
+            if metadata["of"] != of:
+                return None
+            facts = json.loads(metadata["facts"])
+            rows = {name: file.get_tensor(name) for name in ("weights", "first", "second", "gradient", "best")}
+        aside = Aside(rows["weights"], rows["first"], rows["second"], rows["gradient"], facts["scale"])
+        heard = [(answers, norm) for answers, norm in facts["heard"]]
+        return Progress(aside, rows["best"], heard, facts["answers"])  # which saves of old do not have
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None

@@ -16,6 +16,7 @@ from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Answers, Learner, Lesson, Trained
 from lora_core.data.packing import empty_row
+from lora_core.door import SHUT, Door
 from lora_core.forward import stack, token_losses
 from lora_core.preference import lesson_losses
 from lora_core.room import Room
@@ -46,16 +47,17 @@ def train(
     row_tokens: int,
     bank: Bank | None = None,
     watch: Callable[[Pace], None] | None = None,
-    arrivals: Callable[[], Sequence[Learner]] = tuple,
+    door: Door = SHUT,
     compute: Compute | None = None,
     saves: Saves | None = None,
 ) -> Iterator[Trained]:
     """Train every learner, `slots` at a time, and yield each as it finishes.
 
-    `arrivals` is asked for more learners after every micro-step; with `saves`, learners go on from where a process
-    before this one was killed.  At a fixed (slots, row_tokens, bank) a learner's row has the same bytes whoever the
-    others are, whichever slots it had, and whether or not it was taken aside, or saved and resumed.  A learner whose
-    numbers stop being finite is retired alone, with its last good row.  Raises ValueError for two of one name.
+    `door` is asked after every micro-step who comes and who goes; with `saves`, learners go on from where a process
+    before this one was killed or stopped.  At a fixed (slots, row_tokens, bank) a learner's row has the same bytes
+    whoever the others are, whichever slots it had, and whether or not it was taken aside, or saved and resumed.  A
+    learner whose numbers stop being finite is retired alone, with its last good row.  Raises ValueError for two of one
+    name at once.
     """
     learners, compute = list(learners), compute or read_rows
     bank = bank or make_bank(base, [learner.recipe.method for learner in learners])
@@ -65,14 +67,14 @@ def train(
     micro_steps = finished = tokens = rows = 0
 
     with bank.attached(base, cohort):
-        while room.busy or room.enter(arrivals()):
+        while not door.closing and (room.busy or room.enter(door.arrivals(slots))):
             room.seat()
             lessons = room.deal()
             read = room.readers(lessons)
 
             answers = compute(base, cohort, lessons, row_tokens)
 
-            done = list(room.take_in(answers))
+            done = [*room.take_in(answers), *room.dismiss(door.dismissed())]
             micro_steps, finished, tokens = micro_steps + 1, finished + len(done), tokens + sum(read.values())
             rows += sum(lesson is not None for lesson in lessons)
             if watch:  # before anybody leaves: who counts what a step cost has counted it by then
@@ -82,7 +84,10 @@ def train(
             yield from done
             if saves and saves.due():
                 room.save()
-            room.enter(arrivals())
+            if room.busy:
+                room.enter(door.arrivals(room.places))
+        if room.busy:
+            room.save(last=True)
 
 
 def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:

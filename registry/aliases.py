@@ -100,6 +100,25 @@ def move(
     if earlier == chosen.id:
         return
     found.version_id = chosen.id
+    _write_down(session, tenant, chosen, alias, earlier, kind=kind, actor=actor, reason=reason, now=now)
+    session.flush()
+
+
+def begin(
+    session: Session, tenant: TenantId, chosen: AdapterVersion, alias: str, *, actor: str, reason: str, now: datetime
+) -> None:
+    """Point an alias that an adapter does not have yet at a version; written with the session's next flush.
+
+    The flush raises IntegrityError where the adapter has it after all.
+    """
+    session.add(Alias(tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, version_id=chosen.id))
+    _write_down(session, tenant, chosen, alias, None, kind=MOVED, actor=actor, reason=reason, now=now)
+
+
+def _write_down(
+    session: Session, tenant: TenantId, chosen: AdapterVersion, alias: str, earlier: VersionId | None,
+    *, kind: str, actor: str, reason: str, now: datetime,
+) -> None:  # fmt: skip
     session.add(
         AliasMove(
             tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, kind=kind, from_id=earlier, to_id=chosen.id,
@@ -108,7 +127,6 @@ def move(
     )  # fmt: skip
     body = {"alias": alias, "number": chosen.number, "actor": actor}
     note(session, tenant, "alias moved", chosen.id, body, now)
-    session.flush()
 
 
 def _check(session: Session, tenant: TenantId, alias: str, actor: str, reason: str, override: bool) -> None:

@@ -11,10 +11,11 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy.engine import Engine
 
-from registry.client import Client, Resolved
+from registry.client import Client
 from registry.errors import GrantRefused, KeyRefused, NameRefused, SettingRefused
 from registry.keys import user_prefix
 from registry.names import Reference, check_plain
+from registry.resolved import Resolved
 from registry.session import open_database
 from registry.settings import RegistrySettings
 from registry.store import ObjectStore, open_store

@@ -17,6 +17,8 @@ RegistryError
 └── StoreError
     ├── ObjectMissing    no object under that key
     ├── ObjectDiffers    other bytes are already under that key, or came back
+    ├── ManifestRefused  a manifest that does not say which files there are
+    ├── PullFailed       pulls of the same version that this one waited for have failed
     ├── KeyRefused       a key that some store could misread
     └── StoreUnavailable the store cannot be reached or refuses us
 
@@ -162,6 +164,16 @@ class DatabaseUnavailable(RegistryError):
         return "database {}: {}; {}".format(*self.args)
 
 
+class SchemaUnknown(RegistryError):
+    """This release does not know a revision of the tables: which, whose, and what to do."""
+
+    def __init__(self, revision: str, whose: str, fix: str) -> None:
+        super().__init__(revision, whose, fix)
+
+    def __str__(self) -> str:
+        return "revision {}, {}, is not one that this release knows; {}".format(*self.args)
+
+
 class StoreError(RegistryError):
     """Something is wrong between us and the object store."""
 
@@ -185,6 +197,26 @@ class ObjectDiffers(StoreError):
     def __str__(self) -> str:
         key, expected, found = self.args
         return f"object {key} has SHA-256 {found[:12]}..., not {expected[:12]}...; it is corrupt or was tampered with"
+
+
+class ManifestRefused(StoreError):
+    """A manifest does not say which files there are: its key, and how reading it failed."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(key, why)
+
+    def __str__(self) -> str:
+        return "manifest {} names no files ({}); publish the adapter again".format(*self.args)
+
+
+class PullFailed(StoreError):
+    """Pulls of the same version that this one waited for have failed: which, how many, and how the last one did."""
+
+    def __init__(self, served_name: str, count: int, why: str) -> None:
+        super().__init__(served_name, count, why)
+
+    def __str__(self) -> str:
+        return "{}: {} pulls of it that this one waited for failed, the last with: {}; try again".format(*self.args)
 
 
 class KeyRefused(StoreError):

@@ -16,7 +16,11 @@ from registry.names import AdapterId, DatasetId, JobId, Reference, TenantId
 from registry.queries import Holder, find_or_add, note
 from registry.tenancy import Across, across, enter
 
-MAX_ATTEMPTS = 3  # a job that broke its worker this often has failed
+MAX_ATTEMPTS = 3  # a job that ended in an error this often has failed
+MAX_DEATHS = (
+    5  # the same of one whose workers died: most of its neighbours, and most of whatever else kills, are innocent
+)
+SUSPECT = 2  # after so many deaths it is tried alone, so that nobody shares its blame
 BUSY, OVER = ("queued", "running"), ("published", "refused")
 
 
@@ -102,25 +106,35 @@ def claim(
     limit: int,
     now: datetime,
     only: Sequence[JobId] | None = None,
+    group: str | None = None,
 ) -> list[ClaimedJob]:
-    """Take up to `limit` waiting jobs of one group, the oldest job's, and at most one of an adapter.
+    """Take up to `limit` waiting jobs of one group, the oldest job's or the one that is named; one of an adapter.
 
     Jobs whose worker died count as waiting; an adapter that is in work elsewhere waits, and so does a job that was put
-    off, unless `only` asks for it.
+    off, unless `only` asks for it.  A job whose workers died again and again is taken alone, and not where a group is
+    named: a cohort is at work there.
     Concurrent claims share nothing out twice (SKIP LOCKED on PostgreSQL, one writer at a time on SQLite).
     """
     wanted = and_(_due(now), ~_in_work(now)) if only is None else and_(_waiting(now), Job.id.in_(only))
+    if group is not None:
+        wanted = and_(wanted, Job.cohort_group == group, ~_suspect())
     with across(session, Across.CLAIM):
         oldest = select(Job).where(wanted).order_by(Job.created_at, Job.id).with_for_update(skip_locked=True)
         while (first := session.scalar(oldest.limit(1))) is not None:
-            group = session.scalars(oldest.where(Job.cohort_group == first.cohort_group).limit(limit)).all()
-            taken = list({job.adapter_id: job for job in reversed(group)}.values())
+            alike = session.scalars(oldest.where(Job.cohort_group == first.cohort_group).limit(limit)).all()
+            taken = apart(first, list({job.adapter_id: job for job in reversed(alike)}.values()))
             for job in taken:
                 _take(session, job, worker, now + lease, now)
             session.flush()
             if running := [job.id for job in taken if job.state == "running"]:
                 return _claimed(session, running)
     return []
+
+
+def apart(first: Job, alike: Sequence[Job]) -> list[Job]:
+    """Those of a claim that may share a cohort: the first alone where it is suspected of killing workers."""
+    suspects = {job.id for job in (first, *alike) if job.state == "running" and job.attempts >= SUSPECT}
+    return [first] if first.id in suspects else [job for job in alike if job.id not in suspects]
 
 
 def waiting(session: Session, now: datetime) -> dict[str, int]:
@@ -133,6 +147,10 @@ def waiting(session: Session, now: datetime) -> dict[str, int]:
 
 def _waiting(now: datetime) -> ColumnElement[bool]:
     return or_(Job.state == "queued", and_(Job.state == "running", Job.lease_until < now))
+
+
+def _suspect() -> ColumnElement[bool]:
+    return and_(Job.state == "running", Job.attempts >= SUSPECT)
 
 
 def _due(now: datetime) -> ColumnElement[bool]:
@@ -148,9 +166,12 @@ def _in_work(now: datetime) -> ColumnElement[bool]:
 
 
 def renew(session: Session, jobs: Sequence[ClaimedJob], lease: timedelta, now: datetime) -> list[JobId]:
-    """Extend the leases that are still held; returns their jobs.  What is missing belongs to somebody else."""
+    """Extend the leases that are still held; returns their jobs.  What is missing belongs to somebody else.
+
+    Rows are locked in the order in which `together.py` locks them: a heartbeat and a publisher of the same jobs meet.
+    """
     held: list[JobId] = []
-    for job in jobs:
+    for job in sorted(jobs, key=lambda job: (job.tenant_id, job.id)):
         enter(session, job.tenant_id)
         kept = update(Job).where(*_held(job)).values(lease_until=now + lease).returning(Job.id)
         held += session.scalars(kept).all()
@@ -201,11 +222,10 @@ def _held(job: ClaimedJob) -> tuple[Any, ...]:  # SQLAlchemy's conditions
 
 
 def _take(session: Session, job: Job, worker: str, until: datetime, now: datetime) -> None:
-    if job.attempts >= MAX_ATTEMPTS:
+    most = MAX_DEATHS if job.state == "running" else MAX_ATTEMPTS
+    if job.attempts >= most:
         job.state, job.finished_at, job.lease_until = "failed", now, None
-        job.error = (
-            f"given up after {MAX_ATTEMPTS} attempts: {job.error or 'its worker died'}; mend it, then train again"
-        )
+        job.error = f"given up after {most} attempts: {job.error or 'its worker died'}; mend it, then train again"
         note(session, job.tenant_id, "job failed", job.id, {"reason": job.error}, now)
         return
     job.state, job.worker, job.lease_until = "running", worker, until

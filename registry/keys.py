@@ -1,12 +1,15 @@
 """Keys of objects: where things lie, which keys are allowed, and that none is ever given other bytes.
 
-`<root>/t/<tenant>/u/<opaque user>/<adapter>/<served name>/<file>`; datasets in `datasets/<digest>-<attempt>/` beside.
+`<root>/t/<tenant>/u/<opaque user>/<adapter>/<served name>/<file>`; datasets in `datasets/<digest>-<attempt>/` beside,
+and unfinished trainings in `progress/<job>/`.
 """
 
 import hashlib
 import re
 
 from registry.errors import KeyRefused, ObjectDiffers
+
+MANIFEST = "manifest.json"  # names a version's other files and their digests; uploaded last
 
 _PART = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*")
 
@@ -24,6 +27,11 @@ def version_prefix(tenant: str, opaque: str, adapter: str, served_name: str) -> 
 def dataset_prefix(tenant: str, opaque: str, digest: str, attempt: str) -> str:
     """Where one attempt to store a dataset snapshot puts it."""
     return f"{user_prefix(tenant, opaque)}/datasets/{digest}-{attempt}"
+
+
+def progress_prefix(tenant: str, opaque: str, job: str) -> str:
+    """Where the progress of a job's training lies, until the job is over."""
+    return f"{user_prefix(tenant, opaque)}/progress/{job}"
 
 
 def checked_key(key: str) -> str:

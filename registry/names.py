@@ -5,7 +5,7 @@ import uuid
 from dataclasses import dataclass
 from typing import NewType
 
-from registry.errors import NameRefused
+from registry.errors import NameRefused, NotFound
 
 TenantId = NewType("TenantId", uuid.UUID)
 UserId = NewType("UserId", uuid.UUID)
@@ -111,6 +111,10 @@ class Reference:
     def label(self) -> str:
         """The adapter without its version: tenant/user, and the adapter's name unless it is the default."""
         return f"{self.tenant}/{self.user}" + ("" if self.adapter == DEFAULT_ADAPTER else f"/{self.adapter}")
+
+    def not_found(self) -> NotFound:
+        """That it means no version, in words."""
+        return NotFound("version", str(self), f"see `lora history {self.label}` for those there are")
 
     def __str__(self) -> str:
         return f"{self.label}:{self.number}" if self.number else f"{self.label}@{self.alias}"

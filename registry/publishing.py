@@ -9,7 +9,7 @@ import hashlib
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy import select, update
 from sqlalchemy.engine import Engine
@@ -18,15 +18,14 @@ from sqlalchemy.orm import Session, aliased
 from registry import aliases, uploads
 from registry.errors import ContentDiffers, LeaseLost
 from registry.jobs import ClaimedJob, close
+from registry.keys import MANIFEST, version_prefix
 from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Facts, Job
 from registry.names import LATEST, RunId, VersionId, check_file
 from registry.protection import is_protected
 from registry.queries import note
 from registry.session import reading, transaction
-from registry.store import ObjectStore, version_prefix
+from registry.store import ObjectStore
 from registry.tenancy import enter
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def publish(engine: Engine, store: ObjectStore, job: ClaimedJob, finished: Finis
 
     Raises LeaseLost when somebody else has the job, ContentDiffers when it published other files before.
     """
-    digest = hashlib.sha256(finished.files[MANIFEST]).hexdigest()
+    digest, _ = place(job, finished)
     with reading(engine) as session:
         done = _already(session, job, digest)
     if done:
@@ -75,13 +74,18 @@ def publish(engine: Engine, store: ObjectStore, job: ClaimedJob, finished: Finis
 
 def declare(engine: Engine, job: ClaimedJob, digest: str, now: datetime) -> str:
     """Write down the intent to upload; returns the prefix.  Raises LeaseLost once the sweeper has begun on it."""
-    name = served_name(job, digest)
-    prefix = version_prefix(job.reference.tenant, job.opaque, job.reference.adapter, name)
+    prefix = _prefix(job, digest)
     with transaction(engine) as session:
         enter(session, job.tenant_id)
         if not uploads.declare(session, job.tenant_id, prefix, now, job.id):
             raise LeaseLost(str(job.id), job.fence)
     return prefix
+
+
+def place(job: ClaimedJob, finished: Finished) -> tuple[str, str]:
+    """The digest that names what a job came to, and the prefix under which it goes."""
+    digest = hashlib.sha256(finished.files[MANIFEST]).hexdigest()
+    return digest, _prefix(job, digest)
 
 
 def upload(store: ObjectStore, prefix: str, files: Mapping[str, bytes]) -> None:
@@ -99,6 +103,10 @@ def served_name(job: ClaimedJob, digest: str) -> str:
     return f"{job.reference.adapter}-{nonce[:20]}"
 
 
+def _prefix(job: ClaimedJob, digest: str) -> str:
+    return version_prefix(job.reference.tenant, job.opaque, job.reference.adapter, served_name(job, digest))
+
+
 def _already(session: Session, job: ClaimedJob, digest: str) -> Published | None:
     """The version this job published before, if it did.
 
@@ -111,7 +119,7 @@ def _already(session: Session, job: ClaimedJob, digest: str) -> Published | None
         if session.scalar(select(Job.fence).where(Job.tenant_id == job.tenant_id, Job.id == job.id)) != job.fence:
             raise LeaseLost(str(job.id), job.fence)
         raise ContentDiffers(str(job.id), version.number)
-    return _published(version) if version else None
+    return as_published(version) if version else None
 
 
 def _commit(
@@ -124,23 +132,27 @@ def _commit(
     # The row lock that this takes makes publishers of one adapter wait in line: numbers have no gaps.
     head = update(Adapter).where(Adapter.tenant_id == job.tenant_id, Adapter.id == job.adapter_id)
     number = session.scalars(head.values(head=Adapter.head + 1).returning(Adapter.head)).one()
-    version = _version(job, finished, digest, prefix, number, now)
+    version = version_row(job, finished, digest, prefix, number, now)
     session.add(version)
     session.flush()
     for subject, metrics in finished.scores.items():
         session.add(Evaluation(tenant_id=job.tenant_id, version_id=version.id, subject=subject, metrics=dict(metrics)))
-    if finished.accepted and not _overtaken(session, job) and not is_protected(session, job.tenant_id, LATEST):
+    if finished.accepted and not overtaken(session, job) and not is_protected(session, job.tenant_id, LATEST):
         aliases.move(session, job.tenant_id, version, LATEST, actor="gate", reason=finished.reason, now=now)
     asked_at = session.scalars(select(Job.created_at).where(Job.tenant_id == job.tenant_id, Job.id == job.id)).one()
-    body = {
+    note(session, job.tenant_id, "version published", version.id, told(number, finished, now - asked_at), now)
+    return as_published(version)
+
+
+def told(number: int, finished: Finished, took: timedelta) -> Facts:
+    """What the event of a version says, which took so long from being asked for."""
+    return {
         "number": number, "accepted": finished.accepted, "reason": finished.reason, "tokens": finished.tokens,
-        "device_seconds": finished.device_seconds, "seconds": (now - asked_at).total_seconds(),
+        "device_seconds": finished.device_seconds, "seconds": took.total_seconds(),
     }  # fmt: skip
-    note(session, job.tenant_id, "version published", version.id, body, now)
-    return _published(version)
 
 
-def _overtaken(session: Session, job: ClaimedJob) -> bool:
+def overtaken(session: Session, job: ClaimedJob) -> bool:
     """Whether `latest` points to a version that was asked for later: an older request that took longer leaves it."""
     live, mine = aliased(Job), aliased(Job)
     later = (
@@ -154,9 +166,10 @@ def _overtaken(session: Session, job: ClaimedJob) -> bool:
     return session.scalar(later) is not None
 
 
-def _version(
+def version_row(
     job: ClaimedJob, finished: Finished, digest: str, prefix: str, number: int, now: datetime
 ) -> AdapterVersion:
+    """The row of a version to be."""
     files = {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
         for name, data in sorted(finished.files.items())
@@ -172,7 +185,8 @@ def _version(
     )  # fmt: skip
 
 
-def _published(version: AdapterVersion) -> Published:
+def as_published(version: AdapterVersion) -> Published:
+    """A row as others see it."""
     return Published(
         version.id, version.number, version.state == "accepted", version.served_name, version.prefix,
         version.sha256, version.size,

@@ -131,7 +131,7 @@ def version(session: Session, tenant: TenantId, reference: Reference) -> Adapter
         else owned.join(Alias, Alias.version_id == AdapterVersion.id).where(Alias.name == reference.alias)
     )
     if found is None:
-        raise NotFound("version", str(reference), f"see `lora history {reference.label}` for those there are")
+        raise reference.not_found()
     return found
 
 

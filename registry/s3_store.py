@@ -6,7 +6,8 @@ Only what all such servers agree on is used: PUT with If-None-Match, GET, HEAD, 
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry.errors import ObjectMissing, StoreUnavailable
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _CHUNK = 1 << 20
+_STARTS = 3  # of one object's download, each from where the last one broke off
 _PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)  # seconds, while another write of the same key is under way
 Result = TypeVar("Result")
 
@@ -53,14 +55,19 @@ class S3Store:
         return b"".join(self.stream(key))
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """The object in pieces.  Raises ObjectMissing."""
+        """The object in pieces; where it breaks off, the rest is asked for.  Raises ObjectMissing, StoreUnavailable."""
         from botocore.exceptions import BotoCoreError  # imported late: the folder store needs no boto
 
-        response = self._call(key, lambda: self.client.get_object(Bucket=self.bucket, Key=self._key(key)))
-        try:
-            yield from response["Body"].iter_chunks(_CHUNK)
-        except BotoCoreError as error:
-            raise StoreUnavailable(self.name, f"{key} broke off ({type(error).__name__})", "try again") from error
+        done, why = 0, ""
+        for _ in range(_STARTS):
+            try:
+                for piece in self._from(key, done):
+                    done += len(piece)
+                    yield piece
+                return
+            except BotoCoreError as error:
+                why = type(error).__name__
+        raise StoreUnavailable(self.name, f"{key} broke off ({why})", "try again")
 
     def size(self, key: str) -> int | None:
         """Bytes of an object; None where there is none."""
@@ -111,6 +118,13 @@ class S3Store:
         except StoreUnavailable:
             owned = self._status("", lambda: self.client.create_bucket(Bucket=self.bucket))
             assert owned in (200, 409)  # 409: somebody made it meanwhile, or it is ours already
+
+    def _from(self, key: str, start: int) -> Iterator[bytes]:
+        """The object from a byte on: it is immutable, so that the rest of it fits what came before."""
+        get = partial(self.client.get_object, Bucket=self.bucket, Key=self._key(key))
+        response = self._call(key, lambda: get(Range=f"bytes={start}-") if start else get())
+        with closing(response["Body"]) as body:  # read to its end, or it takes its connection with it
+            yield from body.iter_chunks(_CHUNK)
 
     def _key(self, key: str) -> str:
         return self.root + checked_key(key)
@@ -167,6 +181,7 @@ def s3_client() -> "S3Client":
     config = Config(
         signature_version="s3v4",  # else boto3 presigns by the older one, which fewer servers take
         retries={"mode": "standard", "max_attempts": 5},
+        max_pool_connections=64,  # as many as pull at once keep theirs: a new one costs round trips
         connect_timeout=5,
         read_timeout=60,
         request_checksum_calculation="when_required",  # newer boto3 sends trailers that older servers answer with 411

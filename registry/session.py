@@ -3,23 +3,18 @@
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from registry.errors import DatabaseUnavailable
-from registry.models import Base
 
 _SQLITE_WAIT_SECONDS = 60  # how long a writer waits for its turn; one writes at a time
 _FROZEN_SECONDS = 300  # a worker that stands still inside a transaction loses it: its locks hold up others
-_FOR_GOOD = ("adapter_versions", "alias_moves", "events")  # tables whose rows are added, and never rewritten
 _FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
 
 
@@ -49,7 +44,7 @@ def shown(engine: Engine) -> str:
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Session]:
     """One unit of work: committed whole when the block ends, rolled back whole when it raises."""
-    with _known_faults(engine), Session(engine, expire_on_commit=False) as session, session.begin():
+    with known_faults(engine), Session(engine, expire_on_commit=False) as session, session.begin():
         yield session
 
 
@@ -57,43 +52,12 @@ def transaction(engine: Engine) -> Iterator[Session]:
 def reading(engine: Engine) -> Iterator[Session]:
     """A consistent look; on SQLite it waits for no writer."""
     reader = engine.execution_options(lora_reads=True)
-    with _known_faults(engine), Session(reader, expire_on_commit=False) as session:
+    with known_faults(engine), Session(reader, expire_on_commit=False) as session:
         yield session
 
 
-def upgrade(engine: Engine, revision: str = "head", application: str | None = None) -> None:
-    """Bring the tables up to date (Alembic); safe to run again, and by several at once on PostgreSQL.
-
-    With the engine of the tables' owner, `application` is the role that works with them and owns nothing.
-    """
-    config = Config()
-    config.set_main_option("script_location", str(files("registry") / "migrations"))
-    with _known_faults(engine), engine.begin() as connection:
-        if engine.dialect.name == "postgresql":
-            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(5045017)")
-            # A migration that would rewrite only the rows that a policy shows fails instead.
-            connection.exec_driver_sql("SET LOCAL row_security = off")
-        config.attributes["connection"] = connection
-        command.upgrade(config, revision)
-        if application and engine.dialect.name == "postgresql":
-            _grant(connection, application)
-
-
-def _grant(connection: Connection, application: str) -> None:
-    """Let a role read and write rows, and nothing else; what is written for good it cannot rewrite."""
-    role = connection.dialect.identifier_preparer.quote(application)
-    for name, table in Base.metadata.tables.items():
-        rights = "SELECT, INSERT, DELETE" if name in _FOR_GOOD else "SELECT, INSERT, UPDATE, DELETE"
-        connection.exec_driver_sql(f"GRANT {rights} ON {name} TO {role}")
-        if table.autoincrement_column is not None:
-            connection.exec_driver_sql(
-                f"GRANT USAGE ON SEQUENCE {name}_{table.autoincrement_column.name}_seq TO {role}"
-            )
-    connection.exec_driver_sql(f"GRANT SELECT ON alembic_version TO {role}")
-
-
 @contextmanager
-def _known_faults(engine: Engine) -> Iterator[None]:
+def known_faults(engine: Engine) -> Iterator[None]:
     """The database's everyday faults in plain words; anything else is passed on."""
     try:
         yield

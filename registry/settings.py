@@ -1,20 +1,26 @@
 """Where registry, store and cache are: read once from the environment, frozen, passed down."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from registry.errors import SettingRefused
 
 
 class RegistrySettings(BaseSettings):
-    """Settings of everything that talks to the registry; names begin with LORA_ in the environment."""
+    """Settings of everything that talks to the registry; names begin with LORA_ in the environment.
+
+    Each may also be a file of the same name (lora_database_url) in the folder that LORA_SECRETS names, as Docker and
+    Kubernetes mount secrets; the environment goes before it.
+    """
 
     model_config = SettingsConfigDict(env_prefix="LORA_", frozen=True, extra="ignore", env_ignore_empty=True)
 
     home: Path = Path("~/.lora")  # caches, and registry and store where no URL says otherwise
+    cache_size: ByteSize = ByteSize(50 * 1024**3)  # of pulled adapters, such as 20GB; 0: as many as are pulled
     database_url: str = Field(default="", repr=False)  # may hold a password
     database_owner_url: str = Field(default="", repr=False)  # PostgreSQL: whose tables they are; for `lora setup` only
     store_url: str = ""
@@ -26,12 +32,14 @@ class RegistrySettings(BaseSettings):
         """The settings as the environment says, but for those that are given.  Raises SettingRefused."""
         given = {name: value for name, value in given.items() if value is not None}
         try:
-            return cls(**given)  # type: ignore[arg-type]  # pydantic reads them as it does the environment's
+            return cls(**{"_secrets_dir": _secrets(), **given})  # type: ignore[arg-type]  # pydantic reads them itself
         except ValidationError as error:
             wrong = error.errors()[0]
             named = "_".join(map(str, wrong["loc"]))
             variable = f"--{named}" if named in given else f"LORA_{named}".upper()
             raise SettingRefused(variable, str(wrong["input"]), wrong["msg"].removeprefix("Value error, ")) from None
+        except SettingsError as error:  # a file that is no text
+            raise SettingRefused("LORA_SECRETS", str(_secrets()), str(error)) from None
 
     @field_validator("home")
     @classmethod
@@ -61,3 +69,17 @@ class RegistrySettings(BaseSettings):
     def cache(self) -> Path:
         """Where pulled adapters are kept."""
         return self.home_folder / "pulled"
+
+
+def _secrets() -> Path | None:
+    """The folder of secrets, where one is named.  Raises SettingRefused: a forgotten mount is not an empty folder."""
+    named = os.environ.get("LORA_SECRETS")
+    if not named:
+        return None
+    try:
+        for file in Path(named).iterdir():
+            if file.is_file():
+                file.open("rb").close()
+    except OSError as error:
+        raise SettingRefused("LORA_SECRETS", named, f"{error.filename} cannot be read ({error.strerror})") from None
+    return Path(named)

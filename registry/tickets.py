@@ -14,10 +14,11 @@ from urllib.request import HTTPRedirectHandler, build_opener
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from registry.client import Puller, Resolved
 from registry.errors import KeyRefused, NameRefused, ObjectMissing, StoreUnavailable, TicketRefused
 from registry.keys import checked_key
 from registry.names import Reference, check_file, check_served
+from registry.pulling import Puller
+from registry.resolved import Resolved
 
 _CHUNK = 1 << 20
 _SECONDS = 60  # of silence, before a server counts as gone
@@ -110,9 +111,9 @@ class SignedSource:
             raise StoreUnavailable(server, f"{key} broke off ({type(error).__name__})", "try again") from None
 
 
-def redeem(ticket: Ticket, cache: Path, verify: bool = False) -> Path:
+def redeem(ticket: Ticket, cache: Path, verify: bool = False, limit: int = 0) -> Path:
     """The local folder of the version that a ticket gives leave to, verified.  Raises as `Client.pull` does."""
-    return Puller(SignedSource(ticket), cache).fetch(ticket.resolved, verify)
+    return Puller(SignedSource(ticket), cache, limit).fetch(ticket.resolved, verify)
 
 
 class _Straight(HTTPRedirectHandler):

@@ -5,13 +5,14 @@ leaves at most an intent and some objects, which the sweep clears.  What a row n
 """
 
 from datetime import datetime, timedelta
+from functools import partial
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from registry.errors import RegistryError
-from registry.models import AdapterVersion, Upload
+from registry.models import AdapterVersion, Job, Upload
 from registry.names import JobId, TenantId
 from registry.queries import find_or_add
 from registry.session import transaction
@@ -47,13 +48,17 @@ def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:
     """
     with transaction(engine) as session, across(session, Across.SWEEP):
         over = select(Upload).where(Upload.lease_until < now).with_for_update(skip_locked=True).order_by(Upload.prefix)
-        found = {intent.prefix: intent.sweeping for intent in session.scalars(over)}
+        intents = session.scalars(over).all()
+        found = {intent.prefix: intent.sweeping for intent in intents if not _is_progress(intent)}
+        progress = [intent.prefix for intent in intents if _is_progress(intent)]
         session.execute(update(Upload).where(Upload.prefix.in_(found)).values(sweeping=True))
     cleared, trouble = [], None
-    for prefix, marked_before in found.items():
+    due = [partial(_clear, prefix=prefix, marked_before=marked_before) for prefix, marked_before in found.items()]
+    due += [partial(_clear_progress, prefix=prefix) for prefix in progress]
+    for clear in due:
         try:
-            if _clear(engine, store, prefix, marked_before, now):
-                cleared.append(prefix)
+            if clear(engine, store, now=now):
+                cleared.append(clear.keywords["prefix"])
         except RegistryError as error:
             trouble = error
     if trouble:
@@ -77,6 +82,27 @@ def _clear(engine: Engine, store: ObjectStore, prefix: str, marked_before: bool,
         else:
             intent.lease_until = now + UPLOAD_LEASE
     return bool(cleared)
+
+
+def _clear_progress(engine: Engine, store: ObjectStore, prefix: str, now: datetime) -> bool:
+    """Clear the progress of a job that is over; of one that is not, it is left for who takes the job next."""
+    with transaction(engine) as session, across(session, Across.SWEEP):
+        due = (Upload.prefix == prefix, Upload.lease_until < now)
+        intent = session.scalar(select(Upload).where(*due).with_for_update(skip_locked=True))
+        if intent is None:
+            return False
+        enter(session, intent.tenant_id)
+        state = session.scalar(select(Job.state).where(Job.tenant_id == intent.tenant_id, Job.id == intent.job_id))
+        if state in ("queued", "running"):
+            intent.lease_until = now + UPLOAD_LEASE
+            return False
+        store.clear(prefix)
+        session.delete(intent)
+    return True
+
+
+def _is_progress(intent: Upload) -> bool:
+    return intent.prefix.endswith(f"/progress/{intent.job_id}")
 
 
 def _is_a_version(session: Session, intent: Upload) -> bool:

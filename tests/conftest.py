@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from registry.session import open_database, reading, transaction, upgrade
+from registry.schema import migrate
+from registry.session import open_database, reading, transaction
 from tests.servers import APPLICATION, S3Server, new_database, running_postgres, running_s3
 
 
@@ -56,9 +57,9 @@ def set_up(url: str) -> Engine:
     """Make the tables in the owner's database, and open it as the application does."""
     owner = open_database(url)
     if owner.dialect.name == "sqlite":
-        upgrade(owner)
+        migrate(owner)
         return owner
-    upgrade(owner, application=APPLICATION)
+    migrate(owner, application=APPLICATION)
     owner.dispose()
     return open_database(owner.url.set(username=APPLICATION).render_as_string(hide_password=False))
 

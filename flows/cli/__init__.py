@@ -12,12 +12,14 @@ import warnings
 import typer
 
 from flows.cli import (
+    caching,
     chatting,
     comparing,
     dataset,
     fleet,
     leave,
     metrics,
+    pulling,
     reading,
     scheduling,
     status,
@@ -26,7 +28,7 @@ from flows.cli import (
     tuning,
     versions,
 )
-from flows.cli.printing import fail
+from flows.cli.printing import fail, in_words
 from flows.errors import FlowError
 from lora_core.errors import LoraError
 from registry.errors import NotFound, RegistryError
@@ -41,7 +43,10 @@ app = typer.Typer(
 )
 app.add_typer(dataset.app, name="data")
 app.add_typer(scheduling.app, name="schedule")
-for group in (system, training, tuning, status, metrics, reading, versions, fleet, leave, chatting, comparing):
+app.add_typer(caching.app, name="cache")
+for group in (
+    system, training, tuning, status, metrics, reading, versions, pulling, fleet, leave, chatting, comparing,
+):  # fmt: skip
     group.register(app)
 
 
@@ -79,12 +84,7 @@ def _run() -> None:
 def _in_words(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return _missing(error)
-    if isinstance(error, OSError):
-        what = error.strerror or str(error)
-        return (
-            f"{str(error.filename)[:200]}: {what}; check the path, its rights and the space" if error.filename else what
-        )
-    return str(error)
+    return in_words(error)
 
 
 def _missing(error: ModuleNotFoundError) -> str:

@@ -59,4 +59,5 @@ def redeem(
     except ValueError as error:  # no UTF-8, or a path with a null byte
         what = f"{ascii(file)[:80]} is no ticket ({type(error).__name__})"
         raise Unready(what, "give a file of `lora ticket`") from None
-    say(str(redeem_ticket(Ticket.read(text), RegistrySettings.read().cache, verify)))
+    settings = RegistrySettings.read()
+    say(str(redeem_ticket(Ticket.read(text), settings.cache, verify, settings.cache_size)))

@@ -32,6 +32,14 @@ def fail(error: object, code: int) -> int:
     return code
 
 
+def in_words(error: Exception) -> str:
+    """What went wrong, without the numbers of the operating system."""
+    if not isinstance(error, OSError):
+        return str(error)
+    what = error.strerror or str(error)
+    return f"{str(error.filename)[:200]}: {what}; check the path, its rights and the space" if error.filename else what
+
+
 def plain(text: str, keep: str = "\n\t") -> str:
     """Text that cannot steer a terminal, whoever wrote it: control and invisible characters become escapes."""
     return "".join(one if one.isprintable() or one in keep else ascii(one)[1:-1] for one in text)

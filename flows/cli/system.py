@@ -35,30 +35,34 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def setup() -> None:
+def setup(
+    revision: Annotated[
+        str | None, typer.Option(help="The tables of an earlier release: to go back to it.  Make a backup first.")
+    ] = None,
+) -> None:
     """Make what is missing: the registry's tables (Alembic), the bucket or folder.  Safe to run again.
 
     LORA_DATABASE_URL=postgresql+psycopg://lora_app@... LORA_DATABASE_OWNER_URL=postgresql+psycopg://lora@... lora setup
     """
+    from registry.schema import present
+
     factory = Factory.from_environment()
-    factory.set_up()
-    say(f"registry  {shown(factory.engine)}")
+    factory.set_up(revision)
+    say(f"registry  {shown(factory.engine)}, tables {present(factory.engine)}")
     say(f"store     {factory.store.check()}")
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    as_json: AsJson = False,
+    ready: Annotated[bool, typer.Option(help="Only try registry, tables and store: what a probe asks.")] = False,
+) -> None:
     """Show the effective settings, try every connection, and name versions and GPU; exit code 1 if something is wrong.
 
     lora doctor
     """
     factory = Factory.from_environment()
-    settings = factory.settings.model_dump(mode="json", exclude=SECRET)
-    rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
-    checks = [_tried(factory, "registry", _registry), _tried(factory, "store", _store)]
-    rows += [*checks, {"what": "python", "state": platform.python_version()}]
-    rows += [{"what": name, "state": _version(name)} for name in LIBRARIES]
-    rows.append({"what": "device", "state": _device()})
-    answer(rows, as_json, "")
+    checks = [_tried(factory, *one) for one in (("registry", _registry), ("tables", _tables), ("store", _store))]
+    answer(checks if ready else _everything(factory, checks), as_json, "")
     if any(str(row["state"]).startswith("error") for row in checks):
         raise typer.Exit(1)
 
@@ -77,6 +81,15 @@ def demo(
     run(home)
 
 
+def _everything(factory: Factory, checks: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Settings, connections, versions and device, a row each."""
+    settings = factory.settings.model_dump(mode="json", exclude=SECRET)
+    rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
+    rows += [*checks, {"what": "python", "state": platform.python_version()}]
+    rows += [{"what": name, "state": _version(name)} for name in LIBRARIES]
+    return [*rows, {"what": "device", "state": _device()}]
+
+
 def _registry(factory: Factory) -> str:
     with reading(factory.engine) as session:
         from registry.queries import tenants
@@ -85,6 +98,15 @@ def _registry(factory: Factory) -> str:
     why = unbound(factory.engine)
     apart = f"by queries alone: {why}" if why else "by row-level security"
     return f"{shown(factory.engine)}, {count} tenants, kept apart {apart}"
+
+
+def _tables(factory: Factory) -> str:
+    from registry.schema import present, wanted
+
+    found = present(factory.engine)
+    if found != wanted():
+        return f"error: they are {found or 'missing'}, this release wants {wanted()}; run `lora setup`"
+    return found
 
 
 def _store(factory: Factory) -> str:

@@ -1,6 +1,6 @@
 """`lora train` and `lora work`: the whole job without a Prefect server, on the same steps."""
 
-import time
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flows.cli.printing import AsJson, answer, console, fail, say
-from flows.errors import FlowError
+from flows.cli.printing import AsJson, answer, console, fail, remark, say
+from flows.errors import FlowError, Unready
 from flows.factory import Factory, add_data, pin_base, request_training
+from flows.leaving import Leave, on_signals
 from flows.logs import set_up_logs
 from lora_core.errors import LoraError
 from registry import queries
@@ -87,53 +88,104 @@ def work(
     once: Annotated[bool, typer.Option("--once", help="Stop when nobody waits; else go on for ever.")] = False,
     memory: MemoryOption = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks when nobody waits.")] = 5.0,
+    grace: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="From SIGTERM or Ctrl-C to the end, such as 30s; else LORA_GRACE."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="The GPU to train on, such as cuda:1, or cpu; else LORA_DEVICE.")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Take runs of this Prefect work pool; needs a Prefect server.")
+    ] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Serve metrics and health; else LORA_METRICS_PORT.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Do what is due: fire schedules, train waiting jobs in cohorts, sweep up.  No Prefect server is needed.
 
+    Start one for each GPU, on any number of machines.  Told to go, it saves who is unfinished for another worker.
+    With --pool Prefect's server decides what it runs, and shows it.
+
     lora work --once
+
+    lora work --device cuda:1 --grace 2m
+
+    lora work --pool gpu --device cuda:1
     """
+    if pool and (once or as_json):
+        raise typer.BadParameter("--pool goes on for ever and reports to Prefect; leave out --once and --json")
+    if pool and metrics_port is not None:
+        raise typer.BadParameter("runs of a pool are in the figures of `lora metrics`; leave out --metrics-port")
     from flows.presence import watched
 
-    factory = Factory.from_environment(memory=memory, metrics_port=metrics_port)
+    factory = Factory.from_environment(memory=memory, grace=grace, device=device, metrics_port=metrics_port)
+    leave = Leave(factory.settings.grace)
+    if pool:
+        raise typer.Exit(serve_pool(factory, leave, pool))
     set_up_logs(factory.settings)
     factory.set_up()
-    with watched(factory):
-        _work(factory, once, every, as_json)
+    with on_signals(leave, remark), watched(factory):
+        while not leave.asked:
+            rows = work_once(factory, leave, every, once, quiet=as_json)
+            factory.pulse.rest()
+            if once and not leave.asked:
+                finish(rows, as_json)
+                break
+            if rows:
+                show(rows, as_json)
+            leave.idle(every)
 
 
-def _work(factory: Factory, once: bool, every: float, as_json: bool) -> None:
-    from flows.work import enqueue_due, sweep
+def serve_pool(factory: Factory, leave: Leave, pool: str) -> int:
+    """Be the worker of a Prefect work pool; its exit code.  Raises Unready, DeviceMissing."""
+    from flows.pool import health_port, serve
+    from lora_core.base_model import check_device
 
-    while True:
-        try:
-            for trouble in enqueue_due(factory):
-                fail(f"not queued: {trouble}", 0)
-            rows = drain(factory, None, quiet=as_json)
-            sweep(factory)
-        except (RegistryError, LoraError, FlowError) as error:
-            if once:
-                raise
-            fail(f"{error}; looking again in {every:g} s", 0)
-            rows = []
-        factory.pulse.rest()
+    if not os.environ.get("PREFECT_API_URL"):
+        raise Unready("no Prefect server is named", "set PREFECT_API_URL, or leave out --pool to work without one")
+    settings = factory.settings
+    check_device(settings.device or "cpu")
+    given = {"LORA_GRACE": f"{settings.grace:g}s", "LORA_DEVICE": settings.device}
+    given |= {"LORA_MEMORY": str(int(settings.memory))} if settings.memory else {}
+    ports = {"PREFECT_WORKER_WEBSERVER_PORT": health_port(settings.device)}
+    return serve(pool, leave, {**ports, **os.environ, **given}, remark)
+
+
+def work_once(factory: Factory, leave: Leave, every: float, once: bool, quiet: bool) -> list[dict[str, str]]:
+    """Do what is due now; one row a user.  What is wrong with database or store is told, unless it is the only time."""
+    from flows.due import enqueue_due, sweep
+
+    def tick() -> None:
+        for trouble in enqueue_due(factory):
+            fail(f"not queued: {trouble}", 0)
+
+    try:
+        tick()
+        rows = drain(factory, None, quiet, leave, tick)
+        sweep(factory)
+        return rows
+    except (RegistryError, LoraError, FlowError) as error:
         if once:
-            return finish(rows, as_json)
-        if rows:
-            show(rows, as_json)
-        time.sleep(every)
+            raise
+        fail(f"{error}; looking again in {every:g} s", 0)
+        return []
 
 
-def drain(factory: Factory, only: list[JobId] | None, quiet: bool) -> list[dict[str, str]]:
-    """Cohort after cohort until nobody waits; one row a user."""
+def drain(
+    factory: Factory,
+    only: list[JobId] | None,
+    quiet: bool,
+    leave: Leave | None = None,
+    tick: Callable[[], object] = tuple,
+) -> list[dict[str, str]]:
+    """Cohort after cohort until nobody waits, or until told to leave; one row a user."""
     from flows import report
     from flows.work import run_cohort
 
     rows: list[dict[str, str]] = []
-    while only is None or only:
+    while (only is None or only) and not (leave and leave.asked):
         with progress_bar(quiet) as watch:
-            cohort: Cohort | None = run_cohort(factory, only, watch)
+            cohort: Cohort | None = run_cohort(factory, only, watch, leave=leave, tick=tick)
         if cohort is None:
             break
         rows += report.rows(cohort)

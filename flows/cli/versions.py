@@ -1,7 +1,5 @@
-"""`lora promote`, `rollback`, `pull` and `export`: move aliases, and bring adapters to where they are served."""
+"""`lora promote`, `rollback`, `export` and `reproduce`: move aliases, and make other things of versions."""
 
-import os
-import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +8,6 @@ import typer
 
 from flows.cli.fleet import All, Conditions, Number, Override, Source, promote_all, roll_back_all
 from flows.cli.printing import AsJson, OwnReference, VersionReference, answer_one, say, size
-from flows.errors import Unready
 from flows.factory import Factory, now, who
 from registry import aliases, queries
 from registry.client import Client
@@ -31,7 +28,7 @@ class Kind(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for command in (promote, rollback, pull, export, reproduce):
+    for command in (promote, rollback, export, reproduce):
         app.command()(command)
 
 
@@ -101,27 +98,6 @@ def rollback(
     say(f"{wanted.label}@{alias} is now version {version.number}")
 
 
-def pull(
-    reference: VersionReference,
-    to: Annotated[Path | None, typer.Option("--to", help="Copy the files into this new folder as well.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Hash a cached copy again.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Bring a version's files to this machine, verified; prints the folder, ready for PEFT or vLLM.
-
-    lora pull acme/alice
-
-    lora pull acme/alice@production --to ./adapters/alice
-    """
-    folder = Client.from_environment().pull(reference, verify)
-    if to:
-        folder = _copied(folder, to)
-    if as_json:
-        answer_one({"folder": folder}, as_json)
-    else:
-        say(str(folder))
-
-
 def export(
     reference: VersionReference,
     to: Annotated[Path, typer.Option("--to", help="The GGUF file, or the folder of the merged model, to write.")],
@@ -146,15 +122,6 @@ def export(
     facts = {"reference": origin.label, "as": str(as_), "to": to, "base": origin.base.name}
     written = bytes_in(to)
     answer_one({**facts, "size": written if as_json else size(written)}, as_json)
-
-
-def _copied(folder: Path, to: Path) -> Path:
-    if os.path.lexists(to):
-        raise Unready(f"{to} exists already", "give a new folder")
-    try:
-        return Path(shutil.copytree(folder, to))
-    except OSError as error:
-        raise Unready(f"{to} cannot be written ({error.strerror or error})", "give a new folder") from None
 
 
 def reproduce(reference: VersionReference, as_json: AsJson = False) -> None:

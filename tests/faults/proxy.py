@@ -20,7 +20,8 @@ class Proxy(ThreadingHTTPServer):
     """Passes requests on unless the plan says otherwise.
 
     `reset` breaks the connection before the request is done, `lost` once it is done; `slow` answers late; a number is
-    the status of an answer that the server never gave.
+    the status of an answer that the server never gave.  `cut` breaks the connection in the middle of the answer's body,
+    `flipped` changes a bit of it.
     """
 
     daemon_threads = True
@@ -30,11 +31,17 @@ class Proxy(ThreadingHTTPServer):
         self.server = server
         self.plan: Plan = lambda method, key: ""
         self.seen: Counter[str] = Counter()  # methods
+        self.connections = 0
 
     @property
     def url(self) -> str:
         """Where clients reach it."""
         return f"http://127.0.0.1:{self.server_port}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # the base class's own
+        """Count a connection."""
+        self.connections += 1
+        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # the base class's own
         """A client that gave up waiting is part of the game."""
@@ -63,7 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers, content = self._pass_on(body)
             if planned == "slow":
                 time.sleep(SLOW_SECONDS)
-            self._break_off() if planned == "lost" else self._answer(status, headers, content)
+            if planned == "flipped":
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            self._break_off() if planned == "lost" else self._answer(status, headers, content, planned == "cut")
 
     def _pass_on(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         parts = urlsplit(self.server.server)
@@ -75,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         onward.close()
         return response.status, dict(response.getheaders()), content
 
-    def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
+    def _answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False) -> None:
         self.send_response(status)
         length = headers.get("Content-Length", str(len(content))) if self.command == "HEAD" else str(len(content))
         for name, value in headers.items():
@@ -84,7 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", length)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if cut else content)
+        if cut:
+            self._break_off()
 
     def _break_off(self) -> None:
         self.close_connection = True

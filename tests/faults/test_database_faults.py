@@ -15,7 +15,8 @@ from registry.errors import DatabaseUnavailable, RegistryError
 from registry.jobs import ClaimedJob
 from registry.names import Reference
 from registry.publishing import publish
-from registry.session import open_database, transaction, upgrade
+from registry.schema import migrate
+from registry.session import open_database, transaction
 from registry.store import FolderStore
 from registry.uploads import UPLOAD_LEASE, sweep
 from tests.conftest import set_up
@@ -128,7 +129,7 @@ def test_a_full_disk_is_told_and_makes_no_version_however_much_room_is_left(tmp_
     disk = tmp_path / "disk"
     with small_disk(disk, 4096):
         engine, store = open_database(f"sqlite:///{disk}/registry.db"), FolderStore(disk / "store")
-        upgrade(engine)
+        migrate(engine)
         store.set_up()
         with transaction(engine) as session:
             (asked,) = enqueue(session, "acme/alice", 1)

@@ -15,7 +15,8 @@ from registry.jobs import ClaimedJob
 from registry.names import Reference
 from registry.publishing import publish
 from registry.s3_store import S3Store, s3_client
-from registry.session import open_database, upgrade
+from registry.schema import migrate
+from registry.session import open_database
 from registry.uploads import UPLOAD_LEASE, sweep
 from tests.faults.invariants import (
     check_no_intent_is_left,
@@ -77,7 +78,7 @@ class ForAWhile:
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A registry on SQLite: the faults are the store's."""
     opened = open_database(f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}")
-    upgrade(opened)
+    migrate(opened)
     yield opened
     opened.dispose()
 

@@ -7,7 +7,8 @@ import pytest
 
 from registry import jobs
 from registry.publishing import publish
-from registry.session import open_database, transaction, upgrade
+from registry.schema import migrate
+from registry.session import open_database, transaction
 from registry.store import FolderStore
 from tests.flows.conftest import LoraHere
 from tests.registry.conftest import NOW, enqueue, finished
@@ -19,7 +20,7 @@ def _published(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "home" / "store")
     store.set_up()
     engine = open_database(f"sqlite:///{tmp_path / 'home' / 'registry.db'}")
-    upgrade(engine)
+    migrate(engine)
     for user in ("ada", "alice", "bob"):
         with transaction(engine) as session:
             asked = enqueue(session, f"acme/{user}", 2)

@@ -15,7 +15,8 @@ from registry.client import Client
 from registry.errors import KeyRefused, NameRefused, SettingRefused
 from registry.fleet import Where
 from registry.names import Reference, TenantId
-from registry.session import open_database, transaction, upgrade
+from registry.schema import migrate
+from registry.session import open_database, transaction
 from registry.store import FolderStore
 from tests.flows.conftest import LoraHere, write_user
 from tests.registry.conftest import NOW
@@ -63,7 +64,7 @@ def registry(tmp_path: Path) -> Engine:
     """A registry in LORA_HOME with acme's alice."""
     (tmp_path / "home").mkdir()
     opened = open_database(f"sqlite:///{tmp_path / 'home' / 'registry.db'}")
-    upgrade(opened)
+    migrate(opened)
     with transaction(opened) as session:
         queries.ensure_adapter(session, Reference.parse("acme/alice"), NOW)
     return opened

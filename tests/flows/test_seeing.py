@@ -299,7 +299,8 @@ def test_a_pulse_that_begins_again_with_a_smaller_plan_counts_on() -> None:
     """Where memory ran out micro-steps begin at one again; totals never fall."""
     clock = [0.0]
     pulse = Pulse(lambda: clock[0])
-    pulse.enter("train", 2)
+    pulse.join(2)
+    pulse.enter("train")
     for clock[0], steps, tokens in ((1.0, 1, 100), (2.0, 2, 200), (3.0, 1, 40), (4.0, 2, 80)):
         pulse.keep(Pace(steps, ("a",), 0, 0, tokens, 2 * tokens, steps, 10 - steps, {"a": 100}))
 

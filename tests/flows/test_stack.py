@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -99,6 +101,23 @@ def test_a_user_is_trained_on_demand(stack: Stack, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "globex/eve:1" in lora(stack, "latest", "globex/eve")
     assert any(line.startswith("globex/eve ") for line in ask_prefect(stack, RUNS))
+
+
+def test_the_operations_page_can_be_followed(stack: Stack, tmp_path: Path) -> None:
+    """Every block marked `sh`, from top to bottom, in one folder and one shell."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    blocks = [textwrap.dedent(found) for found in re.findall(r"^ *```sh\n(.*?)^ *```$", page, re.DOTALL | re.MULTILINE)]
+    environment = stack.environment | {"RECIPE": " ".join(SETTINGS), "PYTHONPATH": str(ROOT)}
+
+    done = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", "\n".join(blocks)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(blocks) >= 6
+    pulled = [line for line in done.stdout.splitlines() if "/pulled/" in line]
+    assert len(pulled) >= 2, done.stdout  # once from the registry, once from its restored copy
 
 
 def test_the_compose_file_names_what_is_here() -> None:

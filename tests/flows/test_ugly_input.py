@@ -17,7 +17,8 @@ from flows.settings import FactorySettings
 from registry import jobs, queries
 from registry.names import Reference
 from registry.publishing import publish
-from registry.session import open_database, reading, transaction, upgrade
+from registry.schema import migrate
+from registry.session import open_database, reading, transaction
 from registry.store import FolderStore
 from tests.flows.conftest import LORA, ROOT, LoraHere, Said, write_user
 from tests.registry.conftest import NOW, enqueue, finished
@@ -34,7 +35,7 @@ def registry(tmp_path: Path) -> Engine:
     """A registry in LORA_HOME with its tables."""
     (tmp_path / "home" / "store").mkdir(parents=True)
     opened = open_database(f"sqlite:///{tmp_path / 'home' / 'registry.db'}")
-    upgrade(opened)
+    migrate(opened)
     return opened
 
 

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from httpx import ConnectError
 from pydantic import ByteSize
 
 from flows import candidates
 from flows import cohort as steps
+from flows.due import runs_wanted
+from flows.errors import OrchestratorAway
 from flows.factory import Factory, Pinned, add_data, now, pin_base, request_training
 from flows.fitting import usual_plan
 from flows.settings import FactorySettings
@@ -127,6 +131,23 @@ def test_an_interrupted_worker_puts_its_jobs_back(factory: Factory, ask: Ask, mo
     assert (state(factory, job).state, state(factory, job).attempts) == ("queued", 0)
 
 
+def test_prefects_trouble_costs_nobody_an_attempt(factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server may be away for longer than its client is patient; the jobs wait for the next run."""
+    from flows import adapt
+
+    job = ask("acme/alice").job_id
+    unreachable = Mock(with_options=lambda **_: Mock(side_effect=ConnectError("refused")))
+    monkeypatch.setitem(adapt.TASKS, steps.train, unreachable)
+
+    def as_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives
+        return adapt.as_task(step, *arguments) if step is steps.train else step(*arguments)
+
+    with pytest.raises(OrchestratorAway, match="train: Prefect's server could not be told"):
+        run_cohort(factory, do=as_task)
+
+    assert (state(factory, job).state, state(factory, job).attempts) == ("queued", 0)
+
+
 def test_a_cohort_that_breaks_its_worker_is_tried_three_times(
     factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,16 +197,16 @@ def test_a_lost_lease_is_told_once_and_publishes_nothing(
 
 def test_runs_are_wanted_for_every_group_and_for_dead_workers_jobs(factory: Factory, ask: Ask) -> None:
     """What a claim could take is what is counted."""
-    assert steps.runs_wanted(factory) == 0
+    assert runs_wanted(factory) == 0
     ask("acme/alice")
     ask("acme/bob", rank=2)
-    assert steps.runs_wanted(factory) == 2
+    assert runs_wanted(factory) == 2
 
     with transaction(factory.engine) as session:
         long_ago = now() - timedelta(days=1)
         assert len(jobs.claim(session, "dead", timedelta(minutes=5), 4, long_ago)) == 1
 
-    assert steps.runs_wanted(factory) == 2
+    assert runs_wanted(factory) == 2
 
 
 def test_a_cohort_is_planned_to_fit_into_memory(base_folder: Path, ask: Ask) -> None:

@@ -15,6 +15,7 @@ from lora_core.data.rendering import AnyRendered
 from lora_core.objectives import ObjectiveSpec
 from lora_core.train import train
 from tests.lora_core.conftest import examples, gpt2, llama, lora_of, pairs, recipe
+from tests.lora_core.doors import OneByOne
 from tests.lora_core.killing import killed_and_resumed
 
 PACKS, T = 200, 32
@@ -64,9 +65,7 @@ def run(
     later: Sequence[Learner] = (),
 ) -> dict[str, Trained]:
     """Train some at once and let others arrive one by one."""
-    coming = [[one] for one in later]
-    arrive = lambda: coming.pop(0) if coming else ()  # noqa: E731
-    return {one.name: one for one in train(base, now, slots, T, bank, arrivals=arrive)}
+    return {one.name: one for one in train(base, now, slots, T, bank, door=OneByOne(later))}
 
 
 @pytest.mark.parametrize(

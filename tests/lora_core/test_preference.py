@@ -34,6 +34,7 @@ from lora_core.row_store import RowMemory, RowStore
 from lora_core.saves import Saves
 from lora_core.train import train
 from tests.lora_core.conftest import ARCHITECTURES, T, learner, lora_of, pairs, recipe
+from tests.lora_core.doors import OneByOne
 from tests.lora_core.killing import Killed, doomed, resumed
 from tests.lora_core.test_peft_parity import load_row, padded, peft_model
 
@@ -180,9 +181,8 @@ def test_one_taken_aside_while_the_base_reads_in_its_slot_is_the_same(llama_base
     """Its own rows are not the zeros that were there."""
     bank = LoraBank(llama_base.sites, 4)
     long, hasty = chooser(1, count=60, epochs=1), replace(learner(2, count=2), priority=1)
-    arrivals = iter([[], [hasty]])
 
-    packed = run(llama_base, [long], 1, bank, arrivals=lambda: next(arrivals, []))
+    packed = run(llama_base, [long], 1, bank, door=OneByOne([hasty], after=1))
 
     assert same(run(llama_base, [long], 1, bank)[long.name], packed[long.name])
 

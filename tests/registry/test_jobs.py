@@ -1,5 +1,6 @@
 """The queue: everything once, nothing lost, whoever dies."""
 
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -8,7 +9,7 @@ from sqlalchemy.engine import Engine
 
 from registry import jobs, queries
 from registry.errors import LeaseLost
-from registry.jobs import MAX_ATTEMPTS
+from registry.jobs import MAX_ATTEMPTS, MAX_DEATHS, SUSPECT
 from registry.models import Job
 from registry.session import reading, transaction
 from tests.conftest import looking, tampering
@@ -89,6 +90,20 @@ def test_a_claim_takes_only_jobs_that_can_share_a_cohort(engine: Engine) -> None
     assert [len(first), len(second)] == [2, 2]
     with reading(engine) as session:
         assert jobs.waiting(session, NOW) == {"two": 1}
+
+
+def test_a_claim_can_ask_for_more_of_one_group(engine: Engine) -> None:
+    """A cohort with a free slot takes who fits beside the others, however long somebody else has waited."""
+    with transaction(engine) as session:
+        enqueue(session, "acme/alice", 1, group="one")
+        enqueue(session, "acme/bob", 1, group="two", now=NOW + timedelta(seconds=1))
+
+    with transaction(engine) as session:
+        (job,) = jobs.claim(session, "w", LEASE, 10, NOW, group="two")
+    with transaction(engine) as session:
+        assert jobs.claim(session, "w", LEASE, 10, NOW, group="two") == []
+
+    assert job.reference.label == "acme/bob"
 
 
 def test_two_jobs_of_one_adapter_are_worked_off_one_after_the_other(engine: Engine) -> None:
@@ -188,7 +203,7 @@ def test_a_job_that_kills_its_workers_fails_for_good(engine: Engine, claim: Clai
     """Else one poisonous dataset would take the fleet down for ever."""
     (job,) = claim()
     moment = NOW
-    for _ in range(MAX_ATTEMPTS):
+    for _ in range(MAX_DEATHS):
         moment += 2 * LEASE
         with transaction(engine) as session:
             last = jobs.claim(session, "w", LEASE, 1, moment)
@@ -197,6 +212,41 @@ def test_a_job_that_kills_its_workers_fails_for_good(engine: Engine, claim: Clai
     with looking(engine) as session:
         row = session.get_one(Job, job.id)
         assert (row.state, row.error and "its worker died" in row.error) == ("failed", True)
+
+
+def test_a_job_that_kills_its_workers_takes_nobody_along(engine: Engine) -> None:
+    """Those who shared a cohort with it share two deaths; then each is tried alone, and it alone is given up."""
+    with transaction(engine) as session:
+        poison, *others = (enqueue(session, f"acme/{user}", 1)[0] for user in ("alice", "bob", "carol"))
+    moment, done = NOW, set[uuid.UUID]()
+    for _ in range(4 * MAX_DEATHS):
+        moment += 2 * LEASE
+        with transaction(engine) as session:
+            taken = jobs.claim(session, "w", LEASE, 10, moment)
+        if poison.job_id not in {job.id for job in taken}:
+            for job in taken:
+                with transaction(engine) as session:
+                    jobs.close(session, job, "published", moment)
+                done.add(job.id)
+
+    assert done == {job.job_id for job in others}
+    with looking(engine) as session:
+        assert session.get_one(Job, poison.job_id).state == "failed"
+
+
+def test_a_suspect_is_not_let_into_a_cohort_at_work(engine: Engine, claim: Claim) -> None:
+    """Whoever asks for more of a group has others beside it."""
+    (job,) = claim()
+    moment = NOW
+    for _ in range(SUSPECT - 1):
+        moment += 2 * LEASE
+        with transaction(engine) as session:
+            jobs.claim(session, "w", LEASE, 1, moment)
+
+    moment += 2 * LEASE
+    with transaction(engine) as session:
+        assert jobs.claim(session, "w", LEASE, 10, moment, group="g") == []
+        assert [one.id for one in jobs.claim(session, "w", LEASE, 10, moment)] == [job.id]
 
 
 def test_a_released_job_waits_again(engine: Engine, claim: Claim) -> None:

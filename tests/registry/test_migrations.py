@@ -10,11 +10,13 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect, text
 
 import registry
-from registry import aliases, queries
+from registry import aliases, queries, schema
 from registry.client import Client
+from registry.errors import SchemaUnknown
 from registry.models import Base
 from registry.names import Reference
-from registry.session import open_database, reading, transaction, upgrade
+from registry.schema import migrate
+from registry.session import open_database, reading, transaction
 from registry.store import FolderStore
 from tests.conftest import set_up
 from tests.registry.conftest import NOW
@@ -55,7 +57,7 @@ def test_the_newest_schema_is_what_the_models_mean_wherever_one_came_from(databa
     """Tables, columns, types, constraints and indexes."""
     fill(database_url, revision)
     engine = open_database(database_url)
-    upgrade(engine)
+    migrate(engine)
 
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
@@ -66,7 +68,7 @@ def test_the_newest_schema_is_what_the_models_mean_wherever_one_came_from(databa
 def fill(url: str, revision: str) -> dict[str, int]:
     """Make a database of that schema with its data; returns the rows of each table."""
     engine = open_database(url)
-    upgrade(engine, revision)
+    migrate(engine, revision)
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql("SET LOCAL TIME ZONE 'UTC'")
@@ -85,3 +87,61 @@ def counted(url: str) -> dict[str, int]:
         counts = {name: int(connection.scalar(text(f"SELECT count(*) FROM {name}")) or 0) for name in names}
     engine.dispose()
     return counts
+
+
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
+def test_a_release_can_be_gone_back_to_and_left_again(database_url: str, revision: str) -> None:
+    """The tables are as they were at that release, with the rows that it knows."""
+    before = fill(database_url, revision)
+    engine = open_database(database_url)
+    columns = shape(engine)
+
+    migrate(engine)
+    assert schema.present(engine) == schema.wanted() == REVISIONS[-1]
+    migrate(engine, revision)
+
+    assert (schema.present(engine), shape(engine), counted(database_url)) == (revision, columns, before)
+    migrate(engine)
+    assert schema.present(engine) == REVISIONS[-1]
+    engine.dispose()
+
+
+@pytest.mark.parametrize("revision", REVISIONS[REVISIONS.index("0003") : -1])
+def test_the_release_before_runs_on_the_tables_of_the_next(postgres_url: str, revision: str) -> None:
+    """Workers may be replaced one by one: what they name is there, and what they do not name has a default."""
+    engine = open_database(postgres_url)
+    migrate(engine, revision)
+    old = shape(engine)
+    migrate(engine, REVISIONS[REVISIONS.index(revision) + 1])
+
+    for table, columns in shape(engine).items():
+        if table not in old:
+            continue
+        assert not old[table].keys() - columns.keys(), f"{table} has lost columns"
+        for name in columns.keys() - old[table].keys():
+            assert columns[name], f"{table}.{name} must be given, and the release before does not know it"
+    engine.dispose()
+
+
+def test_tables_of_a_release_that_is_not_known_are_left_alone(database_url: str) -> None:
+    """As a release meets them that was gone back to without taking the tables along."""
+    engine = open_database(database_url)
+    migrate(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+
+    for meet in (lambda: migrate(engine), lambda: schema.present(engine)):
+        with pytest.raises(SchemaUnknown, match="revision 9999, of the tables in .* use the release that made them"):
+            meet()
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "9999"
+    engine.dispose()
+
+
+def shape(engine: Engine) -> dict[str, dict[str, bool]]:
+    """The columns of each table, and whether an INSERT may leave them out."""
+    look = inspect(engine)
+    return {
+        table: {one["name"]: one["nullable"] or one["default"] is not None for one in look.get_columns(table)}
+        for table in look.get_table_names()
+    }

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from registry import aliases, fleet, jobs, overview, protection, publishing, queries, schedules, uploads
+from registry import aliases, fleet, jobs, overview, protection, publishing, queries, resolving, schedules, uploads
 from registry.client import Client
 from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
@@ -84,6 +84,8 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         "unprotect": lambda: protection.unprotect(session, mine, "frozen", **who),
         "fleet": lambda: fleet.promote_all(session, mine, "production", "latest", fleet.Where(), **who),
         "fleet back": lambda: fleet.roll_back_all(session, mine, "production", **who),
+        "resolve": lambda: resolving.versions_of(session, mine, [alice, first]),
+        "resolve all": lambda: resolving.versions_at(session, mine, OURS, "latest", fleet.Where(), ("", "")),
         "schedules": lambda: schedules.schedules(session, mine),
         "put": lambda: schedules.put(session, mine, holder, Timing.every("2h"), "other", {}, NOW),
         "pause": lambda: schedules.pause(session, mine, holder, True, NOW),
@@ -94,7 +96,7 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
 NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
     "seen", "costs", "job", "enqueue", "renew", "release", "fail", "promote", "rollback", "protect", "protected",
-    "unprotect", "fleet", "fleet back", "schedules", "put", "pause", "remove",
+    "unprotect", "fleet", "fleet back", "resolve", "resolve all", "schedules", "put", "pause", "remove",
 ]  # fmt: skip
 
 

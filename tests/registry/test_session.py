@@ -15,7 +15,8 @@ import registry
 from registry import queries
 from registry.errors import DatabaseUnavailable
 from registry.models import Base, Tenant
-from registry.session import open_database, reading, transaction, upgrade
+from registry.schema import migrate
+from registry.session import open_database, reading, transaction
 from registry.tenancy import enter_named
 from tests.conftest import looking
 from tests.registry.conftest import NOW
@@ -37,7 +38,7 @@ def test_what_raises_is_rolled_back(engine: Engine) -> None:
 
 def test_migrations_make_the_tables_that_the_code_means(engine: Engine) -> None:
     """On both databases; and running them again changes nothing."""
-    upgrade(engine)
+    migrate(engine)
 
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
@@ -84,7 +85,7 @@ def test_a_worker_that_stands_still_inside_a_transaction_loses_it(
     """Its locks would hold up everybody else; on waking it is told, and nothing of it is committed."""
     monkeypatch.setattr("registry.session._FROZEN_SECONDS", 1)
     engine = open_database(postgres_url)
-    upgrade(engine)
+    migrate(engine)
 
     with pytest.raises(DatabaseUnavailable), transaction(engine) as session:
         session.add(Tenant(name="acme", created_at=NOW))

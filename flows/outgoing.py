@@ -1,0 +1,71 @@
+"""Users of a cohort who are done while others still train: judged a few at a time, published together by a thread."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from flows.candidates import Candidate
+from registry.errors import RegistryError
+from registry.jobs import ClaimedJob
+
+PATIENCE_SECONDS = 15.0  # how long one who is done waits for others: rows that nobody fills are computed all the same
+PUBLISHERS = 2  # threads: publishing is waiting for a store and a database
+Done = tuple[ClaimedJob, Candidate]
+
+
+class Outgoing:
+    """Where users go who are done.  `judge` takes a batch of rows of them at once, then `publish`, called by a thread.
+
+    Whoever cannot be published now, with the store or the database away, is left for the cohort's end.
+    """
+
+    def __init__(
+        self, judge: Callable[[Sequence[Candidate]], None], publish: Callable[[Sequence[Done]], None], batch: int
+    ) -> None:
+        self._judge, self._publish, self._batch = judge, publish, batch
+        self._threads = ThreadPoolExecutor(PUBLISHERS, "publish")
+        self._done: list[Done] = []
+        self._oldest = 0.0  # when the first of them was done
+        self._under_way: list[Future[None]] = []
+
+    def add(self, job: ClaimedJob, candidate: Candidate) -> None:
+        """Somebody is done."""
+        if not self._done:
+            self._oldest = time.monotonic()
+        self._done.append((job, candidate))
+
+    def tend(self, at_once: bool = False) -> None:
+        """Judge and send on who waits, once they are enough or one has waited long enough.
+
+        Raises whatever a publisher raised that is not the store's or the database's trouble.
+        """
+        if self._done and (at_once or self._rows >= self._batch or self._waited >= PATIENCE_SECONDS):
+            ready, self._done = self._done, []
+            self._judge([candidate for _, candidate in ready])
+            self._under_way.append(self._threads.submit(self._try_to_publish, ready))
+        finished = [future for future in self._under_way if future.done()]
+        self._under_way = [future for future in self._under_way if not future.done()]
+        for future in finished:
+            future.result()
+
+    @property
+    def _rows(self) -> int:
+        """What judging takes at least: a row for each rival, the candidate itself among them."""
+        return sum(3 if candidate.live else 2 for _, candidate in self._done)
+
+    @property
+    def _waited(self) -> float:
+        return time.monotonic() - self._oldest
+
+    def close(self) -> None:
+        """Wait for the publishers."""
+        self._threads.shutdown()
+        wait(self._under_way)
+        for future in self._under_way:
+            future.result()
+
+    def _try_to_publish(self, done: Sequence[Done]) -> None:
+        try:
+            self._publish(done)
+        except RegistryError:
+            return

@@ -1,0 +1,65 @@
+"""The Prefect flow that a clock runs, apart from those that train: their imports take longer than a tick does."""
+
+from datetime import timedelta
+
+from prefect import flow, get_run_logger, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
+
+from flows import due
+from flows.factory import Factory, now
+
+_MOST_READ = 200  # runs in one answer of Prefect's server
+_BEGINNING = timedelta(minutes=3)  # a run that has been beginning for longer died with its worker
+
+_enqueue_due = task(name="due", retries=2, persist_result=False)(due.enqueue_due)
+_sweep = task(name="sweep", retries=2, persist_result=False)(due.sweep)
+_runs_wanted = task(name="count", persist_result=False)(due.runs_wanted)
+
+
+@flow(name="tick", flow_run_name="tick", persist_result=False)
+def tick(deployment: str = "adapt-cohort/adapt-cohort") -> int:
+    """Turn due schedules into jobs, and waiting jobs into cohort runs; returns how many runs were asked for."""
+    factory = Factory.from_environment()
+    for trouble in _enqueue_due(factory):
+        get_run_logger().warning("not queued: %s", trouble)
+    _sweep(factory)
+    wanted: int = max(0, _runs_wanted(factory) - _runs_waiting(deployment))
+    for _ in range(wanted):
+        run_deployment(deployment, timeout=0, as_subflow=False)
+    return wanted
+
+
+def _runs_waiting(deployment: str) -> int:
+    """How many runs were asked for before and have not begun: with every worker busy, more would only pile up."""
+    flow_name, _, name = deployment.partition("/")
+    not_begun = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING]))
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])),
+            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name])),
+            flow_run_filter=FlowRunFilter(state=not_begun),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=_MOST_READ,
+        )
+    return sum(map(may_begin, found))
+
+
+def may_begin(run: FlowRun) -> bool:
+    """Whether a run that has not begun still will.
+
+    A worker that is killed after it took a run leaves it pending for ever: counted, such runs would in time keep every
+    new one from being asked for.
+    """
+    return run.state_type == StateType.SCHEDULED or (run.state is not None and run.state.timestamp > now() - _BEGINNING)

@@ -1,0 +1,158 @@
+"""Pull: fetch a resolved version's files, verify them, and keep them in the cache.  No database, no LIST.
+
+The registry says every file's SHA-256 and size, the manifest's too, so all files of a version are asked for at once.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from registry.cache import Cache, intact
+from registry.errors import ManifestRefused, ObjectDiffers, ObjectMissing, RegistryError, StoreUnavailable
+from registry.keys import MANIFEST
+from registry.names import check_file
+from registry.resolved import Pulled, Resolved
+
+FILES_AT_ONCE = 8  # of one version
+VERSIONS_AT_ONCE = 32  # of many: enough to wait for the network and the disk while the interpreter is busy
+_AHEAD = 4  # versions in line for each that is under way
+_GIVE_UP = 64  # versions in a row that find no store: it is away, and the others would wait for it in vain
+
+
+class Source(Protocol):
+    """Where a version's objects come from."""
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """The object in pieces.  Raises ObjectMissing."""
+
+
+class Puller:
+    """Keeps verified copies of versions in a cache folder, from whatever source.  Safe to share by threads."""
+
+    def __init__(self, store: Source, cache: Path, limit: int = 0) -> None:
+        self.store, self.cache = store, Cache(cache, limit)
+
+    def fetch(self, found: Resolved, verify: bool = False) -> Path:
+        """The local folder of a version that is known already.  Raises ObjectDiffers, ObjectMissing, PullFailed.
+
+        One in the cache touches no store.  Many that want the same one at once, in threads or processes of this
+        machine, fetch it once; `verify` hashes a cached one again and fetches it anew if its bytes changed.
+        """
+        return self._kept(found, verify, FILES_AT_ONCE)[0]
+
+    def fetch_many(self, versions: Iterable[Resolved | Pulled], verify: bool = False) -> Iterator[Pulled]:
+        """What becomes of many versions, in their order; what has failed already is passed on.
+
+        One that fails says so and stops no other.  Raises StoreUnavailable once none of many finds the store.
+        """
+        unanswered = 0
+        for done in self._in_turn(versions, verify):
+            unanswered = unanswered + 1 if isinstance(done.error, StoreUnavailable) else 0
+            yield done
+            if unanswered >= _GIVE_UP and done.error:
+                raise done.error
+
+    @contextmanager
+    def holding(self, found: Resolved) -> Iterator[Path]:
+        """The folder as `fetch` gives it, kept from being evicted while the block lasts."""
+        while True:
+            self.fetch(found)
+            with self.cache.holding(found) as folder:
+                if folder:
+                    yield folder
+                    return
+
+    def _in_turn(self, versions: Iterable[Resolved | Pulled], verify: bool) -> Iterator[Pulled]:
+        """Many at once, and never more in line than a few for each: memory does not grow with how many there are."""
+        pool, line = ThreadPoolExecutor(VERSIONS_AT_ONCE, "pull"), deque[Future[Pulled]]()
+        try:
+            for one in versions:
+                line.append(pool.submit(self._outcome, one, verify))
+                if len(line) >= VERSIONS_AT_ONCE * _AHEAD:
+                    yield line.popleft().result()
+            while line:
+                yield line.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _outcome(self, one: Resolved | Pulled, verify: bool) -> Pulled:
+        if isinstance(one, Pulled):
+            return one
+        try:
+            folder, fetched = self._kept(one, verify, files_at_once=1)
+        except (RegistryError, OSError) as error:
+            return Pulled(one.reference, number=one.number, error=error)
+        return Pulled(one.reference, folder, one.number, fetched)
+
+    def _kept(self, found: Resolved, verify: bool, files_at_once: int) -> tuple[Path, int]:
+        """The folder, and how many bytes had to be fetched for it."""
+        if folder := self._cached(found, verify):
+            return folder, 0
+        with self.cache.fetching(found) as aside:
+            if folder := self._cached(found, verify):  # who was here before has fetched it
+                return folder, 0
+            self._download(found, aside, files_at_once)
+            _accept(found, aside)
+            folder = self.cache.place(aside, found)
+        self.cache.added(found.size)
+        return folder, found.size
+
+    def _cached(self, found: Resolved, verify: bool) -> Path | None:
+        folder = self.cache.find(found)
+        return folder if folder and (not verify or intact(folder, found)) else None
+
+    def _download(self, found: Resolved, folder: Path, files_at_once: int) -> None:
+        """Every file of a version, verified.  Raises ObjectDiffers, ObjectMissing."""
+        if files_at_once == 1:
+            for name in found.files:
+                self._fetch(found, name, folder)
+            return
+        with ThreadPoolExecutor(min(files_at_once, len(found.files) or 1), "pull") as pool:
+            for _ in pool.map(lambda name: self._fetch(found, name, folder), found.files):
+                pass
+
+    def _fetch(self, found: Resolved, name: str, folder: Path) -> None:
+        """Stream one file to disk, hashing on the way.  Raises ObjectDiffers, ObjectMissing."""
+        key, hashed = f"{found.prefix}/{check_file(name)}", hashlib.sha256()
+        facts = found.files[name]
+        left = int(facts["size"])
+        with (folder / name).open("xb") as file:
+            for piece in self.store.stream(key):
+                hashed.update(piece)
+                left -= len(piece)
+                if left < 0:  # an endless object must not fill the disk
+                    break
+                file.write(piece)
+        if left != 0 or hashed.hexdigest() != facts["sha256"]:
+            raise ObjectDiffers(key, str(facts["sha256"]), hashed.hexdigest())
+
+
+def _accept(found: Resolved, folder: Path) -> None:
+    """The last look at a fetched version before it has a place in the cache: what raises here leaves nothing there.
+
+    Its files are what the registry says; here, that its manifest says the same.  Raises ObjectDiffers, ObjectMissing.
+    """
+    try:
+        manifest = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise ObjectMissing(f"{found.prefix}/{MANIFEST}", "the registry") from None
+    if (digest := hashlib.sha256(manifest).hexdigest()) != found.sha256:
+        raise ObjectDiffers(f"{found.prefix}/{MANIFEST}", found.sha256, digest)
+    for name, sha256 in _named(f"{found.prefix}/{MANIFEST}", manifest).items():
+        if name not in found.files:
+            raise ObjectMissing(f"{found.prefix}/{name!a}", "the registry")
+        if found.files[name]["sha256"] != sha256:
+            raise ObjectDiffers(f"{found.prefix}/{name}", sha256, str(found.files[name]["sha256"]))
+
+
+def _named(key: str, manifest: bytes) -> dict[str, str]:
+    """The SHA-256 of each file that a manifest names.  Raises ManifestRefused."""
+    try:
+        return {name: str(facts["sha256"]) for name, facts in json.loads(manifest)["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ManifestRefused(key, type(error).__name__) from None
