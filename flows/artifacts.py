@@ -39,7 +39,7 @@ class Progress:
     def finish(self, cohort: Cohort) -> None:
         """The cohort has ended."""
         if self.key:
-            counts = (len(cohort.published), len(cohort.failed), len(cohort.put_off), len(cohort.put_back))
+            counts = (len(cohort.versions), len(cohort.failed), len(cohort.put_off), len(cohort.put_back))
             self._show(100.0, "{} published, {} failed, {} put off, {} put back".format(*counts))
 
     def _show(self, percent: float, words: str) -> None:

@@ -28,7 +28,7 @@ def open_run(factory: Factory, cohort: "Cohort") -> None:
 def close_run(factory: Factory, cohort: "Cohort") -> None:
     """It is over: what became of its users."""
     facts: Facts = {
-        "published": len(cohort.published), "failed": len(cohort.failed), "put_off": len(cohort.put_off),
+        "published": len(cohort.versions), "failed": len(cohort.failed), "put_off": len(cohort.put_off),
         "put_back": len(cohort.put_back), "device_seconds": cohort.meter.total / NANOSECONDS,
     }  # fmt: skip
     with transaction(factory.engine) as session:

@@ -1,5 +1,7 @@
 """`lora metrics`: what Prometheus asks about the whole factory; without torch or Prefect."""
 
+import signal
+import sys
 import threading
 from typing import Annotated
 
@@ -41,6 +43,7 @@ def metrics(
         typer.echo(generate_latest(found.registry).decode(), nl=False)
         return
     endpoint = Endpoint(found.registry, dict, reachable(factory), found.refresh)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else the first process of a container would not hear it
     with served(endpoint, port, host) as listening:
         remark(f"serving /metrics, /healthz and /readyz on port {listening}")
         threading.Event().wait()
