@@ -98,7 +98,9 @@ def work(
     pool: Annotated[
         str | None, typer.Option(metavar="NAME", help="Take runs of this Prefect work pool; needs a Prefect server.")
     ] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Serve metrics and health; else LORA_METRICS_PORT.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve metrics and health; else LORA_METRICS_PORT.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Do what is due: fire schedules, train waiting jobs in cohorts, sweep up.  No Prefect server is needed.
