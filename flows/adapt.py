@@ -7,25 +7,25 @@ and no result is persisted: the registry is the cache.
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 from httpx import HTTPError
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectException
 from prefect.tasks import exponential_backoff
 
+from flows import artifacts, report
 from flows import cohort as steps
-from flows import report
 from flows.cohort import Cohort
 from flows.errors import OrchestratorAway
 from flows.factory import Factory, pin_base, request_training
 from flows.leaving import Leave, on_signals
-from flows.work import Do, run_cohort
+from flows.work import run_cohort
 from lora_core.recipe import make_recipe
 from lora_core.train import Pace
 from registry import uploads
@@ -59,13 +59,9 @@ def as_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the s
 @flow(name="adapt-cohort", flow_run_name="cohort", persist_result=False)
 def adapt_cohort(jobs: list[str] | None = None) -> dict[str, str]:
     """Take one cohort of waiting jobs (or of these) from raw datasets to published versions; each user's outcome."""
-    factory = Factory.from_environment()
     only = None if jobs is None else [JobId(UUID(job)) for job in jobs]
-    cohort = _run(factory, only, _named_task)
-    if cohort is None:
-        return {}
-    _show(cohort)
-    return {row["user"]: row["result"] for row in report.rows(cohort)}
+    cohort = _run(Factory.from_environment(), only, renamed=True)
+    return {} if cohort is None else {row["user"]: row["result"] for row in report.rows(cohort)}
 
 
 @flow(name="adapt-user", flow_run_name="{reference}", persist_result=False)
@@ -77,43 +73,43 @@ def adapt_user(reference: str, base: str | None = None, recipe: dict[str, Any] |
         job = request_training(session, Reference.parse_adapter(reference), pinned, make_recipe(recipe or {}))
     if job.unchanged:
         return {reference: "unchanged"}
-    cohort = _run(factory, [job.job_id], as_task)
+    cohort = _run(factory, [job.job_id], renamed=False)
     if cohort is None:
         return {reference: "another worker has it"}
-    _show(cohort)
     return {row["user"]: row["result"] for row in report.rows(cohort)}
 
 
-def _run(factory: Factory, only: list[JobId] | None, do: Do) -> Cohort | None:
-    """One cohort, told to leave by a signal, as Kubernetes sends it to the flow itself, or by a worker's note."""
+def _run(factory: Factory, only: list[JobId] | None, renamed: bool) -> Cohort | None:
+    """One cohort, whose progress, table and curves Prefect's page shows.
+
+    It is told to leave by a signal, as Kubernetes sends it to the flow itself, or by a worker's note.
+    """
     leave = Leave(factory.settings.grace, note=factory.settings.leave_note)
-    with on_signals(leave, get_run_logger().warning):
-        return run_cohort(factory, only, _log_pace(), do, leave)
+    with on_signals(leave, get_run_logger().warning), artifacts.shown(factory) as progress:
+
+        def do(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives
+            result = as_task(step, *arguments)
+            if isinstance(result, Cohort) and result.work:
+                progress.key = f"{artifacts.name(result)}-progress"
+                if renamed:
+                    _name_after(result)
+            return result
+
+        cohort = run_cohort(factory, only, _log_pace(), do, leave)
+        if cohort:
+            progress.finish(cohort)
+            artifacts.show(cohort)
+        return cohort
 
 
-def _named_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives
-    """As `as_task`; once it is known who is in the cohort, the run is named after them."""
-    result = as_task(step, *arguments)
-    if isinstance(result, Cohort) and result.work:
-        tenants = sorted({job.reference.tenant for job, _ in result.work.values()})
-        _rename(f"{'+'.join(tenants)}-{len(result.work)}-users-{str(result.run_id)[:8]}")
-    return result
-
-
-def _rename(name: str) -> None:
+def _name_after(cohort: Cohort) -> None:
+    """Name the flow run after who is in the cohort; without Prefect's server it keeps the name that it has."""
+    tenants = sorted({job.reference.tenant for job, _ in cohort.work.values()})
+    name = f"{'+'.join(tenants)}-{len(cohort.work)}-users-{str(cohort.run_id)[:8]}"
     context = FlowRunContext.get()
     if context and context.flow_run:
-        with get_client(sync_client=True) as client:
+        with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
             client.update_flow_run(context.flow_run.id, name=name)
-
-
-def _show(cohort: Cohort) -> None:
-    """Leave the cohort's table and curves where Prefect's page shows them."""
-    key = f"cohort-{str(cohort.run_id)[:8]}"
-    table = report.rows(cohort)
-    create_table_artifact(table=table, key=key, description="Every user of the cohort")
-    curves = [{"user": row["user"], "held-out loss": row.get("curve", "")} for row in table]
-    create_markdown_artifact(report.markdown(curves), key=f"{key}-curves", description="Loss curves")
 
 
 def _log_pace() -> Callable[[Pace], None]:

@@ -65,9 +65,19 @@ class Candidate:
         return max(len(rendered.tokens) for rendered in (*self.learner.train, *self.learner.held_out))
 
     @property
+    def judged_tokens(self) -> int:
+        """Tokens of its held-out examples."""
+        return sum(len(rendered.tokens) for rendered in self.learner.held_out)
+
+    @property
     def learners(self) -> list[Learner]:
         """Who is trained for it: one, or its search's trials."""
         return list(self.search.trials.values()) if self.search else [self.learner]
+
+    @property
+    def names(self) -> set[str]:
+        """Under which the device works for it: as itself, and as its trials."""
+        return {self.label, *(learner.name for learner in self.learners)}
 
     @property
     def seats(self) -> int:

@@ -3,6 +3,7 @@
 Every step may run twice or die at any line: leases, fences and idempotent publishing make that harmless.
 """
 
+import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -11,6 +12,7 @@ from datetime import timedelta
 from functools import partial
 
 from flows.candidates import Candidate, finite, judge_candidates, training_bank
+from flows.costs import Meter
 from flows.desk import Desk
 from flows.entrance import Entrance, Newcomer
 from flows.factory import Factory, now
@@ -18,9 +20,10 @@ from flows.finished import finished
 from flows.fitting import budget_bytes, load_for, plan_fitting, seats_for_more, usual_plan
 from flows.guests import train_candidates
 from flows.hands import Hands
-from flows.joining import drop, join, newcomers, put_off
+from flows.joining import drop, join, newcomers, put_off, tell_claimed
 from flows.keeping import row_store, saves
 from flows.leaving import Leave
+from flows.logs import event
 from flows.outgoing import Done, Outgoing
 from flows.runs import close_run, open_run
 from flows.shelf import StoreShelf
@@ -61,6 +64,7 @@ class Cohort:
         self.group, self.hands, self.leave = group, hands, leave
         self.run_id = RunId(uuid.uuid4())
         self.started_at = now()
+        self.meter = Meter()
         self.work: dict[JobId, tuple[ClaimedJob, Candidate]] = {}
         self.trained_for: dict[str, ClaimedJob] = {}  # by learner
         self.failed: dict[str, str] = {}  # label to reason
@@ -88,7 +92,8 @@ class Cohort:
         """Write down who has come."""
         for job, candidate in came:
             self.work[job.id] = (job, candidate)
-            self.trained_for.update({learner.name: job for learner in (candidate.learner, *candidate.learners)})
+            self.trained_for.update(dict.fromkeys(candidate.names, job))
+            self.meter.forget(candidate.names)  # of an earlier job, whose cost is written down
 
     def lost(self) -> set[str]:
         """The labels of those whose job somebody else has by now."""
@@ -106,7 +111,9 @@ def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[Claimed
     _ = factory.signer  # reads the key
     lease = timedelta(seconds=settings.lease_seconds)
     with transaction(factory.engine) as session:
-        return jobs.claim(session, settings.worker, lease, settings.slots, now(), only)
+        claimed = jobs.claim(session, settings.worker, lease, settings.slots, now(), only)
+    tell_claimed(claimed)
+    return claimed
 
 
 def prepare(factory: Factory, claimed: Sequence[ClaimedJob], hands: Hands, leave: Leave, admits: bool) -> Cohort:
@@ -126,6 +133,7 @@ def prepare(factory: Factory, claimed: Sequence[ClaimedJob], hands: Hands, leave
         for job in claimed:
             drop(factory, cohort, job, str(error))
     else:
+        cohort.meter.devices = len({parameter.device for parameter in cohort.base.model.parameters()})
         _fill(factory, cohort, claimed, admits)
         open_run(factory, cohort)
     return cohort
@@ -165,13 +173,20 @@ def train(factory: Factory, cohort: Cohort, watch: Watch | None, look: Callable[
     """
     if not cohort.work:
         return
+
+    def seen(pace: Pace) -> None:
+        cohort.meter.spend(pace.read)
+        factory.pulse.keep(pace)
+        if watch:
+            watch(pace)
+
     with (
         closing(StoreShelf(factory, cohort.trained_for.__getitem__)) as shelf,
         _at_desk(factory, cohort, look) as desk,
     ):
         cohort.shelf, cohort.saves = shelf, saves(factory, cohort, shelf)
         people, states = cohort.candidates, row_store(factory, cohort)
-        for candidate in train_candidates(cohort.base, people, cohort.plan, watch, cohort.saves, states, desk):
+        for candidate in train_candidates(cohort.base, people, cohort.plan, seen, cohort.saves, states, desk):
             cohort.plan = candidate.plan or cohort.plan
             desk.left()
             job, trained = cohort.trained_for[candidate.label], candidate.trained
@@ -192,7 +207,7 @@ def _at_desk(factory: Factory, cohort: Cohort, look: Callable[[], object] | None
     if look and plan.row_tokens == recipe.row_tokens:  # else rows are as short as the examples of those here allow
         fetch = partial(newcomers, factory, cohort, look)
         entrance = Entrance(fetch, cohort.leave, plan.slots, factory.settings.admit_seconds)
-    outgoing = Outgoing(partial(_judge, cohort), partial(publish_some, factory, cohort), plan.slots)
+    outgoing = Outgoing(partial(_judge, factory, cohort), partial(publish_some, factory, cohort), plan.slots)
     try:
         yield Desk(outgoing, entrance, cohort.leave, cohort.enter, cohort.lost, len(cohort.work))
     finally:
@@ -212,12 +227,15 @@ def judge(factory: Factory, cohort: Cohort) -> None:
     """Score base, live version and candidate of every user who was not judged while others trained; pass the gate."""
     waiting = [candidate for candidate in cohort.candidates if candidate.verdict is None]
     if waiting:
-        _judge(cohort, waiting)
+        _judge(factory, cohort, waiting)
 
 
-def _judge(cohort: Cohort, users: Sequence[Candidate]) -> None:
+def _judge(factory: Factory, cohort: Cohort, users: Sequence[Candidate]) -> None:
+    """Judging is paid for by those who are judged, whoever else waits for the device meanwhile."""
     twin, plan = cohort.twin, cohort.plan
     with_fewer(twin, plan.slots, lambda slots: judge_candidates(twin, users, slots, plan.row_tokens))
+    cohort.meter.spend({candidate.label: candidate.judged_tokens for candidate in users})
+    factory.pulse.move()
 
 
 def publish_all(factory: Factory, cohort: Cohort) -> None:
@@ -244,18 +262,22 @@ def publish_some(factory: Factory, cohort: Cohort, done: Sequence[Done]) -> None
     Raises RegistryError, once everybody who can be is published.
     """
     bank, run = cohort.bank, cohort.run_id
-    results = [(job, finished(cohort.backstage, run, bank, job, candidate)) for job, candidate in done]
+    results = [(job, finished(cohort.backstage, run, bank, job, candidate, cohort.meter)) for job, candidate in done]
     outcomes = publish_together(factory.engine, factory.store, results, now(), factory.signer)
     troubles = []
-    for job, candidate in done:
+    for (job, candidate), (_, result) in zip(done, results, strict=True):
         outcome = outcomes[job.id]
         if isinstance(outcome, Published):
+            event("version published", job, run=run, version=outcome.number, accepted=outcome.accepted,
+                  reason=result.reason, tokens=result.tokens, device_seconds=result.device_seconds)  # fmt: skip
             _settle(cohort, job, candidate, outcome)
         elif isinstance(outcome, LeaseLost):
+            event("lease lost", job, logging.WARNING, run=run, reason=str(outcome))
             cohort.failed[candidate.label] = str(outcome)
             del cohort.work[job.id]
             cohort.hands.let_go(job)
         else:
+            event("not published", job, logging.ERROR, run=run, reason=str(outcome))
             troubles.append(outcome)
     if troubles:
         raise troubles[0]

@@ -13,6 +13,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from flows.errors import Unready
+from flows.pulse import Pulse
 from flows.settings import FactorySettings
 from lora_core.data.snapshot import IngestReport, SkipPolicy, Snapshot, take_snapshot
 from lora_core.data.sources import in_s3
@@ -49,6 +50,7 @@ class Factory:
 
     def __init__(self, settings: FactorySettings) -> None:
         self.settings = settings
+        self.pulse = Pulse()  # what the process is doing, for whoever looks
         self.loaded: BaseModel | None = None  # the base that was trained on last
 
     @classmethod

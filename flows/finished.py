@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from flows.candidates import Candidate
+from flows.costs import Meter
 from lora_core.artifact import public_name, write_artifact
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
@@ -19,8 +20,10 @@ from registry.publishing import Finished
 LIBRARIES = ("lora-factory", "torch", "transformers", "safetensors", "numpy")
 
 
-def finished(base: BaseModel, run_id: RunId, bank: Bank, job: ClaimedJob, candidate: Candidate) -> Finished:
-    """A candidate as files and facts; the same candidate gives the same bytes."""
+def finished(
+    base: BaseModel, run_id: RunId, bank: Bank, job: ClaimedJob, candidate: Candidate, meter: Meter
+) -> Finished:
+    """A candidate as files and facts; the same candidate gives the same bytes, whatever it cost."""
     trained, plan, verdict = candidate.trained, candidate.plan, candidate.verdict
     assert trained  # it came through training
     assert plan  # by a plan
@@ -51,7 +54,7 @@ def finished(base: BaseModel, run_id: RunId, bank: Bank, job: ClaimedJob, candid
     files = write_artifact(base, spec, tensors, facts)
     return Finished(
         files, verdict.accepted, verdict.reason, bank.parameters(spec), scores, run_id,
-        code_versions()["lora-factory"],
+        code_versions()["lora-factory"], meter.tokens(candidate.names), meter.seconds(candidate.names),
     )  # fmt: skip
 
 

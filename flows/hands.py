@@ -1,5 +1,6 @@
 """The jobs in this worker's hands: their leases are renewed until each is over, put back, or lost to another worker."""
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -7,6 +8,7 @@ from datetime import timedelta
 
 from flows.errors import OrchestratorAway
 from flows.factory import Factory, now
+from flows.logs import event
 from registry import jobs
 from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
@@ -54,8 +56,10 @@ class Hands:
         """Let others have a job; no attempt is counted but for an error of its own."""
         self.let_go(job)
         # Over already, or in other hands; and without a database the lease runs out by itself.
-        with suppress(RegistryError), transaction(self.factory.engine) as session:
-            jobs.release(session, job, now(), error)
+        with suppress(RegistryError):
+            with transaction(self.factory.engine) as session:
+                jobs.release(session, job, now(), error)
+            event("job put back", job, logging.WARNING if error else logging.INFO, reason=error)
 
     def put_all_back(self, error: str | None) -> None:
         """Let others have whatever is still here."""

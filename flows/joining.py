@@ -1,5 +1,6 @@
 """Who joins a cohort: claimed jobs become candidates; one with bad data, or too large, drops out alone."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from flows.candidates import Candidate, make_candidate
 from flows.entrance import Newcomer
 from flows.factory import Factory, now
+from flows.logs import event
 from flows.records import recorded_methods
 from lora_core.base_model import BaseModel
 from lora_core.data.snapshot import load_snapshot
@@ -59,13 +61,21 @@ def newcomers(factory: Factory, cohort: "Cohort", look: Callable[[], object], pl
             if job.reference.label in here:  # under a lease that is over, which nobody has noticed yet
                 jobs.release(session, job, now())
     claimed = [job for job in found if job.reference.label not in here]
+    tell_claimed(claimed)
     cohort.hands.take(claimed)
+    factory.pulse.join(len(claimed))
     try:
         return join(factory, cohort, claimed)
     except Exception as error:
         for job in claimed:
             cohort.hands.put_back(job, None if isinstance(error, RegistryError) else f"{type(error).__name__}: {error}")
         raise
+
+
+def tell_claimed(claimed: Sequence[ClaimedJob]) -> None:
+    """Log whose jobs this worker has now."""
+    for job in claimed:
+        event("job claimed", job, fence=job.fence)
 
 
 def _outgrown(factory: Factory, cohort: "Cohort") -> bool:
@@ -82,8 +92,13 @@ def drop(factory: Factory, cohort: "Cohort", job: ClaimedJob, reason: str) -> No
     cohort.failed[job.reference.label] = reason
     cohort.work.pop(job.id, None)
     cohort.hands.let_go(job)
-    with suppress(LeaseLost), transaction(factory.engine) as session:  # a new holder will find out for itself
-        jobs.fail(session, job, reason, now())
+    try:
+        with transaction(factory.engine) as session:
+            jobs.fail(session, job, reason, now())
+    except LeaseLost as error:  # a new holder will find out for itself
+        event("lease lost", job, logging.WARNING, run=cohort.run_id, reason=str(error))
+    else:
+        event("job failed", job, logging.WARNING, run=cohort.run_id, reason=reason)
 
 
 def put_off(factory: Factory, cohort: "Cohort", job: ClaimedJob, trouble: MemoryTooSmall) -> None:
@@ -92,8 +107,10 @@ def put_off(factory: Factory, cohort: "Cohort", job: ClaimedJob, trouble: Memory
     cohort.work.pop(job.id, None)
     cohort.hands.let_go(job)
     until = now() + timedelta(seconds=factory.settings.lease_seconds)
-    with suppress(LeaseLost), transaction(factory.engine) as session:
-        jobs.put_off(session, job, str(trouble), until, now())
+    with suppress(LeaseLost):
+        with transaction(factory.engine) as session:
+            jobs.put_off(session, job, str(trouble), until, now())
+        event("job put off", job, run=cohort.run_id, reason=str(trouble))
 
 
 def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob) -> Candidate:

@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+from flows.costs import NANOSECONDS
 from flows.factory import Factory, now
 from flows.finished import computed_on
-from registry.models import Run
+from flows.logs import event
+from registry.models import Facts, Run
 from registry.session import transaction
 
 if TYPE_CHECKING:
@@ -25,7 +27,11 @@ def open_run(factory: Factory, cohort: "Cohort") -> None:
 
 def close_run(factory: Factory, cohort: "Cohort") -> None:
     """It is over: what became of its users."""
+    facts: Facts = {
+        "published": len(cohort.versions), "failed": len(cohort.failed), "put_off": len(cohort.put_off),
+        "put_back": len(cohort.put_back), "device_seconds": cohort.meter.total / NANOSECONDS,
+    }  # fmt: skip
     with transaction(factory.engine) as session:
         run = session.get_one(Run, cohort.run_id)
-        run.finished_at = now()
-        run.facts = {"published": len(cohort.published), "failed": len(cohort.failed)}
+        run.finished_at, run.facts = now(), facts
+    event("cohort finished", run=cohort.run_id, **facts)

@@ -48,4 +48,7 @@ class FactorySettings(RegistrySettings):
     leave_note: Path | None = None  # a file that asks to leave by being there: `lora work --pool` sets it for its runs
     admit_seconds: Annotated[float, Field(ge=0)] = 600  # so long a cohort lets newcomers in; other groups wait for it
     worker: Annotated[str, AfterValidator(_tellable)] = Field(default_factory=_worker_name)
+    log: Literal["", "json", "text"] = ""  # how events are logged; empty: JSON lines, on a terminal warnings in words
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0  # of `lora work`: Prometheus metrics and health; 0: none
+    stall_seconds: Annotated[float, Field(gt=0)] = 1800  # without a step of any kind, after which /healthz says 503
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of a dataset's rows, before it is refused

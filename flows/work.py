@@ -3,7 +3,8 @@
 `do` says how a step is run: called plainly here, as a Prefect task in `adapt.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from flows import cohort as steps
@@ -40,9 +41,24 @@ def run_cohort(
     claimed = None if leave.asked else do(steps.claim, factory, only)
     if not claimed:
         return None
-    with in_hand(factory, claimed) as hands:
-        cohort: Cohort = do(steps.prepare, factory, claimed, hands, leave, look is not None)  # or drops out alone
-        do(steps.train, factory, cohort, watch, look)  # one process, one frozen base, every user
-        do(steps.judge, factory, cohort)  # who was not while others trained: against the base and the live version
-        do(steps.publish_all, factory, cohort)  # bytes first, row second
+    with in_hand(factory, claimed) as hands, _seen(factory, len(claimed), do) as seen:
+        cohort: Cohort = seen(steps.prepare, factory, claimed, hands, leave, look is not None)  # or drops out alone
+        seen(steps.train, factory, cohort, watch, look)  # one process, one frozen base, every user
+        seen(steps.judge, factory, cohort)  # who was not while others trained: against the base and the live version
+        seen(steps.publish_all, factory, cohort)  # bytes first, row second
     return cohort
+
+
+@contextmanager
+def _seen(factory: Factory, users: int, do: Do) -> Iterator[Do]:
+    """`do`, and each step that begins is known to whoever looks at this process."""
+    factory.pulse.join(users)
+
+    def seen(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives
+        factory.pulse.enter(step.__name__)
+        return do(step, *arguments)
+
+    try:
+        yield seen
+    finally:
+        factory.pulse.rest()

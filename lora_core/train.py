@@ -4,9 +4,8 @@ No user waits for another: one may be stepping while its neighbour is examined a
 K slots, T tokens a slot, P numbers a user.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -36,6 +35,9 @@ class Pace:
     finished: int
     tokens: int  # of examples, read so far
     room: int  # tokens there was room for so far
+    rows: int  # read so far
+    rows_left: int  # about how many are still to be read, if nobody stops early
+    read: Mapping[str, int]  # in this micro-step: tokens by learner
 
 
 def train(
@@ -62,23 +64,24 @@ def train(
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
     room = Room(cohort, bank, row_tokens, saves and saves.shaped(slots, row_tokens, bank))
     room.enter(learners)
-    micro_steps = finished = tokens = 0
+    micro_steps = finished = tokens = rows = 0
 
     with bank.attached(base, cohort):
         while not door.closing and (room.busy or room.enter(door.arrivals(slots))):
             room.seat()
             lessons = room.deal()
+            read = room.readers(lessons)
 
             answers = compute(base, cohort, lessons, row_tokens)
 
-            micro_steps += 1
-            tokens += sum(lesson.row.used for lesson in lessons if lesson)
-            for trained in chain(room.take_in(answers), room.dismiss(door.dismissed())):
-                finished += 1
-                yield trained
-            if watch:
+            done = [*room.take_in(answers), *room.dismiss(door.dismissed())]
+            micro_steps, finished, tokens = micro_steps + 1, finished + len(done), tokens + sum(read.values())
+            rows += sum(lesson is not None for lesson in lessons)
+            if watch:  # before anybody leaves: who counts what a step cost has counted it by then
                 room_tokens = micro_steps * slots * row_tokens
-                watch(Pace(micro_steps, room.names, room.waiting, finished, tokens, room_tokens))
+                counts = (room.waiting, finished, tokens, room_tokens, rows, room.rows_left)
+                watch(Pace(micro_steps, room.names, *counts, read))
+            yield from done
             if saves and saves.due():
                 room.save()
             if room.busy:

@@ -288,7 +288,9 @@ def _take(session: Session, job: Job, worker: str, until: datetime, now: datetim
         return
     job.state, job.worker, job.lease_until = "running", worker, until
     job.attempts, job.fence = job.attempts + 1, job.fence + 1
-    note(session, job.tenant_id, "job claimed", job.id, {"worker": worker, "fence": job.fence}, now)
+    waited = (now - job.created_at).total_seconds() if job.attempts == 1 else None
+    body = {"worker": worker, "fence": job.fence, "waited": waited}
+    note(session, job.tenant_id, "job claimed", job.id, body, now)
 
 
 def _given_up(error: str, attempts: int) -> str:

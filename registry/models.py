@@ -9,6 +9,7 @@ from sqlalchemy import (
     BigInteger,
     DateTime,
     FetchedValue,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -204,6 +205,8 @@ class AdapterVersion(Base):
     dataset_id: Mapped[DatasetId] = mapped_column(ForeignKey("datasets.id"), index=True)
     job_id: Mapped[JobId] = mapped_column(ForeignKey("jobs.id"), unique=True)  # the idempotency key
     run_id: Mapped[RunId | None] = mapped_column(ForeignKey("runs.id"))
+    tokens: Mapped[int | None] = mapped_column(BigInteger)  # read for it: lessons, examinations, judging
+    device_seconds: Mapped[float | None] = mapped_column(Float)  # its share of the cohort's, by tokens
     created_at: Mapped[datetime]
 
 
@@ -274,6 +277,7 @@ class Job(Base):
             postgresql_where=_UNFINISHED, sqlite_where=_UNFINISHED,
         ),
         Index(None, "tenant_id", "finished_at"),
+        Index(None, "state", "finished_at"),
     )  # fmt: skip
 
     id: Mapped[JobId] = mapped_column(primary_key=True, default=uuid.uuid4)
@@ -327,7 +331,20 @@ class Run(Base):
     row_tokens: Mapped[int]
     started_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
-    facts: Mapped[Facts]  # tokens, seconds, users by outcome
+    facts: Mapped[Facts]  # users by outcome, device seconds
+
+
+class Worker(Base):
+    """A process that trains, or waits to, as it last said: a view for people.  Leases and fences decide."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    device: Mapped[str] = mapped_column(String(128))
+    slots: Mapped[int]
+    started_at: Mapped[datetime]
+    seen_at: Mapped[datetime] = mapped_column(index=True)
+    facts: Mapped[Facts]  # numbers of what it does: phase, users, tokens a second, seconds left
 
 
 class Evaluation(Base):

@@ -10,7 +10,7 @@ import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy import Insert, Update, insert, select, update
 from sqlalchemy.engine import Engine
@@ -41,6 +41,8 @@ class Finished:
     scores: Mapping[str, Facts]
     run_id: RunId | None
     code_version: str
+    tokens: int | None = None  # read for it
+    device_seconds: float | None = None  # its share of what the cohort took
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _commit(
         live = session.connection().scalar(aliases.locked(job.tenant_id, job.adapter_id, LATEST))
         if live is None or not overtaken(session, job, live, asked_at):
             writes += aliases.move_to(version, live, LATEST, actor="gate", reason=finished.reason, now=now)
-    body = {"number": number, "accepted": finished.accepted, "reason": finished.reason}
+    body = told(number, finished, now - asked_at)
     at_once(session, [*writes, noted(job.tenant_id, "version published", version.id, body, now)])
     return as_published(version)
 
@@ -195,6 +197,14 @@ def overtaken(session: Session, job: ClaimedJob, live: VersionId, asked_at: date
     return session.connection().scalars(asked).one() > asked_at
 
 
+def told(number: int, finished: Finished, took: timedelta) -> Facts:
+    """What the event of a version says, which took so long from being asked for."""
+    return {
+        "number": number, "accepted": finished.accepted, "reason": finished.reason, "tokens": finished.tokens,
+        "device_seconds": finished.device_seconds, "seconds": took.total_seconds(),
+    }  # fmt: skip
+
+
 def version_row(
     job: ClaimedJob, finished: Finished, digest: str, prefix: str, number: int, now: datetime
 ) -> AdapterVersion:
@@ -212,6 +222,7 @@ def version_row(
         recipe=job.recipe, recipe_digest=job.recipe_digest, code_version=finished.code_version,
         loss=loss, gain=None if loss is None or base is None else base - loss,
         base_id=job.base_id, dataset_id=job.dataset_id, job_id=job.id, run_id=finished.run_id, created_at=now,
+        tokens=finished.tokens, device_seconds=finished.device_seconds,
     )  # fmt: skip
 
 

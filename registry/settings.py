@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -25,6 +25,7 @@ class RegistrySettings(BaseSettings):
     database_url: str = Field(default="", repr=False)  # may hold a password
     database_owner_url: str = Field(default="", repr=False)  # PostgreSQL: whose tables they are; for `lora setup` only
     store_url: str = ""
+    gpu_hour_cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # shown as what versions cost
     grant_secret: str = Field(default="", repr=False)  # with which a broker signs its grants
     signing_key: Path | None = None  # a private key (PEM, elliptic curve), with which versions are signed at publish
     verify_key: str = ""  # public keys, commas between: only versions that one of them signed are pulled

@@ -28,6 +28,7 @@ from registry.publishing import (
     place,
     publish,
     signed,
+    told,
     upload,
     version_row,
 )
@@ -144,7 +145,7 @@ def _upload(
 def _commit(session: Session, tenant: TenantId, parcels: Sequence[_Parcel], now: datetime) -> dict[JobId, Outcome]:
     """One tenant's part of the transaction that makes the versions exist."""
     enter(session, tenant)
-    held = _still_ours(session, tenant, parcels)
+    held, asked_at = _still_ours(session, tenant, parcels)
     lost: dict[JobId, Outcome] = {
         parcel.job.id: LeaseLost(str(parcel.job.id), parcel.job.fence) for parcel in parcels if parcel not in held
     }
@@ -163,21 +164,27 @@ def _commit(session: Session, tenant: TenantId, parcels: Sequence[_Parcel], now:
     }
     session.add_all(versions.values())
     session.flush()
-    _record(session, tenant, held, versions, now)
-    _point_at(session, tenant, held, versions, now)
+    _record(session, tenant, held, versions, asked_at, now)
+    _point_at(session, tenant, held, versions, asked_at, now)
     return lost | {job: as_published(version) for job, version in versions.items()}
 
 
-def _still_ours(session: Session, tenant: TenantId, parcels: Sequence[_Parcel]) -> list[_Parcel]:
-    """Those whose job is still in our hands and whose upload the sweeper has not begun on; both stay locked."""
-    ours = select(Job.id, Job.fence).where(
+def _still_ours(
+    session: Session, tenant: TenantId, parcels: Sequence[_Parcel]
+) -> tuple[list[_Parcel], Mapping[JobId, datetime]]:
+    """Those whose job is still in our hands and whose upload the sweeper has not begun on; both stay locked.
+
+    And when each job was asked for.
+    """
+    ours = select(Job.id, Job.fence, Job.created_at).where(
         Job.tenant_id == tenant, Job.id.in_([parcel.job.id for parcel in parcels]), Job.state == "running"
     )
-    fences = dict(session.execute(ours.order_by(Job.id).with_for_update()).tuples().all())
+    rows = session.execute(ours.order_by(Job.id).with_for_update()).tuples().all()
+    fences = {job: fence for job, fence, _ in rows}
     held = [parcel for parcel in parcels if fences.get(parcel.job.id) == parcel.job.fence]
     mine = (Upload.tenant_id == tenant, Upload.prefix.in_([parcel.prefix for parcel in held]))
     settled = set(session.scalars(delete(Upload).where(*mine, Upload.sweeping.is_(False)).returning(Upload.prefix)))
-    return [parcel for parcel in held if parcel.prefix in settled]
+    return [parcel for parcel in held if parcel.prefix in settled], {job: at for job, _, at in rows}
 
 
 def _next_numbers(session: Session, tenant: TenantId, adapters: Sequence[AdapterId]) -> Mapping[AdapterId, int]:
@@ -193,6 +200,7 @@ def _record(
     tenant: TenantId,
     parcels: Sequence[_Parcel],
     versions: Mapping[JobId, AdapterVersion],
+    asked_at: Mapping[JobId, datetime],
     now: datetime,
 ) -> None:
     """Scores and events."""
@@ -202,7 +210,7 @@ def _record(
             Evaluation(tenant_id=tenant, version_id=version.id, subject=subject, metrics=dict(metrics))
             for subject, metrics in finished.scores.items()
         )
-        body = {"number": version.number, "accepted": finished.accepted, "reason": finished.reason}
+        body = told(version.number, finished, now - asked_at[parcel.job.id])
         note(session, tenant, "version published", version.id, body, now)
 
 
@@ -211,6 +219,7 @@ def _point_at(
     tenant: TenantId,
     parcels: Sequence[_Parcel],
     versions: Mapping[JobId, AdapterVersion],
+    asked_at: Mapping[JobId, datetime],
     now: datetime,
 ) -> None:
     """Move `latest` to the accepted versions: of adapters that have none all at once, of others one by one."""
@@ -232,15 +241,13 @@ def _point_at(
     freshness.begun(session, tenant, list(first))
     for version, parcel in sorted(accepted.items(), key=lambda one: one[0].adapter_id):  # locks in one order
         if version not in first:
-            _move_on(session, parcel, version, now)
+            _move_on(session, parcel, version, asked_at[parcel.job.id], now)
 
 
-def _move_on(session: Session, parcel: _Parcel, version: AdapterVersion, now: datetime) -> None:
+def _move_on(session: Session, parcel: _Parcel, version: AdapterVersion, asked_at: datetime, now: datetime) -> None:
     """Move `latest` of an adapter that had one, unless it points to a version that was asked for later."""
     job = parcel.job
     live = session.scalar(aliases.locked(job.tenant_id, job.adapter_id, LATEST))
-    mine = (Job.tenant_id == job.tenant_id, Job.id == job.id)
-    asked_at = session.scalars(select(Job.created_at).where(*mine)).one()
     if live is None or not overtaken(session, job, live, asked_at):
         reason = parcel.finished.reason
         aliases.move(session, job.tenant_id, version, LATEST, actor="gate", reason=reason, now=now)

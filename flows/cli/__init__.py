@@ -19,11 +19,13 @@ from flows.cli import (
     fleet,
     leave,
     lifecycle,
+    metrics,
     pulling,
     queueing,
     reading,
     scheduling,
     searching,
+    status,
     system,
     training,
     tuning,
@@ -47,7 +49,8 @@ app.add_typer(scheduling.app, name="schedule")
 app.add_typer(caching.app, name="cache")
 app.add_typer(queueing.app, name="queue")
 for group in (
-    system, training, tuning, reading, searching, versions, pulling, fleet, lifecycle, leave, chatting, comparing,
+    system, training, tuning, status, metrics, reading, searching, versions, pulling, fleet, lifecycle, leave, chatting,
+    comparing,
 ):  # fmt: skip
     group.register(app)
 

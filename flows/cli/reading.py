@@ -1,22 +1,24 @@
-"""`lora list`, `latest`, `history`, `show`, `status`: questions to the registry, without torch or Prefect."""
+"""`lora list`, `latest`, `history`, `show`: questions to the registry, without torch or Prefect."""
 
 from typing import Annotated
 
 import typer
 
 from flows.cli.printing import AsJson, OwnReference, VersionReference, answer, answer_one, remark, say, size
+from flows.seen import price_of
 from registry import queries, retention
 from registry.client import Client
 from registry.models import AdapterVersion, Facts
 from registry.names import Reference
 from registry.queries import Listed
 from registry.session import reading
+from registry.settings import RegistrySettings
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command("list")(list_)
-    for command in (latest, history, show, status):
+    for command in (latest, history, show):
         app.command()(command)
 
 
@@ -93,7 +95,7 @@ def show(reference: VersionReference, as_json: AsJson = False) -> None:
         dataset, base, job = queries.lineage(session, tenant, version)
         scores = queries.scores(session, tenant, version)
         removed = retention.gone(session, tenant, version.adapter_id).get(version.id)
-    facts = _version_facts(wanted, version) | ({"removed": removed} if removed else {})
+    facts = _version_facts(wanted, version) | _cost(version) | ({"removed": removed} if removed else {})
     made_from = {
         "base": f"{base.name} ({', '.join(filter(None, (base.quantised, base.digest[:12])))})",
         "dataset": f"{dataset.digest[:12]}, {dataset.examples} examples",
@@ -102,35 +104,6 @@ def show(reference: VersionReference, as_json: AsJson = False) -> None:
         "code": version.code_version,
     }
     answer_one({**facts, **made_from, "recipe": version.recipe, "scores": scores}, as_json)
-
-
-def status(
-    tenant: Annotated[str | None, typer.Argument(help="One tenant; all of them when left out.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="Jobs shown.")] = 20,
-    as_json: AsJson = False,
-) -> None:
-    """What is running, who waits, who failed and why.
-
-    lora status
-    """
-    with reading(Client.from_environment().engine) as session:
-        id_ = queries.tenant_id(session, tenant) if tenant else None
-        counts = queries.job_counts(session, id_)
-        recent = queries.recent_jobs(session, id_, limit)
-    rows = [
-        {
-            "adapter": Reference(name, user, adapter).label,
-            "state": job.state,
-            "worker": job.worker,
-            "attempt": job.attempts,
-            "since": job.finished_at or job.created_at,
-            "why": job.error,
-        }
-        for job, name, user, adapter in recent
-    ]
-    if not as_json:
-        say(", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no jobs yet")
-    answer(rows, as_json, "")
 
 
 def _listed(tenant: str, one: Listed) -> dict[str, object]:
@@ -157,6 +130,13 @@ def _version_facts(wanted: Reference, version: AdapterVersion) -> dict[str, obje
         "size": size(version.size),
         "trained parameters": version.parameters,
     }
+
+
+def _cost(version: AdapterVersion) -> dict[str, object]:
+    """What it took, where it was measured, and what that costs, where a price is set."""
+    cost = price_of(version.device_seconds, RegistrySettings.read().gpu_hour_cost)
+    facts: dict[str, object] = {"tokens": version.tokens, "device seconds": version.device_seconds}
+    return facts if cost is None else {**facts, "cost": cost}
 
 
 def _figure(scores: Facts | None, name: str) -> float | None:

@@ -12,6 +12,7 @@ from flows.cli.printing import AsJson, answer, console, fail, remark, say
 from flows.errors import FlowError, Unready
 from flows.factory import Factory, add_data, pin_base, request_training
 from flows.leaving import Leave, on_signals
+from flows.logs import set_up_logs
 from lora_core.errors import LoraError
 from registry import queries
 from registry.errors import RegistryError
@@ -61,9 +62,12 @@ def train(
 
     lora train acme/alice acme/bob globex/eve --recipe recipe.yaml --memory 4GiB
     """
+    from flows.presence import at_work
     from lora_core.recipe import load_recipe
 
     factory = Factory.from_environment(memory=memory)
+    if factory.settings.log:  # else its table and its exit code say all
+        set_up_logs(factory.settings)
     factory.set_up()
     wanted = [Reference.parse_adapter(reference) for reference in references]
     if data and len(wanted) > 1:
@@ -73,7 +77,8 @@ def train(
         add_data(factory, wanted[0], data)
     with transaction(factory.engine) as session:
         jobs = {one.label: request_training(session, one, pinned, settled) for one in wanted}
-    rows = drain(factory, [job.job_id for job in jobs.values() if not job.unchanged], quiet=as_json)
+    with at_work(factory):
+        rows = drain(factory, [job.job_id for job in jobs.values() if not job.unchanged], quiet=as_json)
     for label in jobs.keys() - {row["user"] for row in rows}:
         rows.append(not_trained(factory, label, jobs[label]))
     finish(sorted(rows, key=lambda row: row["user"]), as_json)
@@ -93,6 +98,9 @@ def work(
     pool: Annotated[
         str | None, typer.Option(metavar="NAME", help="Take runs of this Prefect work pool; needs a Prefect server.")
     ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve metrics and health; else LORA_METRICS_PORT.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Do what is due: fire schedules, train waiting jobs in cohorts, sweep up.  No Prefect server is needed.
@@ -108,14 +116,20 @@ def work(
     """
     if pool and (once or as_json):
         raise typer.BadParameter("--pool goes on for ever and reports to Prefect; leave out --once and --json")
-    factory = Factory.from_environment(memory=memory, grace=grace, device=device)
+    if pool and metrics_port is not None:
+        raise typer.BadParameter("runs of a pool are in the figures of `lora metrics`; leave out --metrics-port")
+    from flows.presence import watched
+
+    factory = Factory.from_environment(memory=memory, grace=grace, device=device, metrics_port=metrics_port)
     leave = Leave(factory.settings.grace)
     if pool:
         raise typer.Exit(serve_pool(factory, leave, pool))
+    set_up_logs(factory.settings)
     factory.set_up()
-    with on_signals(leave, remark):
+    with on_signals(leave, remark), watched(factory):
         while not leave.asked:
             rows = work_once(factory, leave, every, once, quiet=as_json)
+            factory.pulse.rest()
             if once and not leave.asked:
                 finish(rows, as_json)
                 break

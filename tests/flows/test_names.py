@@ -71,7 +71,8 @@ def registry(tmp_path: Path) -> Engine:
 
 
 COMMANDS = [
-    "list X", "status X", "schedule list X", "latest acme/X", "latest X/alice", "latest acme/alice/X", "history acme/X",
+    "list X", "status X", "cost X", "schedule list X", "latest acme/X", "latest X/alice", "latest acme/alice/X",
+    "history acme/X",
     "show acme/alice@X", "show acme/alice:X", "pull acme/X", "pull X/alice", "promote acme/X:1",
     "promote acme/alice:1 --alias X", "rollback acme/alice --alias X", "rollback X/alice", "promote X --all",
     "promote acme --all --alias X", "promote acme --all --from X", "promote acme --all --where user=X",

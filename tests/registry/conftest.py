@@ -68,7 +68,7 @@ def finished(content: str = "weights", accepted: bool = True) -> Finished:
     facts = {"weights.bin": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}}
     files = {"weights.bin": data, "manifest.json": json.dumps({"files": facts}).encode()}
     scores = {"base": {"loss": 2.0}, "candidate": {"loss": 1.0}}
-    return Finished(files, accepted, "because", 40, scores, None, "0.1")
+    return Finished(files, accepted, "because", 40, scores, None, "0.1", 1200, 3.5)
 
 
 def versions(engine: Engine) -> list[AdapterVersion]:

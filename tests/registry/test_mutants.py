@@ -26,6 +26,7 @@ from registry import (
     holds,
     jobs,
     lookups,
+    overview,
     protection,
     publishing,
     queries,
@@ -90,6 +91,13 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         "lineage": lambda: queries.lineage(session, mine, version),
         "listing": lambda: queries.listing(session, mine),
         "counts": lambda: (queries.job_counts(session, mine), queries.recent_jobs(session, mine)),
+        "seen": lambda: (
+            overview.waiting(session, now, mine),
+            overview.holdings(session, NOW, mine),
+            overview.failures(session, NOW, mine),
+            overview.ended(session, NOW, mine),
+        ),
+        "costs": lambda: overview.costs(session, mine),
         "job": lambda: queries.job(session, mine, job.id),
         "lookup": lambda: lookups.find(session, mine, alice),
         "lookup many": lambda: lookups.find_many(session, mine, ["alice"], "default", "latest"),
@@ -151,6 +159,7 @@ def goings(session: Session, mine: TenantId, holder: Holder, who: Any) -> dict[s
 
 NAMES = [
     "tenant", "ensure", "ensure new", "ensure dataset", "versions", "aliases", "scores", "lineage", "listing", "counts",
+    "seen", "costs",
     "job", "lookup", "lookup many", "search", "outdated", "changes", "latest", "enqueue", "renew", "release", "fail",
     "promote", "rollback", "protect", "protected", "unprotect", "fleet", "fleet back", "resolve", "resolve all",
     "schedules", "put", "pause", "remove", "wake", "queue", "cancel",
@@ -197,6 +206,13 @@ def intrusions(session: Session, loot: Loot) -> dict[str, Callable[[], object]]:
         "lineage": lambda: queries.lineage(session, mine, loot.version),
         "dataset": lambda: queries.newest_dataset(session, mine, loot.holder),
         "dataset key": lambda: queries.dataset_key(session, mine, loot.holder, job.dataset_digest),
+        "seen": lambda: (
+            overview.waiting(session, now, mine),
+            overview.holdings(session, NOW, mine),
+            overview.failures(session, NOW, mine),
+            overview.ended(session, NOW, mine),
+        ),
+        "costs": lambda: overview.costs(session, mine),
         "job": lambda: queries.job(session, mine, job.id),
         "renew": lambda: jobs.renew(session, [job], LEASE, soon),
         "release": lambda: jobs.release(session, job, now, "error"),

@@ -60,8 +60,9 @@ def facts(engine: Engine, work: Work) -> list[tuple[object, ...]]:
         noted = [(event.subject, event.kind, repr(event.body)) for event in session.scalars(select(Event))]
     return sorted(
         (
-            one.sha256, one.number, one.state, one.size, one.id in latest, states[one.job_id], moves.get(one.id),
-            scores[one.id], sorted(what for subject, *what in noted if subject == str(one.id)),
+            one.sha256, one.number, one.state, one.size, one.tokens, one.device_seconds, one.id in latest,
+            states[one.job_id], moves.get(one.id), scores[one.id],
+            sorted(what for subject, *what in noted if subject == str(one.id)),
         )
         for one in versions
     )  # fmt: skip
@@ -71,11 +72,15 @@ def test_together_or_one_by_one_comes_to_the_same(engine: Engine, store: FolderS
     """Versions, numbers, scores, aliases, jobs and events: the batch is an optimisation and nothing else."""
     others = work_of(store, claim, [f"{user}-too" for user in USERS])
 
-    found = publish_together(engine, store, work, NOW)
+    later = NOW + LEASE / 2
+    found = publish_together(engine, store, work, later)
     for job, done in others:
-        publish(engine, store, job, done, NOW)
+        publish(engine, store, job, done, later)
 
     assert facts(engine, work) == facts(engine, others)
+    assert f"'tokens': 1200, 'device_seconds': 3.5, 'seconds': {(LEASE / 2).total_seconds()}" in repr(
+        facts(engine, work)
+    )
     assert len(facts(engine, work)) == len(work)
     assert [found[job.id] for job, _ in work] == [publish(engine, store, job, done, NOW) for job, done in work]
     check_nothing_is_left(engine, store)
