@@ -123,7 +123,7 @@ def ended(session: Session, since: datetime, tenant: TenantId | None = None) -> 
     """How many jobs came to each end."""
     asked = (
         select(Job.state, func.count())
-        .where(_of(tenant), Job.state.in_(("published", "refused", "failed")), Job.finished_at >= since)
+        .where(_of(tenant), Job.state.in_(("published", "refused", "failed", "cancelled")), Job.finished_at >= since)
         .group_by(Job.state)
     )
     with _scope(session, tenant):
