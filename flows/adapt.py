@@ -97,8 +97,9 @@ def _run(factory: Factory, only: list[JobId] | None, renamed: bool) -> Cohort | 
 
         cohort = run_cohort(factory, only, _log_pace(), do, leave)
         if cohort:
-            progress.finish(cohort)
-            artifacts.show(cohort)
+            with suppress(HTTPError, PrefectException):  # a page that is not drawn undoes nothing
+                progress.finish(cohort)
+                artifacts.show(cohort)
         return cohort
 
 
