@@ -36,8 +36,9 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def owned_tables() -> set[str]:
     """The classes of the models that say whose rows they hold, and the tenants themselves."""
-    tree = ast.parse((ROOT / "registry" / "models.py").read_text(encoding="utf-8"))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    files = sorted((ROOT / "registry" / "models").glob("*.py"))
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     return {"Tenant"} | {one.name for one in classes if "tenant_id" in _annotated(one)}
 
 
