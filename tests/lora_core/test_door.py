@@ -76,10 +76,11 @@ def test_a_newcomer_sits_down_at_once_and_is_the_same_as_alone(llama_base: BaseM
 def test_who_is_done_may_come_again_under_the_same_name(llama_base: BaseModel, bank: LoraBank) -> None:
     """A cohort that goes on for hours meets a user's newer data; two of one name at once are still refused."""
     found: list[Trained] = []
+    newer = [learner(1)]
 
     class Returning(Door):
         def arrivals(self, places: int) -> list[Learner]:
-            return [learner(1)] if len(found) == 1 else []
+            return [newer.pop()] if found and newer else []
 
     for one in train(llama_base, [learner(1)], 1, T, bank, door=Returning()):
         found.append(one)
