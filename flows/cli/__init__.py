@@ -44,15 +44,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(dataset.app, name="data")
-app.add_typer(scheduling.app, name="schedule")
-app.add_typer(caching.app, name="cache")
-app.add_typer(queueing.app, name="queue")
-for group in (
-    system, training, tuning, status, metrics, reading, searching, versions, pulling, fleet, lifecycle, leave, chatting,
-    comparing,
-):  # fmt: skip
-    group.register(app)
+# What `lora --help` shows, in this order: a heading, and the files whose commands stand under it.
+PANELS = {
+    "The factory": (system, status, metrics),
+    "Training": (dataset, training, tuning, scheduling, queueing, comparing),
+    "Versions": (reading, searching, versions, fleet),
+    "Pulling and talking": (pulling, caching, leave, chatting),
+    "Keeping and forgetting": (lifecycle,),
+}
+GROUPS = {dataset: "data", scheduling: "schedule", queueing: "queue", caching: "cache"}  # commands of commands
+for panel, files in PANELS.items():
+    for file in files:
+        if file in GROUPS:
+            app.add_typer(file.app, name=GROUPS[file], rich_help_panel=panel)
+            continue
+        before = len(app.registered_commands)
+        file.register(app)
+        for command in app.registered_commands[before:]:
+            command.rich_help_panel = panel
 
 
 # The libraries' own bars and warnings: our commands show their own progress.
