@@ -96,7 +96,7 @@ def _take(candidate: Candidate, found: Mapping[str, tuple[Trained, Plan]]) -> No
     """What became of a candidate; of a search its winner, under the winner's own recipe."""
     name = candidate.label
     if any(trained.outcome == "dismissed" for trained, _ in found.values()):
-        candidate.trouble = "nobody wants its result any more"
+        candidate.trouble = "its job was cancelled, or is in other hands by now"
         return
     if candidate.search:
         try:

@@ -229,7 +229,7 @@ class Room:
         """Send learners away, as they are."""
         for seat in [seat for seat in (*self._seated.values(), *self._waiting) if seat.name in names]:
             self._leave(seat)
-            seat.student.result.outcome, seat.student.result.reason = "dismissed", "nobody wants its result any more"
+            seat.student.result.outcome, seat.student.result.reason = "dismissed", "it was called off"
             yield seat.student.result
 
     def save(self, last: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -96,13 +96,11 @@ class Client(Puller):
 
     def _asked(self, tenant: str, question: Callable[[Session, TenantId], Answer]) -> Answer:
         """The answer to a question about a tenant, whose id is remembered: to ask for it takes longer than the rest."""
-        with reading(self.engine) as session:
-            if known := self._tenants.get(tenant):
+        if known := self._tenants.get(tenant):
+            with suppress(NotFound), reading(self.engine) as session:  # or is it another tenant by now?
                 enter(session, known)
-                try:
-                    return question(session, known)
-                except NotFound:  # is it another tenant by now?
-                    session.rollback()
+                return question(session, known)
+        with reading(self.engine) as session:
             self._tenants[tenant] = queries.tenant_id(session, tenant)
             return question(session, self._tenants[tenant])
 

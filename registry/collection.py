@@ -51,10 +51,9 @@ class Collected:
 def plan(engine: Engine, tenant: TenantId, now: datetime) -> Collected:
     """What a collection would remove now: it is marked, and the marks are taken back."""
     found, since = Collected(), None
-    with transaction(engine) as session:
+    with rehearsal(engine) as session:
         while marked := _mark(session, tenant, now, since):
             since = found.take(marked)
-        session.rollback()
     return found
 
 

@@ -58,6 +58,14 @@ def transaction(engine: Engine) -> Iterator[Session]:
 
 
 @contextmanager
+def rehearsal(engine: Engine) -> Iterator[Session]:
+    """A unit of work that is taken back when the block ends: to see what it would do."""
+    with transaction(engine) as session:
+        yield session
+        session.rollback()
+
+
+@contextmanager
 def reading(engine: Engine) -> Iterator[Session]:
     """A consistent look; on SQLite it waits for no writer."""
     reader = engine.execution_options(lora_reads=True)

@@ -84,9 +84,10 @@ def _clear(engine: Engine, store: ObjectStore, prefix: str, marked_before: bool,
 
 def _clear_progress(engine: Engine, store: ObjectStore, prefix: str, now: datetime) -> bool:
     """Clear the progress of a job that is over; of one that is not, it is left for who takes the job next."""
-    with transaction(engine) as session, across(session, Across.SWEEP):
-        due = (Upload.prefix == prefix, Upload.lease_until < now)
-        intent = session.scalar(select(Upload).where(*due).with_for_update(skip_locked=True))
+    with transaction(engine) as session:
+        with across(session, Across.SWEEP):
+            due = (Upload.prefix == prefix, Upload.lease_until < now)
+            intent = session.scalar(select(Upload).where(*due).with_for_update(skip_locked=True))
         if intent is None:
             return False
         enter(session, intent.tenant_id)

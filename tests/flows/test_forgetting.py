@@ -313,6 +313,7 @@ def test_every_table_that_leads_to_a_user_is_cleared() -> None:
     assert leading == {
         "users", "datasets", "adapters", "adapter_versions", "aliases", "alias_moves", "jobs", "evaluations",
         "schedules", "uploads", "pins", "tombstones", "holds",
+        "freshness",  # whose rows go with their adapters'
     }  # fmt: skip
 
 

@@ -173,7 +173,7 @@ def test_a_letter_that_no_terminal_knows_is_shown_escaped(lora: LoraHere, tmp_pa
 def test_a_file_that_may_not_be_read_is_told_by_name(lora: LoraHere, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the operating system refuses, and wherever."""
 
-    def closed(factory: Factory) -> None:
+    def closed(factory: Factory, revision: str | None) -> None:
         raise PermissionError(13, "Permission denied", "/srv/x")
 
     monkeypatch.setattr(Factory, "set_up", closed)

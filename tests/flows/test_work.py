@@ -379,6 +379,6 @@ def test_a_cancelled_users_slot_is_given_up_while_the_others_train_on(factory: F
     cohort = run_cohort(hasty, None, watch)
 
     assert cohort
-    assert "cancelled" in cohort.failed["acme/alice"]
+    assert "its job was cancelled" in cohort.failed["acme/alice"]
     assert set(cohort.published) == {"acme/bob"}
     assert (state(factory, alice.job_id).state, state(factory, bob.job_id).state) == ("cancelled", "published")

@@ -121,7 +121,7 @@ def test_a_removed_version_keeps_its_number_and_its_reader_is_told(
     first = Reference.parse("acme/alice:1")
 
     with pytest.raises(VersionGone, match=r"acme/alice:1 was removed on 2026-03-07 \(kept are the newest 1\)"):
-        client.pull("acme/alice:1")
+        client.resolve("acme/alice:1")
     acts: list[Callable[[Session], object]] = [
         lambda session: aliases.promote(session, tenant, first, "production", **SAID),
         lambda session: aliases.rollback(session, tenant, ALICE, "latest", **SAID),
@@ -134,6 +134,8 @@ def test_a_removed_version_keeps_its_number_and_its_reader_is_told(
     assert client.resolve("acme/alice").number == 5
     assert evict_gone(engine, tmp_path / "cache") == [pulled.name]
     assert not pulled.exists()
+    with pytest.raises(VersionGone):  # until then this machine knew what it had pulled, and asked nobody
+        client.pull("acme/alice:1")
 
 
 def test_a_fleet_goes_back_to_nothing_that_was_removed(engine: Engine, store: FolderStore, six: Keep) -> None:

@@ -218,5 +218,5 @@ def test_no_question_reads_a_table_from_end_to_end(
                 plans += [str(row[0]) for row in rows]
 
     assert getattr(found, "rows", found)
-    small = ("Seq Scan on bases", "Seq Scan on tenants")
+    small = ("Seq Scan on bases", "Seq Scan on tenants", "Seq Scan on tombstones")  # the last is empty here
     assert [line for line in plans if "Seq Scan" in line and not any(one in line for one in small)] == []

@@ -116,13 +116,14 @@ def test_clearing_a_prefix_takes_what_is_below_it_and_nothing_beside_it(store: O
     assert list(store.keys("")) == ["t/a/u/10/x"]
 
 
-def test_a_prefix_that_is_an_object_has_nothing_below_it(store: ObjectStore) -> None:
+def test_a_prefix_that_is_an_object_has_nothing_below_it_and_is_cleared(store: ObjectStore) -> None:
     """On a folder too, where it is the same path."""
-    store.put_new("t/a/u/1", b"1")
+    for key in ("t/a/u/1", "t/a/u/10"):
+        store.put_new(key, b"1")
 
-    assert store.clear("t/a/u/1") == 0
     assert list(store.keys("t/a/u/1")) == []
-    assert store.get("t/a/u/1") == b"1"
+    assert [store.clear("t/a/u/1"), store.clear("t/a/u/1")] == [1, 0]
+    assert list(store.keys("")) == ["t/a/u/10"]
 
 
 @pytest.mark.parametrize(
