@@ -1,6 +1,6 @@
 # make demo   everything from nothing: sets up, trains eight users' adapters, publishes and pulls them
 # make test   the test suite, with a real PostgreSQL, a real S3 server where one can be had, and real PEFT
-# make test-long  more of the same, which CI runs too: the other hundred random packs, searches and preferences by the command line, mutants
+# make test-long  more of the same, which CI runs too: the whole stack, a storm, the other hundred random packs, searches by the command line, mutants
 # make check  format, lint, types, import contracts
 # make bench  the benchmarks behind the README's figures, on the CPU
 # make bench-gpu  those that need a GPU, each at most ten minutes

@@ -18,7 +18,7 @@ from registry.models import Adapter, AdapterVersion, Dataset, RetentionPolicy, T
 from registry.names import AdapterId, TenantId
 from registry.queries import note
 from registry.retention import Expired
-from registry.session import reading, transaction
+from registry.session import reading, rehearsal, transaction
 from registry.store import ObjectStore
 from registry.tenancy import enter
 

@@ -80,6 +80,7 @@ def test_other_methods_take_the_same_way(
     assert loaded.active_peft_config.num_virtual_tokens == 8
 
 
+@pytest.mark.long
 def test_adapter_layers_from_a_file_to_text(lora: Lora, base_folder: Path, alice: Path, tmp_path: Path) -> None:
     """Another method, the same way: train, reproduce, chat, pull; and the card's own lines load it."""
     settings = [word for one in QUICK if not one.startswith("rank") for word in ("--set", one)]

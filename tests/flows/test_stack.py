@@ -18,7 +18,7 @@ from tests.flows.conftest import LORA, QUICK, ROOT, write_user
 SETTINGS = [word for one in QUICK for word in ("--set", one)]
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.xdist_group("stack"),  # one stack, in one process
     pytest.mark.timeout(600),
     pytest.mark.skipif(not shutil.which("radosgw"), reason="needs the S3 server; run infra/install-test-servers"),

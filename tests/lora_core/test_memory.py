@@ -15,7 +15,7 @@ from lora_core.train import train
 from tests.lora_core.conftest import T, learner, lora_of, recipe
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_predicted_peak_is_the_measured_one_within_a_quarter_of_a_percent() -> None:
     """Random architectures, sizes, slots, row lengths, ranks, targets and dropout, against torch's own profiler."""
     generator = random.Random(7)
