@@ -71,7 +71,7 @@ def claimed(engine: Engine, count: int, now: datetime) -> list[ClaimedJob]:
                 id=job.id, tenant_id=job.tenant_id, adapter_id=job.adapter_id, dataset_id=job.dataset_id,
                 base_id=job.base_id, recipe=RECIPE, recipe_digest="r" * 64, cohort_group="g", state="running",
                 fingerprint=hashlib.sha256(job.id.bytes).hexdigest(), attempts=1, fence=1, lease_until=until,
-                created_at=now + timedelta(microseconds=number),
+                created_at=now + timedelta(microseconds=number), in_line_since=now,
             )
             for number, job in enumerate(made)
         )  # fmt: skip

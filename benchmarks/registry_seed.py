@@ -38,9 +38,9 @@ INSERT INTO datasets SELECT id('new', n), id('t', 0), id('u', n), sha('new', n),
     't/acme/u/' || md5('o' || n) || '/datasets/' || sha('new', n) || '-1', 210, 50000, day(n, :versions + 1)
   FROM generate_series(100, :users, 100) n;
 INSERT INTO jobs (id, tenant_id, adapter_id, dataset_id, base_id, recipe, recipe_digest, fingerprint, cohort_group,
-    state, attempts, fence, worker, created_at, finished_at)
+    state, attempts, fence, worker, created_at, in_line_since, finished_at)
   SELECT id('j' || v, n), id('t', 0), id('a', n), id('d' || (v + 1) / 2, n), base(n), recipe(), recipe_of(n),
-    sha('f' || v, n), 'g', 'published', 1, 1, 'gpu-' || n % 8, day(n, v), day(n, v)
+    sha('f' || v, n), 'g', 'published', 1, 1, 'gpu-' || n % 8, day(n, v), day(n, v), day(n, v)
   FROM generate_series(1, :users) n, generate_series(1, :versions) v;
 INSERT INTO adapter_versions (id, tenant_id, adapter_id, number, state, reason, served_name, prefix, sha256, files,
     size, parameters, recipe, recipe_digest, code_version, loss, gain, base_id, dataset_id, job_id, created_at)
