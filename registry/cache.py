@@ -3,7 +3,7 @@
     <root>/<sha256 of the manifest>/<served name>/       a version; the folder's time is when it was last asked for
     <root>/.pulling/<sha256>-<served name>/ and .lock    one that is being fetched, and the lock of who fetches it
     <root>/.pulling/gone-...                             one that has been taken away, and is being removed
-    <root>/.known/                                       what pinned references were found to be: pins.py
+    <root>/.known/                                       what pinned references were found to be: known.py
 
 A version comes into its place by one rename, once every byte of it has been checked, and leaves it by one.  Nothing is
 synced, since it could be fetched again: instead, a version that was asked for last before this machine was started is
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from registry import pins
+from registry import known
 from registry.errors import PullFailed
 from registry.locks import alone, shared, taken
 from registry.resolved import Resolved
 
-PINS = ".known"
+KNOWN = ".known"
 _PROGRAM_STARTED = time.time()
 FRESH_SECONDS = 3600  # since it was asked for last: until then whoever asked may be about to read it
 _PATIENCE = 2  # fetches that may fail while another waits for its turn, before it is told so
@@ -165,7 +165,7 @@ class Cache:
 
     def clear(self) -> list[Entry]:
         """Remove all that nobody holds or fetches; returns what was removed."""
-        pins.tidy(self.root / PINS, older_than=0)
+        known.tidy(self.root / KNOWN, older_than=0)
         return self.trim(0, fresh_seconds=0)
 
     def _evict(self, entry: Entry) -> bool:
@@ -192,7 +192,7 @@ class Cache:
 
     def _tidy(self) -> None:
         """Remove what killed processes left aside, and what counts no more."""
-        pins.tidy(self.root / PINS)
+        known.tidy(self.root / KNOWN)
         for gone in self._pulling.glob("gone-*"):
             shutil.rmtree(gone, ignore_errors=True)
         for lock in self._pulling.glob("*.lock"):

@@ -11,15 +11,15 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from registry import feed, freshness, lookups, queries, search
-from registry.cache import PINS
+from registry.cache import KNOWN
 from registry.errors import NameRefused, NotFound
 from registry.feed import Change
 from registry.fleet import Where
 from registry.freshness import Outdated
+from registry.known import Known
 from registry.lookups import Current
 from registry.names import DEFAULT_ADAPTER, LATEST, Reference, TenantId, check_plain, check_user
 from registry.pages import Page
-from registry.pins import Pins
 from registry.pulling import Puller
 from registry.resolved import Pulled, Resolved
 from registry.resolving import PAGE, resolve_all, resolve_page
@@ -42,7 +42,7 @@ class Client(Puller):
         self, engine: Engine, store: ObjectStore, cache: Path, limit: int = 0, verifier: Verifier | None = None
     ) -> None:
         super().__init__(store, cache, limit, verifier)
-        self.engine, self.pins = engine, Pins(cache / PINS, _identity(engine))
+        self.engine, self.known = engine, Known(cache / KNOWN, _identity(engine))
         self._tenants: dict[str, TenantId] = {}
 
     @classmethod
@@ -117,7 +117,7 @@ class Client(Puller):
             return folder
         found = self.resolve(wanted)
         folder = self.fetch(found, verify)
-        self.pins.remember(found)
+        self.known.remember(found)
         return folder
 
     def using(self, reference: str | Reference) -> AbstractContextManager[Path]:
@@ -139,7 +139,7 @@ class Client(Puller):
 
     def _pinned(self, wanted: Reference) -> Path | None:
         """The folder of a pinned version that is known and there."""
-        known = self.pins.recall(wanted)
+        known = self.known.recall(wanted)
         return self.kept(known) if known else None
 
     def _resolved(self, references: Iterator[str | Reference]) -> Iterator[Resolved | Pulled]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from sqlalchemy import exists, select
 from sqlalchemy.engine import Engine
 
-from registry import pins
-from registry.cache import PINS, Cache
+from registry import known
+from registry.cache import KNOWN, Cache
 from registry.jobs import BUSY
 from registry.models import Adapter, AdapterVersion, Facts, Job, Tenant, Tombstone, User
 from registry.names import Reference
@@ -49,7 +49,7 @@ def evict(cache: Path, served_names: Iterable[str]) -> int:
             count += 1
     count += sum(kept.drop_half(name) for name in names)
     if count:
-        pins.tidy(cache / PINS, older_than=0)  # which are under digests: whose they are cannot be told
+        known.tidy(cache / KNOWN, older_than=0)  # which are under digests: whose they are cannot be told
     return count
 
 

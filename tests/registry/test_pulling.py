@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from registry import pins, pulling
+from registry import known, pulling
 from registry.client import Client
 from registry.errors import (
     ManifestRefused,
@@ -181,9 +181,9 @@ def test_what_a_pinned_version_was_is_asked_again_after_a_day(
     client.pull("acme/alice:2")
     wanted = Reference.parse("acme/alice:2")
 
-    assert client.pins.recall(wanted) is not None
-    monkeypatch.setattr(pins, "TRUSTED_SECONDS", 0)
-    assert client.pins.recall(wanted) is None
+    assert client.known.recall(wanted) is not None
+    monkeypatch.setattr(known, "TRUSTED_SECONDS", 0)
+    assert client.known.recall(wanted) is None
 
 
 def test_what_is_being_used_is_not_evicted(client: Client, published: None) -> None:
@@ -225,7 +225,7 @@ def test_a_record_that_cannot_be_read_is_asked_for_again(client: Client, publish
     record.write_bytes(damage)
 
     assert client.pull("acme/alice:1") == folder
-    assert client.pins.recall(Reference.parse("acme/alice:1")) is not None
+    assert client.known.recall(Reference.parse("acme/alice:1")) is not None
 
 
 def test_a_cached_version_that_was_cut_short_is_fetched_again(client: Client, published: None, store: Watched) -> None:

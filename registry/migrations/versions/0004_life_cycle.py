@@ -23,6 +23,19 @@ SPANNED = ("retention_policies", "tombstones", "forgettings")
 
 def upgrade() -> None:
     op.add_column("datasets", sa.Column("removed_at", UtcTime(), nullable=True))
+    _make_rules()
+    _make_records()
+    for table, column in POINTING.items():
+        op.create_index(op.f(f"ix_{table}_{column}"), table, [column])
+    for table in ("pins", "holds", "tombstones"):
+        op.create_index(op.f(f"ix_{table}_tenant_id"), table, ["tenant_id"])
+    op.create_index(op.f("ix_forgettings_tenant_id_person"), "forgettings", ["tenant_id", "person"])
+    if op.get_bind().dialect.name == "postgresql":
+        _keep_apart()
+
+
+def _make_rules() -> None:
+    """What is kept: by policy, by pin, under hold."""
     op.create_table(
         "retention_policies", _tenant(),
         sa.Column("newest", sa.Integer(), nullable=True),
@@ -45,6 +58,10 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["user_id"], ["users.id"], name=op.f("fk_holds_user_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_holds")),
     )  # fmt: skip
+
+
+def _make_records() -> None:
+    """What is gone: versions, and people."""
     op.create_table(
         "tombstones", sa.Column("version_id", sa.Uuid(), nullable=False), _tenant(),
         sa.Column("reason", sa.String(), nullable=False),
@@ -67,13 +84,6 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_forgettings_tenant_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_forgettings")),
     )  # fmt: skip
-    for table, column in POINTING.items():
-        op.create_index(op.f(f"ix_{table}_{column}"), table, [column])
-    for table in ("pins", "holds", "tombstones"):
-        op.create_index(op.f(f"ix_{table}_tenant_id"), table, ["tenant_id"])
-    op.create_index(op.f("ix_forgettings_tenant_id_person"), "forgettings", ["tenant_id", "person"])
-    if op.get_bind().dialect.name == "postgresql":
-        _keep_apart()
 
 
 def _tenant() -> "sa.Column[object]":

@@ -19,7 +19,7 @@ TRUSTED_SECONDS = 24 * 3600
 _FACTS = ("number", "state", "served_name", "prefix", "sha256", "files")
 
 
-class Pins:
+class Known:
     """Records of what one registry said, in a folder."""
 
     def __init__(self, folder: Path, registry: str) -> None:
