@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from tests.flows.conftest import LoraHere, write_user
@@ -83,3 +84,28 @@ def test_an_owner_who_is_no_superuser_will_do(lora_here: LoraHere, postgres_url:
         assert connection.scalar(text("SELECT count(*) FROM tenants")) == 0
     seen.dispose()
     assert "1 tenants, kept apart by row-level security" in lora_here("doctor").out
+
+
+@pytest.mark.parametrize("revision", ["9999", "../x", "head; DROP TABLE jobs", "0003 "])
+def test_a_revision_that_is_none_is_told_with_those_there_are(
+    lora_here: LoraHere, postgres_url: str, revision: str
+) -> None:
+    """And the tables stay where they are."""
+    assert lora_here("setup", LORA_DATABASE_URL=postgres_url).code == 0
+    said = lora_here("setup", "--revision", revision)
+
+    assert (said.code, said.err.count("\n")) == (1, 1)
+    assert "is not one that this release knows; use one of 0001" in said.err
+    assert lora_here("setup").code == 0
+
+
+def test_tables_of_a_newer_release_are_told_with_the_way_back(lora_here: LoraHere, postgres_url: str) -> None:
+    """By `setup`, and by the probe that keeps such a worker from being ready."""
+    lora_here("setup", LORA_DATABASE_URL=postgres_url)
+    with create_engine(postgres_url).begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+
+    for words in (("setup",), ("doctor", "--ready")):
+        said = lora_here(*words)
+        assert said.code == 1
+        assert "lora setup --revision" in " ".join((said.out + said.err).split())

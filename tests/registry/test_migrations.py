@@ -107,8 +107,8 @@ def test_a_release_can_be_gone_back_to_and_left_again(database_url: str, revisio
 
 
 @pytest.mark.parametrize("revision", REVISIONS[REVISIONS.index("0003") : -1])
-def test_the_release_before_runs_on_the_tables_of_the_next(postgres_url: str, revision: str) -> None:
-    """Workers may be replaced one by one: what they name is there, and what they do not name has a default."""
+def test_a_release_takes_nothing_away_from_who_reads_by_the_one_before(postgres_url: str, revision: str) -> None:
+    """Pull clients need not stop for an upgrade: what they name is there; and what others leave out has a default."""
     engine = open_database(postgres_url)
     migrate(engine, revision)
     old = shape(engine)

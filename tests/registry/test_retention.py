@@ -184,3 +184,23 @@ def test_a_policy_that_cannot_be_meant_is_refused(engine: Engine, six: Keep) -> 
         with pytest.raises(RetentionRefused):
             six(newest, days)
     assert tenant_of(engine, "acme")
+
+
+def test_a_node_that_follows_the_feed_is_told_what_a_collection_removes(
+    engine: Engine, store: FolderStore, six: Keep, tmp_path: Path
+) -> None:
+    """By number and served name: enough to drop it from an inference server."""
+    client = Client(engine, store, tmp_path / "cache")
+    names = {number: client.resolve(f"acme/alice:{number}").served_name for number in range(1, 7)}
+    tenant = six(1)
+    cursor = client.changes_from_now("acme")
+    kept = left(engine)
+    collection.collect(engine, store, tenant, LATER)
+
+    told = client.changes("acme", after=cursor).rows
+
+    gone = {number: name for number, name in names.items() if number in kept - left(engine)}
+    assert gone
+    assert {one.kind for one in told} == {"version removed"}
+    assert {one.number: one.served_name for one in told} == gone
+    assert {(one.user, one.adapter) for one in told} == {("alice", "default")}
