@@ -18,7 +18,7 @@ from registry.queries import Holder, find_or_add, note
 from registry.shares import MADE, room, share
 from registry.tenancy import Across, across, enter
 
-MAX_ATTEMPTS = 3  # a job that ended in an error this often has failed
+MAX_ERRORS = 3  # a job that ended in an error this often has failed
 MAX_DEATHS = 5  # so has one whose workers died: most of its neighbours, and of whatever else kills, are innocent
 SUSPECT = 2  # after so many deaths it is tried alone, so that nobody shares its blame
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=30), timedelta(hours=1)  # after a job broke its worker
@@ -77,6 +77,7 @@ class ClaimedJob:
     recipe: Facts
     recipe_digest: str
     group: str
+    errors: int = 0  # of its earlier attempts
 
 
 def enqueue(
@@ -110,7 +111,8 @@ def place_in_line(asked_at: datetime, priority: int) -> datetime:
 
 def revive(session: Session, job: Job, now: datetime) -> None:
     """Let a job that was given up wait again, at the end of the line and with all its attempts."""
-    job.state, job.attempts, job.error, job.finished_at, job.lease_until = "queued", 0, None, None, None
+    job.state, job.attempts, job.errors, job.error = "queued", 0, 0, None
+    job.finished_at = job.lease_until = None
     job.created_at, job.in_line_since = now, place_in_line(now, job.priority)
     note(session, job.tenant_id, "job queued again", job.id, {"fingerprint": job.fingerprint}, now)
 
@@ -179,12 +181,12 @@ def claim(
 
 def apart(seated: list[Job]) -> list[Job]:
     """Those of a claim that may share a cohort: the first alone where it is suspected of killing workers."""
-    suspects = {job.id for job in seated if job.state == "running" and job.attempts >= SUSPECT}
+    suspects = {job.id for job in seated if job.attempts - job.errors >= SUSPECT}
     return seated[:1] if seated[:1] and seated[0].id in suspects else [job for job in seated if job.id not in suspects]
 
 
 def _suspect() -> ColumnElement[bool]:
-    return and_(Job.state == "running", Job.attempts >= SUSPECT)
+    return Job.attempts - Job.errors >= SUSPECT
 
 
 def waiting(session: Session, now: datetime) -> dict[str, int]:
@@ -220,26 +222,30 @@ def fail(session: Session, job: ClaimedJob, reason: str, now: datetime) -> None:
 
 
 def release(session: Session, job: ClaimedJob, now: datetime, error: str | None = None) -> None:
-    """Put a job back for others: as if it had not been claimed, or with the error that counts as an attempt.
+    """Put a job back for others: as if it had not been claimed, or with the error that it ended in.
 
-    After an error it is left alone for a while, each time longer; the last attempt's ends it.  Raises LeaseLost.
+    After an error it is left alone for a while, each time longer; the last one ends it.  Raises LeaseLost.
     """
-    if error and job.attempts >= MAX_ATTEMPTS:
-        fail(session, job, _given_up(error, job.attempts), now)
-        return
-    pause = {"lease_until": now + pause_after(job.id, job.attempts)} if error else {"lease_until": None}
-    attempts = job.attempts if error else job.attempts - 1
-    _change(session, job, {"state": "queued", "worker": None, "error": error, "attempts": attempts, **pause})
+    values: dict[str, object] = {"state": "queued", "worker": None, "error": error}
+    if error:
+        errors = job.errors + 1
+        if errors >= MAX_ERRORS:
+            fail(session, job, _given_up(f"{errors} errors, the last of them: {error}"), now)
+            return
+        values |= {"errors": errors, "lease_until": now + pause_after(job.id, errors)}
+    else:
+        values |= {"attempts": job.attempts - 1, "lease_until": None}
+    _change(session, job, values)
     note(session, job.tenant_id, "job released", job.id, {"error": error}, now)
 
 
-def pause_after(job: JobId, attempts: int) -> timedelta:
-    """How long a job is left alone after its attempts: twice as long each time, an hour at most, half of it by lot.
+def pause_after(job: JobId, errors: int) -> timedelta:
+    """How long a job is left alone after its errors: twice as long each time, an hour at most, half of it by lot.
 
     The lot is the job's own: jobs that broke together do not come back together.
     """
-    longest = min(FIRST_PAUSE * float(2 ** (attempts - 1)), LONGEST_PAUSE)
-    lot = hashlib.sha256(f"{job} {attempts}".encode()).digest()
+    longest = min(FIRST_PAUSE * float(2 ** (errors - 1)), LONGEST_PAUSE)
+    lot = hashlib.sha256(f"{job} {errors}".encode()).digest()
     return longest * (0.5 + int.from_bytes(lot[:4], "big") / 2**33)
 
 
@@ -280,10 +286,9 @@ def _held(job: ClaimedJob) -> tuple[Any, ...]:  # SQLAlchemy's conditions
 
 
 def _take(session: Session, job: Job, worker: str, until: datetime, now: datetime) -> None:
-    most = MAX_DEATHS if job.state == "running" else MAX_ATTEMPTS
-    if job.attempts >= most:
+    if (deaths := job.attempts - job.errors) >= MAX_DEATHS:
         job.state, job.finished_at, job.lease_until = "failed", now, None
-        job.error = _given_up(job.error or "its worker died", most)
+        job.error = _given_up(f"its worker died {deaths} times")
         note(session, job.tenant_id, "job failed", job.id, {"reason": job.error}, now)
         return
     job.state, job.worker, job.lease_until = "running", worker, until
@@ -293,8 +298,8 @@ def _take(session: Session, job: Job, worker: str, until: datetime, now: datetim
     note(session, job.tenant_id, "job claimed", job.id, body, now)
 
 
-def _given_up(error: str, attempts: int) -> str:
-    return f"given up after {attempts} attempts: {error}; mend it, then train again or `lora queue retry`"
+def _given_up(why: str) -> str:
+    return f"given up after {why}; mend it, then train again or `lora queue retry`"
 
 
 def _claimed(session: Session, ids: Sequence[JobId]) -> list[ClaimedJob]:
@@ -315,7 +320,7 @@ def _claimed(session: Session, ids: Sequence[JobId]) -> list[ClaimedJob]:
             ClaimedJob(
                 job.id, job.fence, job.attempts, job.lease_until, job.tenant_id, job.adapter_id, job.dataset_id,
                 job.base_id, Reference(tenant, user, adapter), opaque, dataset.key, dataset.digest, base.name,
-                base.revision, base.quantised, base.digest, job.recipe, job.recipe_digest, job.cohort_group,
+                base.revision, base.quantised, base.digest, job.recipe, job.recipe_digest, job.cohort_group, job.errors,
             )
         )  # fmt: skip
     return claimed

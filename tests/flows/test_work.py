@@ -180,7 +180,7 @@ def test_a_cohort_that_breaks_its_worker_is_tried_three_times(
     job = ask("acme/alice").job_id
     monkeypatch.setattr(steps, "train_candidates", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
 
-    for _ in range(jobs.MAX_ATTEMPTS):
+    for _ in range(jobs.MAX_ERRORS):
         with pytest.raises(MemoryError):
             run_cohort(factory, [job])
         assert run_cohort(factory) is None  # it is left alone for a while, unless it is asked for
@@ -256,7 +256,7 @@ def test_memory_too_small_for_anybody_is_told_with_the_numbers(
     job = ask("acme/alice").job_id
     small = Factory(FactorySettings(base=str(base_folder), memory=ByteSize(memory)))
 
-    for _ in range(jobs.MAX_ATTEMPTS + 1):
+    for _ in range(jobs.MAX_ERRORS + 1):
         cohort = run_cohort(small, [job])
         assert cohort
         ((label, reason),) = cohort.put_off.values()

@@ -9,7 +9,7 @@ from sqlalchemy.engine import Engine
 
 from registry import jobs, queries
 from registry.errors import LeaseLost
-from registry.jobs import MAX_ATTEMPTS, MAX_DEATHS, SUSPECT
+from registry.jobs import MAX_DEATHS, MAX_ERRORS, SUSPECT
 from registry.models import Job
 from registry.session import reading, transaction
 from tests.conftest import looking, tampering
@@ -130,7 +130,7 @@ def test_jobs_given_up_do_not_hide_those_behind_them(engine: Engine) -> None:
         (poison,) = enqueue(session, "acme/alice", 1, group="one")
         (sound,) = enqueue(session, "acme/bob", 1, group="two", now=NOW + timedelta(seconds=1))
     with tampering(engine) as session:
-        session.get_one(Job, poison.job_id).attempts = MAX_ATTEMPTS
+        session.get_one(Job, poison.job_id).attempts = MAX_DEATHS
 
     with transaction(engine) as session:
         (claimed,) = jobs.claim(session, "w", LEASE, 10, NOW)
@@ -265,7 +265,7 @@ def test_a_job_that_broke_its_worker_waits_again_and_remembers_why(engine: Engin
     """An error costs an attempt, and the last one is the reason once there are none left."""
     (job,) = claim()
     moment = NOW
-    for _ in range(MAX_ATTEMPTS):
+    for _ in range(MAX_ERRORS):
         with transaction(engine) as session:
             jobs.release(session, job, moment, "out of memory")
         moment += jobs.LONGEST_PAUSE
@@ -274,8 +274,29 @@ def test_a_job_that_broke_its_worker_waits_again_and_remembers_why(engine: Engin
 
     with looking(engine) as session:
         row = session.get_one(Job, job.id)
-        assert (row.state, row.attempts) == ("failed", MAX_ATTEMPTS)
-        assert "3 attempts: out of memory" in str(row.error)
+        assert (row.state, row.attempts) == ("failed", MAX_ERRORS)
+        assert "3 errors, the last of them: out of memory" in str(row.error)
+
+
+def test_deaths_and_errors_are_counted_apart(engine: Engine, claim: Claim) -> None:
+    """Two deaths and an error are neither five nor three; and putting a job back counts as nothing, after deaths too."""
+    (job,) = claim()
+    moment = NOW
+    for _ in range(MAX_DEATHS - 1):
+        moment += 2 * LEASE
+        with transaction(engine) as session:
+            (job,) = jobs.claim(session, "w", LEASE, 1, moment)
+    for error in (None, "out of memory", "out of memory", None):
+        with transaction(engine) as session:
+            jobs.release(session, job, moment, error)
+        moment += jobs.LONGEST_PAUSE
+        with transaction(engine) as session:
+            assert [one.id for one in jobs.claim(session, "w", LEASE, 10, moment, group="g")] == []  # a suspect still
+            (job,) = jobs.claim(session, "w", LEASE, 1, moment)
+
+    with looking(engine) as session:
+        row = session.get_one(Job, job.id)
+        assert (row.state, row.errors, row.attempts - row.errors) == ("running", 2, MAX_DEATHS)
 
 
 def test_counts_and_recent_jobs_tell_one_tenant_from_another(engine: Engine, claim: Claim) -> None:

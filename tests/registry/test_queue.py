@@ -7,7 +7,7 @@ from sqlalchemy.engine import Engine
 
 from registry import jobs, queries, queue
 from registry.errors import LeaseLost
-from registry.jobs import FIRST_PAUSE, LONGEST_PAUSE, MAX_ATTEMPTS, pause_after
+from registry.jobs import FIRST_PAUSE, LONGEST_PAUSE, MAX_ERRORS, pause_after
 from registry.models import Job
 from registry.publishing import publish
 from registry.queue import STATES, Wanted
@@ -92,8 +92,9 @@ def test_a_job_that_broke_its_worker_is_left_alone_longer_each_time(engine: Engi
         assert "out of memory" in queue.why_waiting(session, job.tenant_id, row, NOW)
     with transaction(engine) as session:
         (again,) = jobs.claim(session, "w", LEASE, 1, NOW + FIRST_PAUSE)
-    assert again.attempts == 2 <= MAX_ATTEMPTS
-    pauses = [pause_after(job.id, attempts) for attempts in range(1, 20)]
+    assert (again.attempts, again.errors) == (2, 1)
+    assert again.errors < MAX_ERRORS
+    pauses = [pause_after(job.id, errors) for errors in range(1, 20)]
     assert all(FIRST_PAUSE / 2 <= pause <= LONGEST_PAUSE for pause in pauses)
     assert pauses[0] < pauses[2] < pauses[4] <= pauses[-1] * 2
     assert len({pause_after(one.job_id, 1) for one in many(engine)}) > 5

@@ -42,7 +42,12 @@ def _add_line() -> None:
     """Column by column: SQLite cannot rebuild a table that versions refer to."""
     op.add_column("jobs", sa.Column("priority", sa.Integer(), server_default="0", nullable=False))
     op.add_column("jobs", sa.Column("in_line_since", UtcTime(), server_default="2000-01-01 00:00:00", nullable=False))
+    op.add_column("jobs", sa.Column("errors", sa.Integer(), server_default="0", nullable=False))
     op.execute("UPDATE jobs SET in_line_since = created_at")
+    # What ended earlier attempts was not kept: an error, until now, as often as not.
+    op.execute(
+        "UPDATE jobs SET errors = CASE state WHEN 'running' THEN attempts - 1 ELSE attempts END WHERE attempts > 0"
+    )
     if op.get_bind().dialect.name == "postgresql":
         op.alter_column("jobs", "in_line_since", server_default=sa.func.now())
     op.drop_index("ix_jobs_state_cohort_group_created_at", "jobs")
@@ -98,7 +103,7 @@ def downgrade() -> None:
     op.drop_table("shares")
     for name in ("ix_jobs_tenant_id_finished_at", "ix_jobs_line_of_group", "ix_jobs_line"):
         op.drop_index(name, "jobs")
-    for column in ("in_line_since", "priority"):
+    for column in ("errors", "in_line_since", "priority"):
         op.drop_column("jobs", column)
     op.create_index("ix_jobs_tenant_id", "jobs", ["tenant_id"])
     op.create_index("ix_jobs_state_cohort_group_created_at", "jobs", ["state", "cohort_group", "created_at"])
