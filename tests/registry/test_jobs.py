@@ -279,7 +279,7 @@ def test_a_job_that_broke_its_worker_waits_again_and_remembers_why(engine: Engin
 
 
 def test_deaths_and_errors_are_counted_apart(engine: Engine, claim: Claim) -> None:
-    """Two deaths and an error are neither five nor three; and putting a job back counts as nothing, after deaths too."""
+    """Two deaths and an error are neither five nor three; and putting a job back counts as nothing."""
     (job,) = claim()
     moment = NOW
     for _ in range(MAX_DEATHS - 1):
