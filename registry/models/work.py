@@ -52,9 +52,7 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(default=0, server_default="0")
     in_line_since: Mapped[datetime]  # created_at, and an hour earlier for each step of priority: the earliest is next
     attempts: Mapped[int] = mapped_column(default=0)  # claims that were not put back
-    errors: Mapped[int] = mapped_column(
-        default=0, server_default="0"
-    )  # attempts that ended so; the others that did died
+    errors: Mapped[int] = mapped_column(default=0, server_default="0")  # attempts that ended in one; the others died
     fence: Mapped[int] = mapped_column(default=0)  # grows with every claim: an earlier holder's commit fails
     worker: Mapped[str | None] = mapped_column(String(128))
     lease_until: Mapped[datetime | None]  # of a queued job: until when it was put off
