@@ -9,7 +9,7 @@ from sqlalchemy.engine import Engine
 
 from registry import uploads
 from registry.errors import ObjectDiffers
-from registry.jobs import ClaimedJob
+from registry.jobs import ClaimedJob, check_fence
 from registry.keys import progress_prefix
 from registry.session import transaction
 from registry.store import ObjectStore
@@ -17,10 +17,13 @@ from registry.tenancy import enter
 
 
 def keep(engine: Engine, store: ObjectStore, job: ClaimedJob, name: str, data: bytes, now: datetime) -> None:
-    """Put a job's progress into the store.  What is there under the name already is as good."""
+    """Put a job's progress into the store.  What is there under the name already is as good.
+
+    Raises LeaseLost when the job is not ours any more: nothing of a user who is forgotten meanwhile comes there.
+    """
     prefix = _prefix(job)
     with transaction(engine) as session:
-        enter(session, job.tenant_id)
+        check_fence(session, job)
         uploads.declare(session, job.tenant_id, prefix, now, job.id)
     try:
         store.put_new(f"{prefix}/{name}", data)

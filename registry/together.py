@@ -92,12 +92,15 @@ def _alone(
 
 
 def _declare(engine: Engine, parcels: Sequence[_Parcel], now: datetime) -> list[_Parcel]:
-    """Write down the intents of those that nothing was done for yet, one an adapter; returns them."""
+    """Write down the intents of those that nothing was done for yet, one an adapter; returns them.
+
+    Not of those whose job is in other hands, cancelled, or gone with its user.
+    """
     fresh: list[_Parcel] = []
     with transaction(engine) as session:
         for tenant, own in groupby(parcels, key=lambda parcel: parcel.job.tenant_id):
             enter(session, tenant)
-            some = list({parcel.job.adapter_id: parcel for parcel in own}.values())
+            some = list({parcel.job.adapter_id: parcel for parcel in _ours(session, tenant, list(own))}.values())
             begun = select(Upload.prefix).where(
                 Upload.tenant_id == tenant, Upload.prefix.in_([parcel.prefix for parcel in some])
             )
@@ -113,6 +116,13 @@ def _declare(engine: Engine, parcels: Sequence[_Parcel], now: datetime) -> list[
             session.flush()
             fresh += new
     return fresh
+
+
+def _ours(session: Session, tenant: TenantId, parcels: Sequence[_Parcel]) -> list[_Parcel]:
+    """Those whose jobs nobody takes or cancels until the transaction ends; as `jobs.check_fence`, for many."""
+    fences = select(Job.id, Job.fence).where(Job.tenant_id == tenant, Job.id.in_([one.job.id for one in parcels]))
+    now = dict(session.execute(fences.order_by(Job.id).with_for_update(read=True)).tuples().all())
+    return [one for one in parcels if now.get(one.job.id) == one.job.fence]
 
 
 def _published_jobs(session: Session, tenant: TenantId, parcels: Sequence[_Parcel]) -> set[str]:

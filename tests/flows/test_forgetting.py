@@ -17,17 +17,18 @@ from flows.settings import FactorySettings
 from flows.upkeep import clean_home, forget, keep_up
 from lora_core.recipe import Recipe
 from lora_core.saves import file_stem
-from registry import aliases, forgetting, holds, jobs, queries, retention, schedules
+from registry import aliases, forgetting, holds, jobs, progress, queries, retention, schedules
 from registry.errors import LeaseLost, NameRefused, NotFound, NotYetForgotten, UnderHold
 from registry.forgetting import Wish
 from registry.jobs import ClaimedJob
 from registry.models import Base, Job
 from registry.names import Reference
-from registry.publishing import declare, publish, upload
+from registry.publishing import Published, declare, publish, upload
 from registry.s3_store import S3Store
 from registry.session import reading, transaction
 from registry.store import FolderStore
 from registry.timing import Timing
+from registry.together import publish_together
 from registry.uploads import UPLOAD_LEASE
 from tests.conftest import looking, set_up, tampering
 from tests.faults.worker import BASE, finished
@@ -261,6 +262,29 @@ def test_a_worker_that_had_the_job_publishes_nothing(small: Factory) -> None:
     forget(small, wish())
     with pytest.raises(LeaseLost):
         publish(small.engine, small.store, early, made_of(ALICE, 3), now())
+
+    assert found(small) == {}
+
+
+def test_a_worker_that_publishes_many_together_publishes_the_others(small: Factory) -> None:
+    """And brings nothing of the forgotten one into the store."""
+    gone, other = (claimed(small, user, "in work") for user in (ALICE, BOB))
+    forget(small, wish())
+
+    outcomes = publish_together(small.engine, small.store, [(gone, made_of(ALICE, 3)), (other, made_of(BOB, 3))], now())
+
+    assert isinstance(outcomes[gone.id], LeaseLost)
+    assert isinstance(outcomes[other.id], Published)
+    assert found(small) == {}
+
+
+def test_a_worker_that_had_the_job_saves_no_progress_in_the_store(small: Factory) -> None:
+    """While it trains on, unknowing; what it saved before goes."""
+    job = claimed(small, ALICE, "in work")
+    progress.keep(small.engine, small.store, job, "1", ALICE.encode(), now() - 2 * UPLOAD_LEASE)
+    forget(small, wish())
+    with pytest.raises(LeaseLost):
+        progress.keep(small.engine, small.store, job, "2", ALICE.encode(), now())
 
     assert found(small) == {}
 
