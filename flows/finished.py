@@ -2,7 +2,9 @@
 
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -46,7 +48,7 @@ def finished(
         "cohort": {"slots": plan.slots, "row_tokens": plan.row_tokens, "rank": bank.size,
                    "compiled": plan.compiled},
         "device": computed_on(base),
-        "versions": code_versions(),
+        "versions": dict(code_versions()),
     }  # fmt: skip
     if candidate.search:
         tried = [trial_facts(report) for report in candidate.trials]
@@ -73,8 +75,9 @@ def _task(candidate: Candidate, subject: str) -> dict[str, float]:
     return asdict(candidate.tasks[subject]) if subject in candidate.tasks else {}
 
 
-def code_versions() -> dict[str, str]:
-    """What computed a version: this code, Python and the libraries under it."""
+@cache
+def code_versions() -> Mapping[str, str]:
+    """What computes versions in this process: this code, Python and the libraries under it."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -28,6 +28,8 @@ from registry.errors import (
     SignatureRefused,
 )
 from registry.jobs import ClaimedJob
+from registry.resolved import Resolved
+from registry.resolving import resolve_page
 from registry.session import reading, transaction
 
 if TYPE_CHECKING:
@@ -37,9 +39,10 @@ if TYPE_CHECKING:
 def join(factory: Factory, cohort: "Cohort", claimed: Sequence[ClaimedJob]) -> list[Newcomer]:
     """Everybody whose examples can be used."""
     found = []
+    rivals = resolve_page(factory.engine, [job.reference for job in claimed])
     for job in claimed:
         try:
-            found.append((job, _candidate(factory, cohort.backstage, job)))
+            found.append((job, _candidate(factory, cohort.backstage, job, rivals[job.reference])))
         except (LoraError, ObjectMissing, ObjectDiffers) as error:
             drop(factory, cohort, job, str(error))
     return found
@@ -113,18 +116,18 @@ def put_off(factory: Factory, cohort: "Cohort", job: ClaimedJob, trouble: Memory
         event("job put off", job, run=cohort.run_id, reason=str(trouble))
 
 
-def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob) -> Candidate:
+def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob, rival: Resolved | NotFound) -> Candidate:
     snapshot = load_snapshot(factory.store.get(job.dataset_key), job.dataset_digest)
     candidate = make_candidate(job.reference.label, make_recipe(job.recipe), snapshot, base)
-    candidate.live, candidate.live_number = _live(factory, base, job)
+    if isinstance(rival, Resolved):
+        candidate.live, candidate.live_number = _live(factory, base, rival)
     return candidate
 
 
-def _live(factory: Factory, base: BaseModel, job: ClaimedJob) -> tuple[AdapterFiles | None, int | None]:
-    """The version that `latest` points to, as a rival; None where there is none to be trusted for this base."""
+def _live(factory: Factory, base: BaseModel, found: Resolved) -> tuple[AdapterFiles | None, int | None]:
+    """The version that `latest` points to, as a rival; None where it is not to be trusted for this base."""
     try:
-        found = factory.client.resolve(job.reference)
-        exactly = replace(job.reference, number=found.number)
+        exactly = replace(found.reference, number=found.number)
         with reading(factory.engine) as session:
             tenant = queries.tenant_id(session, exactly.tenant)
             recorded = recorded_methods(queries.version(session, tenant, exactly).recipe)

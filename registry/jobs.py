@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import groupby
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, select, update
@@ -208,10 +209,14 @@ def renew(session: Session, jobs: Sequence[ClaimedJob], lease: timedelta, now: d
     Rows are locked in the order in which `together.py` locks them: a heartbeat and a publisher of the same jobs meet.
     """
     held: list[JobId] = []
-    for job in sorted(jobs, key=lambda job: (job.tenant_id, job.id)):
-        enter(session, job.tenant_id)
-        kept = update(Job).where(*_held(job)).values(lease_until=now + lease).returning(Job.id)
-        held += session.scalars(kept).all()
+    for tenant, own in groupby(sorted(jobs, key=lambda job: job.tenant_id), key=lambda job: job.tenant_id):
+        enter(session, tenant)
+        fences = {job.id: job.fence for job in own}
+        ours = select(Job.id, Job.fence).where(Job.tenant_id == tenant, Job.id.in_(fences), Job.state == "running")
+        locked = session.execute(ours.order_by(Job.id).with_for_update()).tuples()
+        mine = [job for job, fence in locked if fences[job] == fence]
+        session.execute(update(Job).where(Job.tenant_id == tenant, Job.id.in_(mine)).values(lease_until=now + lease))
+        held += mine
     return held
 
 
