@@ -2,7 +2,7 @@
 
 Schedules are taken in batches, a transaction each: two ticks at once, or one that dies, fire nobody twice and forget
 nobody, and no transaction grows with the fleet.  What needs a disk or the store, bases and new data, is read before it.
-Nothing here needs torch until somebody is due: a tick a minute in a process of its own must cost little.
+Nothing here needs torch: a tick a minute in a process of its own must cost little.
 """
 
 import math

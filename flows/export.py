@@ -11,7 +11,8 @@ from pathlib import Path
 from flows.errors import Unready
 from flows.factory import Factory
 from flows.records import recorded_methods
-from lora_core.base_model import fingerprint, load_base, locate, outline
+from lora_core.base_files import fingerprint, locate
+from lora_core.base_model import load_base, outline
 from lora_core.export import check_mergeable, deltas, merge, stored_dtype, write_gguf, write_merged
 from lora_core.intake import read_artifact
 from lora_core.methods import AnyMethod

@@ -160,8 +160,8 @@ def pin_base(factory: Factory, name: str | None = None, revision: str | None = N
 
     LORA_BASE_REVISION is one of LORA_BASE: it says nothing about another base.
     """
-    from lora_core.base_model import count_parameters, fingerprint, locate  # imported late: needs torch
-    from lora_core.quantised import check_quantise
+    # Imported late: reading commands do without what this needs.
+    from lora_core.base_files import check_quantise, count_parameters, fingerprint, locate
 
     settings = factory.settings
     name = name or settings.base

@@ -7,12 +7,12 @@ from dataclasses import replace
 from flows.candidates import Candidate, plan_training
 from flows.factory import Factory
 from flows.settings import FactorySettings
+from lora_core.base_files import locate
 from lora_core.base_model import (
     BaseModel,
     default_device,
     default_dtype,
     load_base,
-    locate,
     outline,
 )
 from lora_core.budget import Weights, check_base_fits

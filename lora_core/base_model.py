@@ -1,41 +1,22 @@
 """The shared base: loaded once, frozen, fingerprinted, and the list of its adaptable sites."""
 
 import copy
-import hashlib
-import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from lora_core.base_files import WEIGHTS, check_quantise, fingerprint, locate
 from lora_core.errors import BaseModelError, DeviceMissing
-from lora_core.quantised import QuantisedLinear, check_quantise, quantisation, unpack_on_use
+from lora_core.quantised import QuantisedLinear, quantisation, unpack_on_use
 
 SHARDED = "auto"  # the device that means all GPUs: layers lie on one after another
-
-# What decides a base's behaviour.  Weights are safetensors only: nothing is unpickled.
-WEIGHTS = "*.safetensors"
-FINGERPRINTED = (
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "*.tiktoken",
-)
 
 
 @dataclass(frozen=True)
@@ -84,47 +65,6 @@ class BaseModel:
         shared = {id(kept): kept for kept in (*self.frozen, *packed)}
         model = copy.deepcopy(self.model, shared)
         return replace(self, model=model, tokenizer=copy.deepcopy(self.tokenizer))
-
-
-def locate(name: str, revision: str | None = None) -> Path:
-    """The folder of a base's files: the path itself, or a download from the hub.  Raises BaseModelError."""
-    if name and os.path.isdir(name):  # which, unlike pathlib's, takes a name that is too long for none
-        return Path(name)
-    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise BaseModelError(name, "there is no such folder", "give a folder or a Hugging Face id")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*FINGERPRINTED]))
-    except HFValidationError as error:
-        raise BaseModelError(name, str(error).splitlines()[0], "give a folder or a Hugging Face id") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        why = f"cannot be had from the hub ({type(error).__name__})"
-        raise BaseModelError(name, why, "check the id, HF_TOKEN and HF_HUB_OFFLINE, or give a folder") from None
-
-
-def fingerprint(folder: Path, quantise: str = "") -> str:
-    """SHA-256 over the names and SHA-256 of the files that decide what the base computes, and how it is quantised."""
-    files = sorted({path for pattern in FINGERPRINTED for path in folder.glob(pattern) if path.is_file()})
-    total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            total.update(f"{path.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    if quantise:
-        total.update(f"\0{quantise}\n".encode())  # no file has that name
-    return total.hexdigest()
-
-
-def count_parameters(folder: Path) -> int:
-    """How many numbers the files of a base hold, from their headers alone.  Raises BaseModelError."""
-    return sum(_parameters_in(path) for path in folder.glob(WEIGHTS))
-
-
-def _parameters_in(path: Path) -> int:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  not a dict
-    except (OSError, SafetensorError) as error:
-        why = f"{path.name} is no safetensors file ({str(error).splitlines()[0][:100]})"
-        raise BaseModelError(str(path.parent), why, "fetch or save the base again") from None
 
 
 def outline(folder: Path) -> BaseModel:

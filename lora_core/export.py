@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.base_model import FINGERPRINTED, BaseModel
+from lora_core.base_files import FINGERPRINTED
+from lora_core.base_model import BaseModel
 from lora_core.errors import BaseModelError, ExportRefused
 from lora_core.intake import AdapterFiles
 

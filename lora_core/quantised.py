@@ -5,7 +5,6 @@ the 8-bit one looks for outliers over the whole batch, and the 4-bit one repacks
 rounded to bf16, when a CPU with AVX512-BF16 first runs it without gradient.  I inputs and O outputs of a linear.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,20 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from lora_core.errors import BaseModelError
-
-LIBRARIES = ("bitsandbytes", "accelerate")
 PACKED = ("Params4bit", "Int8Params")  # bitsandbytes' weights, by name: it need not be installed
-
-
-def check_quantise(name: str, quantise: str) -> None:
-    """Whether a base can be quantised so, here.  Raises BaseModelError."""
-    if quantise not in ("", "4bit", "8bit"):
-        raise BaseModelError(name, f"cannot be quantised to {quantise!r}", "give 4bit or 8bit, or nothing")
-    for library in LIBRARIES if quantise else ():
-        if find_spec(library) is None:
-            why = f"{quantise} weights need {library}, which is not installed"
-            raise BaseModelError(name, why, "pip install 'lora-factory[quantise]'")
 
 
 def quantisation(quantise: str, dtype: torch.dtype) -> BitsAndBytesConfig:

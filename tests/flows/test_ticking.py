@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -29,10 +30,13 @@ def test_a_run_whose_worker_died_before_it_began_does_not_count(state: StateType
     assert may_begin(run) == counts
 
 
-def test_a_tick_with_nobody_due_loads_no_torch() -> None:
+def test_a_tick_loads_no_torch_whoever_is_due(base_folder: Path) -> None:
     """A process a minute: with the imports of training it would keep a core busy for a tenth of the time."""
     code = (
-        "import sys, flows.ticking; print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
+        "import sys, flows.ticking; from pathlib import Path; from lora_core import base_files;"
+        f"folder = base_files.locate({str(base_folder)!r}); base_files.fingerprint(folder);"
+        "assert base_files.count_parameters(folder) > 0;"
+        "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
     )
 
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

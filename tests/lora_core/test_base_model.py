@@ -17,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lora_core.base_model import BaseModel, count_parameters, fingerprint, freeze, load_base
+from lora_core.base_files import count_parameters, fingerprint
+from lora_core.base_model import BaseModel, freeze, load_base
 from lora_core.data.packing import IGNORED, pack
 from lora_core.errors import BaseModelError, DeviceMissing
 from lora_core.forward import stack, token_losses

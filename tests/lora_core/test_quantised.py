@@ -10,10 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lora_core import quantised
+from lora_core import base_files
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.banks.lora_sites import Deltas, LoraGroup, LoraSite
-from lora_core.base_model import BaseModel, check_device, fingerprint, load_base
+from lora_core.base_files import fingerprint
+from lora_core.base_model import BaseModel, check_device, load_base
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Learner
 from lora_core.data.packing import pack
@@ -171,7 +172,7 @@ def test_20_steps_lose_what_peft_loses_on_bitsandbytes(folder: Path) -> None:
 @pytest.mark.parametrize("missing", ["bitsandbytes", "accelerate"])
 def test_a_missing_library_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     """With what to install, before anything is loaded."""
-    monkeypatch.setattr(quantised, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(base_files, "find_spec", lambda name: None if name == missing else name)
 
     with pytest.raises(BaseModelError, match=rf"{missing}.*lora-factory\[quantise\]"):
         load_base(str(folder), quantise="4bit")
