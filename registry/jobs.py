@@ -100,9 +100,10 @@ def enqueue(
     if job.state == "queued" and priority > job.priority:
         job.priority, job.in_line_since = priority, place_in_line(job.created_at, priority)
     session.flush()
+    unchanged = job.state in MADE
     made = (AdapterVersion.tenant_id == tenant, AdapterVersion.job_id == job.id)
-    number = session.scalar(select(AdapterVersion.number).where(*made))
-    return Enqueued(job.id, job.state, job.state in MADE, number)
+    number = session.scalar(select(AdapterVersion.number).where(*made)) if unchanged else None
+    return Enqueued(job.id, job.state, unchanged, number)
 
 
 def place_in_line(asked_at: datetime, priority: int) -> datetime:
