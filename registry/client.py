@@ -61,7 +61,7 @@ class Client(Puller):
         Raises NameRefused, NotFound, VersionGone for one that retention has removed.
         """
         wanted = _read(reference)
-        return Resolved(wanted, *self._known(wanted.tenant, lambda id_: lookups.find(self.engine, id_, wanted)))
+        return Resolved(wanted, *self._by_id(wanted.tenant, lambda id_: lookups.find(self.engine, id_, wanted)))
 
     def current(
         self, tenant: str, users: Iterable[str], adapter: str = DEFAULT_ADAPTER, alias: str = LATEST
@@ -73,7 +73,7 @@ class Client(Puller):
         names = [check_user(name) for name in users]
         check_plain("adapter", adapter)
         check_plain("alias", alias)
-        return self._known(tenant, lambda id_: lookups.find_many(self.engine, id_, names, adapter, alias))
+        return self._by_id(tenant, lambda id_: lookups.find_many(self.engine, id_, names, adapter, alias))
 
     def search(self, tenant: str, wanted: Search, *, after: str = "", limit: int = 100) -> Page[Found]:
         """Versions by what they are, a page at a time.  Raises NotFound, NameRefused, CursorRefused."""
@@ -102,9 +102,9 @@ class Client(Puller):
                 enter(session, known)
                 return question(session, known)
 
-        return self._known(tenant, inside)
+        return self._by_id(tenant, inside)
 
-    def _known(self, tenant: str, question: Callable[[TenantId], Answer]) -> Answer:
+    def _by_id(self, tenant: str, question: Callable[[TenantId], Answer]) -> Answer:
         """The answer to a question about a tenant, whose id is remembered: to ask for it takes longer than the rest."""
         if known := self._tenants.get(tenant):
             with suppress(NotFound):

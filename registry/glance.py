@@ -1,8 +1,9 @@
-"""One statement for one tenant in one round trip: what is asked so often that a transaction around it costs more.
+"""One statement for one tenant in one round trip: what is asked so often that a transaction costs more than the answer.
 
-A transaction of `session.reading` goes to PostgreSQL and back four times: to begin, to enter the tenant, to ask, and to
-end.  Here the tenant's setting and the statement go together (psycopg's pipeline mode).  What comes between two marks
-of the protocol's (Sync) is a transaction of its own, and takes the setting with it when it ends.
+A transaction of `session.reading` goes to PostgreSQL and back four times: to begin, enter the tenant, ask, and end.
+At a glance, the tenant's setting and the statement go together (psycopg's pipeline mode).  Up to the mark at their end
+(Sync, in the protocol's words) they are a transaction of their own, and the setting is gone with it.  No rollback
+follows, after which psycopg would forget what it has prepared, so PostgreSQL need not plan the statement each time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ def glance(engine: Engine, tenant: TenantId, statement: Select[Any], asked: Mapp
     """The rows of a statement as the tenant sees them now.  Raises DatabaseUnavailable."""
     with known_faults(engine):
         if engine.dialect.name == "postgresql":
-            # Its connection may have died, and whatever else is wrong, a transaction says in words: a look is free.
+            # A connection that has just died is no reason to fail, and of anything else a transaction says what it is.
             with suppress(engine.dialect.loaded_dbapi.Error):
                 return _at_once(engine, tenant, _text(statement, engine.dialect), asked)
         with reading(engine) as session:
