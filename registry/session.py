@@ -7,9 +7,21 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from select import POLLIN, poll
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Dialect, Engine, Insert, Update, create_engine, event, literal, make_url, select
+from sqlalchemy import (
+    ColumnElement,
+    Dialect,
+    Engine,
+    Insert,
+    Update,
+    any_,
+    create_engine,
+    event,
+    literal,
+    make_url,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import (
@@ -21,11 +33,13 @@ from sqlalchemy.exc import (
     ProgrammingError,
     TimeoutError,
 )
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from registry.errors import DatabaseUnavailable, RegistryInUse
 from registry.models import Base
+
+Value = TypeVar("Value")
 
 _WAIT_SECONDS = 60  # for a turn: to write on SQLite, for one of the process's connections on PostgreSQL
 _FROZEN_SECONDS = 300  # a worker that stands still inside a transaction loses it: its locks hold up others
@@ -95,6 +109,13 @@ def at_once(session: Session, writes: Sequence[Insert | Update]) -> None:
 def adding(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """An insert that may say what to do on a conflict, in the words of the session's database."""
     return postgresql.insert(table) if session.get_bind().dialect.name == "postgresql" else sqlite.insert(table)
+
+
+def among(session: Session, column: InstrumentedAttribute[Value], values: Sequence[Value]) -> ColumnElement[bool]:
+    """That a column holds one of the values: on PostgreSQL they are one parameter, since thousands take their time."""
+    if session.get_bind().dialect.name == "postgresql":
+        return column == any_(literal(values, postgresql.ARRAY(column.type)))
+    return column.in_(values)
 
 
 def compact(engine: Engine) -> None:

@@ -228,3 +228,20 @@ def test_no_question_reads_a_table_from_end_to_end(
     assert any("adapter_versions" in line or "freshness" in line or "events" in line for line in plans)
     small = ("Seq Scan on bases", "Seq Scan on tenants", "Seq Scan on tombstones")  # the last is empty here
     assert [line for line in plans if "Seq Scan" in line and not any(one in line for one in small)] == []
+
+
+@pytest.mark.parametrize("name", ["outdated", "at an alias"])
+def test_thousands_of_rows_are_asked_for_in_few_parameters(
+    seeded: Engine, store: FolderStore, tmp_path: Path, name: str
+) -> None:
+    """One for each would take longer to write down than PostgreSQL takes to answer."""
+    client = Client(seeded, store, tmp_path)
+    sizes: list[int] = []
+    event.listen(seeded, "before_cursor_execute", lambda *given: sizes.append(len(given[3])))
+
+    if name == "outdated":
+        assert len(client.outdated("acme", recipe="0" * 64, limit=USERS).rows) == USERS
+    else:
+        assert client.search("acme", Search.parse(["alias=latest"]), limit=5).cursor
+
+    assert max(sizes) < 20
