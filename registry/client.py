@@ -61,7 +61,7 @@ class Client(Puller):
         Raises NameRefused, NotFound, VersionGone for one that retention has removed.
         """
         wanted = _read(reference)
-        return Resolved(wanted, *self._asked(wanted.tenant, lambda session, id_: lookups.find(session, id_, wanted)))
+        return Resolved(wanted, *self._by_id(wanted.tenant, lambda id_: lookups.find(self.engine, id_, wanted)))
 
     def current(
         self, tenant: str, users: Iterable[str], adapter: str = DEFAULT_ADAPTER, alias: str = LATEST
@@ -73,7 +73,7 @@ class Client(Puller):
         names = [check_user(name) for name in users]
         check_plain("adapter", adapter)
         check_plain("alias", alias)
-        return self._asked(tenant, lambda session, id_: lookups.find_many(session, id_, names, adapter, alias))
+        return self._by_id(tenant, lambda id_: lookups.find_many(self.engine, id_, names, adapter, alias))
 
     def search(self, tenant: str, wanted: Search, *, after: str = "", limit: int = 100) -> Page[Found]:
         """Versions by what they are, a page at a time.  Raises NotFound, NameRefused, CursorRefused."""
@@ -95,14 +95,24 @@ class Client(Puller):
         return self._asked(tenant, feed.now)
 
     def _asked(self, tenant: str, question: Callable[[Session, TenantId], Answer]) -> Answer:
-        """The answer to a question about a tenant, whose id is remembered: to ask for it takes longer than the rest."""
-        if known := self._tenants.get(tenant):
-            with suppress(NotFound), reading(self.engine) as session:  # or is it another tenant by now?
+        """The answer to a question about a tenant, in a transaction of its own."""
+
+        def inside(known: TenantId) -> Answer:
+            with reading(self.engine) as session:
                 enter(session, known)
                 return question(session, known)
+
+        return self._by_id(tenant, inside)
+
+    def _by_id(self, tenant: str, question: Callable[[TenantId], Answer]) -> Answer:
+        """The answer to a question about a tenant, whose id is remembered: to ask for it takes longer than the rest."""
+        if known := self._tenants.get(tenant):
+            with suppress(NotFound):
+                if answer := question(known):  # or is it another tenant by now?
+                    return answer
         with reading(self.engine) as session:
             self._tenants[tenant] = queries.tenant_id(session, tenant)
-            return question(session, self._tenants[tenant])
+        return question(self._tenants[tenant])
 
     def pull(self, reference: str | Reference, verify: bool = False) -> Path:
         """The local folder of a version's files, named as an engine serves it.

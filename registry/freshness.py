@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from registry.models import Adapter, AdapterVersion, AliasMove, Dataset, Freshness, Job, SharedBase, User
 from registry.names import AdapterId, DatasetId, TenantId, UserId
 from registry.pages import Page, Place, beyond, check_digest, check_limit, read_cursor, write_cursor
+from registry.session import among
 
 NEWER_DATA, OTHER_WAY, NEVER = "newer data", "other base or recipe", "never accepted"
 _BY_WAY = (Freshness.base_id, Freshness.recipe_digest, Freshness.adapter_id)
@@ -136,21 +137,22 @@ def _described(session: Session, tenant: TenantId, chosen: Sequence[AdapterId]) 
     """The adapters in the order they were chosen, with what there is to say about each."""
     asked = select(Job.state).where(Job.tenant_id == tenant, Job.adapter_id == Adapter.id, Job.dataset_id == Dataset.id)
     rows = session.execute(
-        select(Adapter.id, User.name, Adapter.name, Freshness, Dataset.digest, Dataset.added_at,
+        select(Adapter.id, User.name, Adapter.name, Freshness.dataset_id, Freshness.newest_id,
+               Dataset.digest, Dataset.added_at,
                asked.order_by(Job.created_at.desc()).limit(1).scalar_subquery())
         .join(User, User.id == Adapter.user_id)
         .join(Freshness, Freshness.adapter_id == Adapter.id)
         .join(Dataset, Dataset.id == Freshness.newest_id)
-        .where(Adapter.tenant_id == tenant, Adapter.id.in_(chosen))
+        .where(Adapter.tenant_id == tenant, among(session, Adapter.id, chosen))
     )  # fmt: skip
     found = {
-        one: Outdated(user, adapter, _why(state), digest, added_at, job)
-        for one, user, adapter, state, digest, added_at, job in rows.tuples()
+        one: Outdated(user, adapter, _why(trained, newest), digest, added_at, job)
+        for one, user, adapter, trained, newest, digest, added_at, job in rows.tuples()
     }
     return [found[one] for one in chosen if one in found]
 
 
-def _why(state: Freshness) -> str:
-    if state.dataset_id is None:
+def _why(trained: DatasetId | None, newest: DatasetId | None) -> str:
+    if trained is None:
         return NEVER
-    return NEWER_DATA if state.newest_id != state.dataset_id else OTHER_WAY
+    return NEWER_DATA if newest != trained else OTHER_WAY

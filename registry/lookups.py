@@ -1,19 +1,20 @@
 """What inference hosts ask all day: which version does a reference mean now, of one adapter or of thousands.
 
 Each is one statement along four keys (user, adapter, alias, version) that reads only what a host needs.  It is made
-once and run past the ORM: making it and its rows would take longer than PostgreSQL does.
+once and asked at a glance (`glance.py`): making it and its rows, and a transaction, would take longer than PostgreSQL.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from functools import cache
 from typing import Any
 
-from sqlalchemy import JSON, ColumnElement, Select, String, and_, bindparam, cast, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import JSON, ColumnElement, Engine, Select, String, and_, bindparam, cast, func, select
 
-from registry.errors import NotFound, VersionGone
+from registry.errors import VersionGone
+from registry.glance import glance
 from registry.models import Adapter, AdapterVersion, Alias, Facts, Tombstone, User
 from registry.names import Reference, TenantId
 
@@ -36,27 +37,26 @@ class Current:
     sha256: str  # of the manifest
 
 
-def find(session: Session, tenant: TenantId, reference: Reference) -> Found:
+def find(engine: Engine, tenant: TenantId, reference: Reference) -> Found:
     """What a reference means now, by number or by alias.  Raises NotFound, VersionGone for one that was removed."""
     exact = {"number": reference.number} if reference.number else {"alias": reference.alias}
     asked = {"tenant": tenant, "user": reference.user, "adapter": reference.adapter, **exact}
-    row = session.connection().execute(_one(reference.number is not None), asked).one_or_none()
-    if row is None:
-        raise NotFound("version", str(reference), f"see `lora history {reference.label}` for those there are")
-    facts = row._tuple()
+    rows = glance(engine, tenant, _one(reference.number is not None), asked)
+    if not rows:
+        raise reference.not_found()
+    facts = rows[0]
     if reference.number:  # what an alias points to is never removed
         *facts, removed_at, rule = facts
         if removed_at:
-            raise VersionGone(str(reference), f"{removed_at:%Y-%m-%d}", rule)
+            raise VersionGone(str(reference), f"{removed_at.astimezone(UTC):%Y-%m-%d}", rule)
     found: Found = tuple(facts)
     return found
 
 
-def find_many(session: Session, tenant: TenantId, users: Sequence[str], adapter: str, alias: str) -> dict[str, Current]:
+def find_many(engine: Engine, tenant: TenantId, users: Sequence[str], adapter: str, alias: str) -> dict[str, Current]:
     """Where an alias of each of these users' adapters of that name is; who has none is left out."""
     asked = {"tenant": tenant, "users": json.dumps(users), "adapter": adapter, "alias": alias}
-    connection = session.connection()
-    rows = connection.execute(_many(connection.dialect.name), asked)
+    rows = glance(engine, tenant, _many(engine.dialect.name), asked)
     return {user: Current(*facts) for user, *facts in rows}
 
 

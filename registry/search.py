@@ -18,6 +18,7 @@ from registry.fleet import Where
 from registry.models import Adapter, AdapterVersion, Alias, SharedBase, User
 from registry.names import TenantId, check_plain
 from registry.pages import Page, Place, beyond, check_limit, read_cursor, write_cursor
+from registry.session import among
 
 # What the order goes by, and whether down.
 ORDERS: dict[str, tuple[InstrumentedAttribute[Any], bool]] = {  # columns of unlike types
@@ -120,7 +121,7 @@ def _pointed_to(session: Session, tenant: TenantId, alias: str) -> ColumnElement
     mine = (Alias.tenant_id == tenant, Alias.name == alias)
     some = session.scalars(select(Alias.version_id).where(*mine).limit(_FEW + 1)).all()
     if len(some) <= _FEW:
-        return AdapterVersion.id.in_(some)
+        return among(session, AdapterVersion.id, some)
     same = select(Alias.version_id).where(*mine, Alias.adapter_id == AdapterVersion.adapter_id)
     return AdapterVersion.id == same.scalar_subquery()
 

@@ -1,29 +1,49 @@
 """Connections and transactions: the only place in the registry that commits."""
 
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from select import POLLIN, poll
+from typing import Any, TypeVar
 
-from sqlalchemy import Engine, Insert, Update, create_engine, event, literal, make_url, select
+from sqlalchemy import (
+    ColumnElement,
+    Dialect,
+    Engine,
+    Insert,
+    Update,
+    any_,
+    create_engine,
+    event,
+    literal,
+    make_url,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
+    InvalidatePoolError,
     NoSuchModuleError,
     OperationalError,
     ProgrammingError,
     TimeoutError,
 )
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from registry.errors import DatabaseUnavailable, RegistryInUse
 from registry.models import Base
 
+Value = TypeVar("Value")
+
 _WAIT_SECONDS = 60  # for a turn: to write on SQLite, for one of the process's connections on PostgreSQL
 _FROZEN_SECONDS = 300  # a worker that stands still inside a transaction loses it: its locks hold up others
+_IDLE_SECONDS = 1  # a connection that was used more lately is taken to be alive unless it has closed
 _FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
 
 
@@ -36,8 +56,10 @@ def open_database(url: str) -> Engine:
             event.listen(engine, "connect", _set_up_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
             return engine
-        engine = create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=_WAIT_SECONDS)
+        engine = create_engine(parsed, pool_size=10, max_overflow=20, pool_timeout=_WAIT_SECONDS)
         event.listen(engine, "connect", _set_up_postgres)
+        event.listen(engine, "checkin", _note_the_time)
+        event.listen(engine, "checkout", partial(_check_alive, engine.dialect))
         return engine
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise DatabaseUnavailable(_without_password(url), str(error).splitlines()[0], _FORMS) from None
@@ -87,6 +109,13 @@ def at_once(session: Session, writes: Sequence[Insert | Update]) -> None:
 def adding(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """An insert that may say what to do on a conflict, in the words of the session's database."""
     return postgresql.insert(table) if session.get_bind().dialect.name == "postgresql" else sqlite.insert(table)
+
+
+def among(session: Session, column: InstrumentedAttribute[Value], values: Sequence[Value]) -> ColumnElement[bool]:
+    """That a column holds one of the values: on PostgreSQL they are one parameter, since thousands take their time."""
+    if session.get_bind().dialect.name == "postgresql":
+        return column == any_(literal(values, postgresql.ARRAY(column.type)))
+    return column.in_(values)
 
 
 def compact(engine: Engine) -> None:
@@ -158,6 +187,31 @@ def _set_up_postgres(connection: Any, _: Any) -> None:  # psycopg's connection, 
     # To compile a statement takes a second, and what `line.keep_to_indexes` forbids looks dear enough for it.
     connection.execute("SET jit = off")
     connection.autocommit = False
+
+
+def _note_the_time(_: Any, record: ConnectionPoolEntry) -> None:  # psycopg's connection
+    record.info["used"] = time.monotonic()
+
+
+def _check_alive(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _: Any) -> None:  # psycopg's
+    """Before a connection is used again, ping it if it was idle for a while or if something has come in on it.
+
+    A server that ends a connection closes it, which comes in; to ask each time (pool_pre_ping) costs a round trip.
+    """
+    if "used" not in record.info:
+        return  # it is new
+    try:
+        if time.monotonic() - record.info["used"] > _IDLE_SECONDS or _heard(connection):
+            dialect.do_ping(connection)
+    except dialect.loaded_dbapi.Error as error:
+        raise InvalidatePoolError from error  # a new one, and none of the others that are as old
+
+
+def _heard(connection: Any) -> bool:  # psycopg's connection
+    """Whether anything came in, if only its end."""
+    socket = poll()
+    socket.register(connection.fileno(), POLLIN)
+    return bool(socket.poll(0))
 
 
 def _begin_sqlite(connection: Connection) -> None:

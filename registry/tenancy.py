@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from registry.names import TenantId
 
+ENTER = "SELECT set_config('lora.tenant', %s, true)"  # as `enter`, for who speaks to psycopg
 # Made once: every transaction begins with it.
 _SET_LOCAL = select(func.set_config(bindparam("name"), bindparam("value"), True))
 

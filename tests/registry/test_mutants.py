@@ -73,6 +73,7 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
     now = NOW + timedelta(minutes=1)
     who: Any = {"actor": "me", "reason": "because", "now": NOW}  # keywords of unlike types
     mine, alice = queries.tenant_id(session, OURS), Reference.parse(f"{OURS}/alice")
+    engine = session.get_bind().engine  # a look-up has a connection of its own
     holder = queries.holder(session, mine, "alice", "default")
     adapter, first = holder.adapter.id, Reference.parse(f"{OURS}/alice:1")
     version = queries.version(session, mine, alice)
@@ -99,8 +100,8 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         ),
         "costs": lambda: overview.costs(session, mine),
         "job": lambda: queries.job(session, mine, job.id),
-        "lookup": lambda: lookups.find(session, mine, alice),
-        "lookup many": lambda: lookups.find_many(session, mine, ["alice"], "default", "latest"),
+        "lookup": lambda: lookups.find(engine, mine, alice),
+        "lookup many": lambda: lookups.find_many(engine, mine, ["alice"], "default", "latest"),
         "search": lambda: search.search(session, mine, Search.parse(["alias=latest"])),
         "outdated": lambda: freshness.outdated(session, mine, base="c"),
         "changes": lambda: feed.changes(session, mine),

@@ -164,13 +164,13 @@ def test_a_warm_pull_of_a_pinned_version_needs_no_network(client: Client, publis
     """Neither store nor registry; by alias, which moves, the registry is asked."""
     folder = client.pull("acme/alice:2")
     store.asked.clear()
-    statements: list[str] = []
-    event.listen(client.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+    connections: list[object] = []
+    event.listen(client.engine, "checkout", lambda *given: connections.append(given[0]))
 
     assert client.pull("acme/alice:2") == folder
-    assert statements == []
+    assert connections == []
     assert client.pull("acme/alice") == folder
-    assert statements != []
+    assert connections != []
     assert store.asked == []
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import Select, event
 from sqlalchemy.engine import Engine
 
 from benchmarks.registry_seed import seed
 from registry import aliases, fleet, jobs, queries
 from registry.client import Client
 from registry.errors import CursorRefused, NameRefused, NotFound
-from registry.names import Reference
+from registry.glance import glance
+from registry.names import Reference, TenantId
 from registry.pages import Page
 from registry.publishing import Finished, publish
 from registry.search import ORDERS, Found, Search
@@ -199,12 +200,18 @@ QUESTIONS: dict[str, Any] = {  # what each asks of a client
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_no_question_reads_a_table_from_end_to_end(
-    seeded: Engine, store: FolderStore, tmp_path: Path, name: str
+    seeded: Engine, store: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Every plan on a table with thousands of rows goes by an index, and every question finds something."""
     client = Client(seeded, store, tmp_path)
     asked: list[tuple[str, Any]] = []
     event.listen(seeded, "before_cursor_execute", lambda *given: asked.append(given[2:4]))
+
+    def glancing(engine: Engine, tenant: TenantId, statement: Select[Any], values: Any) -> Any:  # as `glance`
+        asked.append((str(statement.compile(dialect=engine.dialect)), values))
+        return glance(engine, tenant, statement, values)
+
+    monkeypatch.setattr("registry.lookups.glance", glancing)
 
     found = QUESTIONS[name](client)
     plans = []
@@ -218,5 +225,23 @@ def test_no_question_reads_a_table_from_end_to_end(
                 plans += [str(row[0]) for row in rows]
 
     assert getattr(found, "rows", found)
+    assert any("adapter_versions" in line or "freshness" in line or "events" in line for line in plans)
     small = ("Seq Scan on bases", "Seq Scan on tenants", "Seq Scan on tombstones")  # the last is empty here
     assert [line for line in plans if "Seq Scan" in line and not any(one in line for one in small)] == []
+
+
+@pytest.mark.parametrize("name", ["outdated", "at an alias"])
+def test_thousands_of_rows_are_asked_for_in_few_parameters(
+    seeded: Engine, store: FolderStore, tmp_path: Path, name: str
+) -> None:
+    """One for each would take longer to write down than PostgreSQL takes to answer."""
+    client = Client(seeded, store, tmp_path)
+    sizes: list[int] = []
+    event.listen(seeded, "before_cursor_execute", lambda *given: sizes.append(len(given[3])))
+
+    if name == "outdated":
+        assert len(client.outdated("acme", recipe="0" * 64, limit=USERS).rows) == USERS
+    else:
+        assert client.search("acme", Search.parse(["alias=latest"]), limit=5).cursor
+
+    assert max(sizes) < 20
