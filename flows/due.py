@@ -7,7 +7,7 @@ Nothing here needs torch: a tick a minute in a process of its own must cost litt
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -44,8 +44,11 @@ class Ticked:
     job: str = ""
 
 
-def fire_due(factory: Factory) -> list[Ticked]:
-    """Turn everybody who is due at this moment into jobs; returns what became of each."""
+def fire_due(factory: Factory, begun: Callable[[], object] | None = None) -> list[Ticked]:
+    """Turn everybody who is due at this moment into jobs; returns what became of each.
+
+    `begun` is called once a first batch waits and more of them follow: so many need not wait for the last of them.
+    """
     moment = now()  # one for all batches: who is due again before the last of them waits for the next tick
     with reading(factory.engine) as session:
         bases = {name: _pinned(factory, name) for name in schedules.due_bases(session, moment)}
@@ -57,6 +60,8 @@ def fire_due(factory: Factory) -> list[Ticked]:
             ticked += [_tick(session, due, bases, growths) for due in batch]
         if not batch:
             return ticked
+        if begun and len(ticked) == BATCH:
+            begun()
 
 
 def enqueue_due(factory: Factory) -> list[str]:

@@ -33,11 +33,22 @@ _runs_wanted = task(name="count", persist_result=False)(due.runs_wanted)
 @flow(name="tick", flow_run_name="tick", persist_result=False)
 def tick(deployment: str = "adapt-cohort/adapt-cohort") -> int:
     """Turn due schedules into jobs, and waiting jobs into cohort runs; returns how many runs were asked for."""
-    factory = Factory.from_environment()
-    _show(_fire_due(factory))
+    factory, asked = Factory.from_environment(), 0
+
+    def ask() -> None:
+        nonlocal asked
+        asked += _ask_for_runs(factory, deployment)
+
+    _show(_fire_due(factory, ask))
     _sweep(factory)
     for trouble in _keep_up(factory):
         get_run_logger().warning("not kept up: %s", trouble)
+    ask()
+    return asked
+
+
+def _ask_for_runs(factory: Factory, deployment: str) -> int:
+    """Ask Prefect for the cohort runs that are wanted and were not asked for yet; returns how many."""
     wanted: int = max(0, _runs_wanted(factory) - _runs_waiting(deployment))
     for _ in range(wanted):
         run_deployment(deployment, timeout=0, as_subflow=False)

@@ -215,3 +215,24 @@ def test_many_ticks_at_once_make_one_job_for_each_in_small_transactions(
     assert words == "1 not queued, 10 queued"
     assert table[0] == {"user": "acme/nodata", "result": "not queued", "job": "-"}
     assert "no dataset" in str(held(factory, "nodata").held)
+
+
+@pytest.mark.parametrize(("users", "times"), [(2, 0), (4, 1), (7, 1)])
+def test_workers_are_asked_for_once_a_first_batch_waits(
+    users: int, times: int, factory: Factory, set_: Set, time: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine thousand others may still have to be queued."""
+    monkeypatch.setattr(due, "BATCH", 3)
+    for number in range(users):
+        give(factory, tmp_path, f"acme/user{number}", 3)
+        set_(f"acme/user{number}", Timing.every("1h"))
+    time.moment += timedelta(hours=2)
+    waiting = []
+
+    def begun() -> None:
+        with looking(factory.engine) as session:
+            waiting.append(session.query(Job).count())
+
+    fire_due(factory, begun)
+
+    assert waiting == [3] * times
