@@ -15,10 +15,9 @@ from registry import jobs, protection, queries, together
 from registry.errors import ContentDiffers, DatabaseUnavailable, LeaseLost, RegistryError, StoreUnavailable
 from registry.jobs import ClaimedJob
 from registry.models import AdapterVersion, Alias, AliasMove, Evaluation, Event, Job, Upload
-from registry.publishing import Finished, Published, declare, place, publish
+from registry.publishing import Finished, Published, declare, place, publish, publish_together
 from registry.session import transaction
 from registry.store import FolderStore
-from registry.together import publish_together
 from registry.uploads import UPLOAD_LEASE, sweep
 from tests.conftest import looking
 from tests.faults.invariants import check_nothing_is_left, check_readers_see_whole_versions
