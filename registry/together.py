@@ -13,11 +13,10 @@ from typing import TypeVar
 
 from sqlalchemy import case, func, select, update
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from registry import uploads
-from registry.errors import ContentDiffers, LeaseLost
+from registry.errors import ContentDiffers, LeaseLost, RegistryError
 from registry.following import GATE, Moves, follow, moved
 from registry.models import Adapter, AdapterVersion, Evaluation, Event, Facts, Job
 from registry.names import LATEST, JobId, TenantId
@@ -44,27 +43,37 @@ def declare(engine: Engine, parcels: Sequence[Parcel]) -> list[Outcome | None]:
 def commit(engine: Engine, parcels: Sequence[Parcel]) -> list[Outcome]:
     """Make the versions exist, in one transaction.  Raises DatabaseUnavailable, with nobody published or everybody."""
     found = _all_or_each(engine, parcels, _commit)
-    if not any(isinstance(one, LeaseLost) for one in found):
-        return found
-    with reading(engine) as session:  # perhaps published meanwhile, by a call whose answer was lost
-        before = _by_tenant(session, parcels, _standing)
-    return [
-        before[parcel] or one if isinstance(one, LeaseLost) else one for parcel, one in zip(parcels, found, strict=True)
-    ]
+    lost = [parcel for parcel, one in zip(parcels, found, strict=True) if isinstance(one, LeaseLost)]
+    again = _look_again(engine, lost) if lost else {}
+    return [again.get(parcel) or one for parcel, one in zip(parcels, found, strict=True)]
+
+
+def _look_again(engine: Engine, lost: Sequence[Parcel]) -> Mapping[Parcel, Outcome | None]:
+    """Whether they were published meanwhile, by a call whose answer was lost."""
+    try:
+        with reading(engine) as session:
+            return _by_tenant(session, lost, _standing)
+    except RegistryError as error:  # of no concern to those who are published
+        return dict.fromkeys(lost, error)
 
 
 def _all_or_each(engine: Engine, parcels: Sequence[Parcel], act: Act[Outcome | Found]) -> list[Outcome | Found]:
-    """All in one transaction; where the database does not take the rows of one, each in its own, once more."""
+    """All in one transaction; where the rows of one cannot be written, each in its own, once more: that is its trouble.
+
+    It is nobody's where somebody pointed a first `latest` meanwhile; then once more is enough.
+    """
     try:
         return _at_once(engine, parcels, act)
-    except DBAPIError:
+    except RegistryError:
+        raise
+    except Exception:  # whatever it is
         return [_alone(engine, parcel, act) for parcel in parcels]
 
 
 def _alone(engine: Engine, parcel: Parcel, act: Act[Outcome | Found]) -> Outcome | Found:
     try:
         return _at_once(engine, [parcel], act)[0]
-    except DBAPIError as error:
+    except Exception as error:
         return error
 
 
@@ -146,7 +155,7 @@ def _take(session: Session, tenant: TenantId, parcels: Sequence[Parcel]) -> dict
     running = select(Job.id, Job.fence, Job.created_at).where(
         Job.tenant_id == tenant, Job.id.in_(ids), Job.state == "running"
     )
-    found = session.execute(running.order_by(Job.id).with_for_update()).tuples()
+    found = session.execute(running.order_by(Job.id).with_for_update(key_share=True)).tuples()
     asked_at = {(job, fence): at for job, fence, at in found}
     ours: dict[JobId, Parcel] = {}
     for parcel in parcels:
@@ -171,7 +180,7 @@ def _numbers(session: Session, tenant: TenantId, in_turn: Sequence[Parcel]) -> M
     ids = [parcel.job.id for parcel in in_turn]
     own = select(func.count(Job.id)).where(Job.tenant_id == tenant, Job.adapter_id == Adapter.id, Job.id.in_(ids))
     theirs = select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.id.in_(adapters))
-    locked = theirs.order_by(Adapter.id).with_for_update()
+    locked = theirs.order_by(Adapter.id).with_for_update(key_share=True)  # nobody waits who adds what refers to them
     raised = update(Adapter).where(Adapter.tenant_id == tenant, Adapter.id.in_(locked))
     raised = raised.values(head=Adapter.head + own.scalar_subquery())
     rows = session.connection().execute(raised.returning(Adapter.id, Adapter.head))

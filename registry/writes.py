@@ -7,7 +7,9 @@ not depend on how many rows there are, so that it is made, parsed and planned on
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
+from uuid import UUID
 
 from sqlalchemy import (
     JSON,
@@ -29,6 +31,8 @@ from sqlalchemy.orm import Session
 
 from registry.models import Base
 
+Shape = tuple[Table, tuple[str, ...], tuple[str, ...]]  # what a statement depends on: table, columns, keys
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -39,8 +43,8 @@ class Rows:
     by: tuple[str, ...] = ()
 
     @property
-    def shape(self) -> tuple[Table, tuple[str, ...], tuple[str, ...]]:
-        """What the statement depends on."""
+    def shape(self) -> Shape:
+        """All but the values."""
         table = self.table.__table__
         assert isinstance(table, Table)
         return table, tuple(self.rows[0]), self.by
@@ -51,7 +55,7 @@ def write(session: Session, writes: Sequence[Rows]) -> None:
     writes = [one for one in writes if one.rows]
     connection = session.connection()
     if connection.dialect.name == "postgresql":
-        given = {f"rows_{number}": json.dumps(one.rows, default=str) for number, one in enumerate(writes)}
+        given = {f"rows_{number}": json.dumps(one.rows, default=_words) for number, one in enumerate(writes)}
         connection.execute(_together(tuple(one.shape for one in writes)), given)
         return
     for one in writes:
@@ -59,8 +63,15 @@ def write(session: Session, writes: Sequence[Rows]) -> None:
         connection.execute(_one(*one.shape), named)
 
 
+def _words(value: object) -> str:
+    """An id or a moment as PostgreSQL reads it."""
+    if isinstance(value, UUID | datetime):
+        return str(value)
+    raise TypeError(f"{value!r} of {type(value).__name__} cannot be written")
+
+
 @cache
-def _together(shapes: tuple[tuple[Table, tuple[str, ...], tuple[str, ...]], ...]) -> Executable:
+def _together(shapes: tuple[Shape, ...]) -> Executable:
     parts = [_many(number, *shape).cte(f"write_{number}") for number, shape in enumerate(shapes)]
     return select(literal(1)).add_cte(*parts)
 
