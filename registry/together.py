@@ -29,8 +29,8 @@ from registry.writes import Rows, write
 Outcome = Published | Exception  # of one job: what it became, or why it did not
 Found = TypeVar("Found")
 _FACTS = (
-    AdapterVersion.job_id, AdapterVersion.id, AdapterVersion.number, AdapterVersion.state, AdapterVersion.served_name,
-    AdapterVersion.prefix, AdapterVersion.sha256, AdapterVersion.size,
+    AdapterVersion.id, AdapterVersion.number, AdapterVersion.state, AdapterVersion.served_name, AdapterVersion.prefix,
+    AdapterVersion.sha256, AdapterVersion.size,
 )  # fmt: skip
 Act = Callable[[Session, TenantId, Sequence[Parcel]], Mapping[Parcel, Found]]
 
@@ -106,7 +106,7 @@ def _standing(session: Session, tenant: TenantId, parcels: Sequence[Parcel]) -> 
     fences = select(Job.id, Job.fence).where(Job.tenant_id == tenant, Job.id.in_(ids))
     fence = dict(session.execute(fences.order_by(Job.id).with_for_update(read=True)).tuples().all())
     mine = (AdapterVersion.tenant_id == tenant, AdapterVersion.job_id.in_(ids))
-    rows = session.execute(select(*_FACTS).where(*mine)).mappings()
+    rows = session.execute(select(AdapterVersion.job_id, *_FACTS).where(*mine)).mappings()
     made = {row["job_id"]: dict(row) for row in rows}
     return {
         parcel: _standing_of(parcel, made.get(parcel.job.id), ours=fence.get(parcel.job.id) == parcel.job.fence)
