@@ -41,7 +41,7 @@ class _Lines:
     """Where the publishers of one database meet."""
 
     declaring: GroupCommit[Parcel, Outcome | None] = field(default_factory=lambda: GroupCommit(_MOST))
-    committing: GroupCommit[Parcel, Outcome] = field(default_factory=lambda: GroupCommit(_MOST))
+    settling: GroupCommit[Parcel, Outcome] = field(default_factory=lambda: GroupCommit(_MOST))
 
 
 _LINES: WeakKeyDictionary[Engine, _Lines] = WeakKeyDictionary()
@@ -58,7 +58,7 @@ def publish(
     lines, parcel = _lines(engine), addressed(job, finished, now)
     outcome = lines.declaring.join(parcel, partial(together.declare, engine))
     if outcome is None:
-        outcome = lines.committing.join(_send(store, signer, parcel), partial(together.commit, engine))
+        outcome = lines.settling.join(_send(store, signer, parcel), partial(together.settle, engine))
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
@@ -91,7 +91,7 @@ def publish_together(
         sent = list(threads.map(send, fresh))
     found |= {parcel.job.id: one for parcel, one in zip(fresh, sent, strict=True) if isinstance(one, Exception)}
     uploaded = [one for one in sent if isinstance(one, Parcel)]
-    committed = together.commit(engine, uploaded)
+    committed = together.settle(engine, uploaded)
     return found | {parcel.job.id: one for parcel, one in zip(uploaded, committed, strict=True)}
 
 

@@ -40,9 +40,9 @@ def declare(engine: Engine, parcels: Sequence[Parcel]) -> list[Outcome | None]:
     return _all_or_each(engine, parcels, _declare)
 
 
-def commit(engine: Engine, parcels: Sequence[Parcel]) -> list[Outcome]:
+def settle(engine: Engine, parcels: Sequence[Parcel]) -> list[Outcome]:
     """Make the versions exist, in one transaction.  Raises DatabaseUnavailable, with nobody published or everybody."""
-    found = _all_or_each(engine, parcels, _commit)
+    found = _all_or_each(engine, parcels, _settle)
     lost = [parcel for parcel, one in zip(parcels, found, strict=True) if isinstance(one, LeaseLost)]
     again = _look_again(engine, lost) if lost else {}
     return [again.get(parcel) or one for parcel, one in zip(parcels, found, strict=True)]
@@ -122,7 +122,7 @@ def _standing_of(parcel: Parcel, made: Facts | None, ours: bool) -> Outcome | No
     return ContentDiffers(str(parcel.job.id), made["number"]) if made else None
 
 
-def _commit(session: Session, tenant: TenantId, parcels: Sequence[Parcel]) -> dict[Parcel, Outcome]:
+def _settle(session: Session, tenant: TenantId, parcels: Sequence[Parcel]) -> dict[Parcel, Outcome]:
     """One tenant's part.
 
     The adapters' row locks make their publishers wait in line, so that numbers have no gaps; what can be done before

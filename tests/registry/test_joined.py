@@ -190,23 +190,23 @@ def test_a_database_that_fails_in_a_joined_transaction_is_told_to_all_and_all_ma
     engine: Engine, store: FolderStore, work: Work, monkeypatch: pytest.MonkeyPatch, answer_lost: bool
 ) -> None:
     """Nobody is published, or everybody is; then everybody, once."""
-    commit, broken = together.commit, list[int]()
+    settle, broken = together.settle, list[int]()
 
     def fail_once(engine: Engine, parcels: Sequence[Parcel]) -> list[Outcome]:
         if broken or len(parcels) == 1:
-            return commit(engine, parcels)
+            return settle(engine, parcels)
         broken.append(len(parcels))
         if answer_lost:
-            commit(engine, parcels)
+            settle(engine, parcels)
             raise DatabaseUnavailable("here", "the answer was lost", "wait")
 
         @event.listens_for(engine, "before_cursor_execute", once=True)
         def fail(*_: object) -> None:
             raise OperationalError("a statement", {}, Exception("it went away"))
 
-        return commit(engine, parcels)
+        return settle(engine, parcels)
 
-    monkeypatch.setattr(together, "commit", fail_once)
+    monkeypatch.setattr(together, "settle", fail_once)
     told = [one.exception() for one in publish_meeting(engine, store, work)]
 
     assert broken == [sum(isinstance(one, DatabaseUnavailable) for one in told)]
@@ -273,7 +273,7 @@ engine, held = open_database(url), []
 for one in sys.argv[4:]:
     with transaction(engine) as session:
         held += jobs.claim(session, "doomed", LEASE, 1, NOW, [UUID(one)])
-write, commit = together.write, together.commit
+write, settle = together.write, together.settle
 def die(*joined):
     print(*joined, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -281,12 +281,12 @@ def writing(session, writes):
     write(session, writes)
     if where == "before" and len(writes[0].rows) > 1:
         die(*[row["job_id"] for row in writes[0].rows])
-def committing(engine, parcels):
-    found = commit(engine, parcels)
+def settling(engine, parcels):
+    found = settle(engine, parcels)
     if where == "after" and len(parcels) > 1:
         die(*[parcel.job.id for parcel in parcels])
     return found
-together.write, together.commit = writing, committing
+together.write, together.settle = writing, settling
 publish_meeting(engine, FolderStore(Path(root)), [(job, finished(str(job.id))) for job in held])
 """
 

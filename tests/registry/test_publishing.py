@@ -202,7 +202,7 @@ def test_a_retry_after_a_death_between_upload_and_commit_finds_its_bytes(
     """The same worker may simply try again: nothing is uploaded twice."""
     (job,) = claim()
     with monkeypatch.context() as patched:
-        patched.setattr(together, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(together, "settle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             publish(engine, store, job, finished(), NOW)
 
