@@ -3,6 +3,7 @@
 PostgreSQL as an application uses it: row-level security forced, a role that owns nothing, `synchronous_commit` on.
 Every publisher is a thread of one of a few processes; it publishes its share of claimed jobs of one adapter by
 `registry.publishing.publish`, the files into a store that takes them and keeps nothing: the registry is measured.
+Those of one process who come to the database at the same time share its transactions (decision 28).
 The versions are then counted as a reader finds them: 1, 2, 3 ... to the last.
 
     python benchmarks/publish_contention.py --publishers 256 --versions 8192

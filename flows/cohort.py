@@ -38,9 +38,8 @@ from registry import jobs
 from registry.errors import LeaseLost, RegistryError
 from registry.jobs import ClaimedJob
 from registry.names import JobId, RunId
-from registry.publishing import Published
+from registry.publishing import Published, publish_together
 from registry.session import transaction
-from registry.together import publish_together
 
 TOGETHER = 64  # users published in one transaction
 Watch = Callable[[Pace], None]  # is told once a micro-step how far a cohort is

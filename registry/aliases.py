@@ -6,7 +6,7 @@ no alias yet, None to move it whatever it points to.
 
 from datetime import datetime
 
-from sqlalchemy import Insert, Select, Update, insert, select, update
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from registry import freshness
@@ -14,7 +14,7 @@ from registry.errors import AliasMoved, PromotionRefused
 from registry.models import AdapterVersion, Alias, AliasMove
 from registry.names import LATEST, AdapterId, Reference, TenantId, VersionId, check_plain, check_words
 from registry.protection import check_movable
-from registry.queries import find_or_add, holder, note, noted, version
+from registry.queries import find_or_add, holder, note, version
 from registry.retention import check_living
 
 MOVED, ROLLED_BACK = "moved", "rolled back"  # the kinds of a move: what going back once more depends on
@@ -111,17 +111,6 @@ def move(
     session.flush()
 
 
-def begin(
-    session: Session, tenant: TenantId, chosen: AdapterVersion, alias: str, *, actor: str, reason: str, now: datetime
-) -> None:
-    """Point an alias that an adapter does not have yet at a version; written with the session's next flush.
-
-    The flush raises IntegrityError where the adapter has it after all.
-    """
-    session.add(Alias(tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, version_id=chosen.id))
-    _write_down(session, tenant, chosen, alias, None, kind=MOVED, actor=actor, reason=reason, now=now)
-
-
 def _write_down(
     session: Session, tenant: TenantId, chosen: AdapterVersion, alias: str, earlier: VersionId | None,
     *, kind: str, actor: str, reason: str, now: datetime,
@@ -134,32 +123,6 @@ def _write_down(
     )  # fmt: skip
     body = {"alias": alias, "number": chosen.number, "actor": actor}
     note(session, tenant, "alias moved", chosen.id, body, now)
-
-
-def move_to(
-    chosen: AdapterVersion, earlier: VersionId | None, alias: str, *, actor: str, reason: str, now: datetime
-) -> list[Insert | Update]:
-    """A move as statements, for one who holds the lock of where the alias was, or the adapter's where it is new."""
-    tenant, adapter = chosen.tenant_id, chosen.adapter_id
-    if earlier is None:
-        row = {"tenant_id": tenant, "adapter_id": adapter, "name": alias, "version_id": chosen.id}
-        pointed: Insert | Update = insert(Alias).values(row)
-    else:
-        mine = (Alias.tenant_id == tenant, Alias.adapter_id == adapter, Alias.name == alias)
-        pointed = update(Alias).where(*mine).values(version_id=chosen.id)
-    told = insert(AliasMove).values(
-        tenant_id=tenant, adapter_id=adapter, name=alias, kind=MOVED, from_id=earlier, to_id=chosen.id,
-        actor=actor, reason=reason, at=now,
-    )  # fmt: skip
-    body = {"alias": alias, "number": chosen.number, "actor": actor}
-    rest = [freshness.latest_moved(tenant, chosen)] if alias == LATEST else []
-    return [pointed, told, noted(tenant, "alias moved", chosen.id, body, now), *rest]
-
-
-def locked(tenant: TenantId, adapter: AdapterId, alias: str) -> Select[tuple[VersionId]]:
-    """Where an alias points to, locked: whoever else moves it waits."""
-    mine = (Alias.tenant_id == tenant, Alias.adapter_id == adapter, Alias.name == alias)
-    return select(Alias.version_id).where(*mine).with_for_update()
 
 
 def _check(session: Session, tenant: TenantId, alias: str, actor: str, reason: str, override: bool) -> None:

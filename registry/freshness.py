@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Select, Update, bindparam, or_, select, update
+from sqlalchemy import ColumnElement, Select, Update, or_, select, update
 from sqlalchemy.orm import Session
 
 from registry.models import Adapter, AdapterVersion, AliasMove, Dataset, Freshness, Job, SharedBase, User
@@ -70,19 +70,6 @@ def latest_moved(tenant: TenantId, version: AdapterVersion) -> Update:
     return rows.values(
         dataset_id=version.dataset_id, base_id=version.base_id, recipe_digest=version.recipe_digest
     )  # fmt: skip
-
-
-def begun(session: Session, tenant: TenantId, versions: Sequence[AdapterVersion]) -> None:
-    """That `latest` of adapters is there now: as `latest_moved`, for many."""
-    if not versions:
-        return
-    rows = update(Freshness).where(Freshness.tenant_id == tenant, Freshness.adapter_id == bindparam("of"))
-    made = rows.values(dataset_id=bindparam("data"), base_id=bindparam("base"), recipe_digest=bindparam("recipe"))
-    given = [
-        {"of": one.adapter_id, "data": one.dataset_id, "base": one.base_id, "recipe": one.recipe_digest}
-        for one in versions
-    ]
-    session.connection().execute(made, given)
 
 
 def latests_moved(session: Session, tenant: TenantId, alias: str, fleet_id: int) -> None:

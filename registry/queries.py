@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, Insert, Select, Subquery, func, insert, select, true
+from sqlalchemy import ColumnElement, Select, Subquery, func, select, true
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -287,11 +287,6 @@ def ensure_base(
 def note(session: Session, tenant: TenantId, kind: str, subject: uuid.UUID, body: Facts, now: datetime) -> None:
     """Add an event."""
     session.add(Event(tenant_id=tenant, kind=kind, subject=str(subject), body=body, at=now))
-
-
-def noted(tenant: TenantId, kind: str, subject: uuid.UUID, body: Facts, now: datetime) -> Insert:
-    """An event as a statement."""
-    return insert(Event).values(tenant_id=tenant, kind=kind, subject=str(subject), body=body, at=now)
 
 
 def job(session: Session, tenant: TenantId, job_id: JobId) -> Job:

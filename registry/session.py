@@ -9,19 +9,7 @@ from pathlib import Path
 from select import POLLIN, poll
 from typing import Any, TypeVar
 
-from sqlalchemy import (
-    ColumnElement,
-    Dialect,
-    Engine,
-    Insert,
-    Update,
-    any_,
-    create_engine,
-    event,
-    literal,
-    make_url,
-    select,
-)
+from sqlalchemy import ColumnElement, Dialect, Engine, any_, create_engine, event, literal, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import (
@@ -93,17 +81,6 @@ def reading(engine: Engine) -> Iterator[Session]:
     reader = engine.execution_options(lora_reads=True)
     with known_faults(engine), Session(reader, expire_on_commit=False) as session:
         yield session
-
-
-def at_once(session: Session, writes: Sequence[Insert | Update]) -> None:
-    """Carry out writes that do not read each other: in one statement on PostgreSQL, so that locks are held for less."""
-    connection = session.connection()
-    if connection.dialect.name == "postgresql":
-        parts = [write.cte(f"write_{number}") for number, write in enumerate(writes)]
-        connection.execute(select(literal(1)).add_cte(*parts))
-        return
-    for write in writes:
-        connection.execute(write)
 
 
 def adding(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:

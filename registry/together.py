@@ -1,263 +1,227 @@
-"""Publishing many jobs at once: the order of `publishing.py`, with two transactions for all, not three for each.
+"""The two transactions of publishing, for one job or for many: each comes to what it would come to alone, or is told.
 
-What is unusual (a job published before, an upload begun before, an adapter's second job) goes the way of one.
+Many are one after the other, in the order in which they were asked for: numbers, moves of `latest` and events are those
+of publishing them in turn.  Readers see the last move only, which they cannot tell from having looked too late; each is
+written down all the same, so that a rollback goes to the version before, whoever was published with it.
 """
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
+from typing import TypeVar
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import case, func, select, update
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from registry import aliases, freshness
-from registry.errors import LeaseLost, RegistryError
-from registry.jobs import ClaimedJob
-from registry.models import Adapter, AdapterVersion, Alias, Evaluation, Job, Upload
-from registry.names import LATEST, AdapterId, JobId, TenantId
+from registry import uploads
+from registry.errors import ContentDiffers, LeaseLost, RegistryError
+from registry.following import GATE, Moves, follow, moved
+from registry.models import Adapter, AdapterVersion, Evaluation, Event, Facts, Job
+from registry.names import LATEST, JobId, TenantId
+from registry.parcels import Parcel, Published
 from registry.protection import is_protected
-from registry.publishing import (
-    Finished,
-    Published,
-    as_published,
-    overtaken,
-    place,
-    publish,
-    signed,
-    told,
-    upload,
-    version_row,
-)
-from registry.queries import note
-from registry.session import transaction
-from registry.signing import Signer
-from registry.store import ObjectStore
+from registry.session import reading, transaction
 from registry.tenancy import enter
-from registry.uploads import UPLOAD_LEASE
+from registry.writes import Rows, write
 
-_UPLOADERS = 4  # threads: a store is waited for
-
-Outcome = Published | RegistryError  # of one job: what it became, or why it did not
-
-
-@dataclass(frozen=True)
-class _Parcel:
-    """One job's files on their way."""
-
-    job: ClaimedJob
-    finished: Finished
-    digest: str
-    prefix: str
+Outcome = Published | Exception  # of one job: what it became, or why it did not
+Found = TypeVar("Found")
+_FACTS = (
+    AdapterVersion.id, AdapterVersion.number, AdapterVersion.state, AdapterVersion.served_name, AdapterVersion.prefix,
+    AdapterVersion.sha256, AdapterVersion.size,
+)  # fmt: skip
+Act = Callable[[Session, TenantId, Sequence[Parcel]], Mapping[Parcel, Found]]
 
 
-def publish_together(
-    engine: Engine,
-    store: ObjectStore,
-    work: Sequence[tuple[ClaimedJob, Finished]],
-    now: datetime,
-    signer: Signer | None = None,
-) -> dict[JobId, Outcome]:
-    """Make the files of many jobs versions, each once, and tell of each what became of it.
-
-    One whose job went to another worker, or whose files the store does not take, does not hold up the others.  Raises
-    DatabaseUnavailable, with nobody published or everybody.
-    """
-    found: dict[JobId, Outcome] = {}
-    parcels = [_Parcel(job, finished, *place(job, finished)) for job, finished in work]
-    parcels.sort(key=lambda parcel: (parcel.job.tenant_id, parcel.job.id))  # all lock in one order: no deadlock
-    fresh = _declare(engine, parcels, now)
-    uploaded = _upload(store, fresh, found, signer)
-    with transaction(engine) as session:
-        committed: dict[JobId, Outcome] = {}
-        for tenant, own in groupby(uploaded, key=lambda parcel: parcel.job.tenant_id):
-            committed |= _commit(session, tenant, list(own), now)
-    found |= committed
-    for job, finished in work:
-        if job.id not in found:
-            found[job.id] = _alone(engine, store, job, finished, now, signer)
-    return found
+def declare(engine: Engine, parcels: Sequence[Parcel]) -> list[Outcome | None]:
+    """Write down the intents to upload; what is over already instead: published before, or not ours any more."""
+    return _all_or_each(engine, parcels, _declare)
 
 
-def _alone(
-    engine: Engine, store: ObjectStore, job: ClaimedJob, finished: Finished, now: datetime, signer: Signer | None
-) -> Outcome:
+def settle(engine: Engine, parcels: Sequence[Parcel]) -> list[Outcome]:
+    """Make the versions exist, in one transaction.  Raises DatabaseUnavailable, with nobody published or everybody."""
+    found = _all_or_each(engine, parcels, _settle)
+    lost = [parcel for parcel, one in zip(parcels, found, strict=True) if isinstance(one, LeaseLost)]
+    again = _look_again(engine, lost) if lost else {}
+    return [again.get(parcel) or one for parcel, one in zip(parcels, found, strict=True)]
+
+
+def _look_again(engine: Engine, lost: Sequence[Parcel]) -> Mapping[Parcel, Outcome | None]:
+    """Whether they were published meanwhile, by a call whose answer was lost."""
     try:
-        return publish(engine, store, job, finished, now, signer)
-    except RegistryError as error:
+        with reading(engine) as session:
+            return _by_tenant(session, lost, _standing)
+    except RegistryError as error:  # of no concern to those who are published
+        return dict.fromkeys(lost, error)
+
+
+def _all_or_each(engine: Engine, parcels: Sequence[Parcel], act: Act[Outcome | Found]) -> list[Outcome | Found]:
+    """All in one transaction; where the rows of one cannot be written, each in its own, once more: that is its trouble.
+
+    It is nobody's where somebody pointed a first `latest` meanwhile; then once more is enough.
+    """
+    try:
+        return _at_once(engine, parcels, act)
+    except RegistryError:
+        raise
+    except Exception:  # whatever it is
+        return [_alone(engine, parcel, act) for parcel in parcels]
+
+
+def _alone(engine: Engine, parcel: Parcel, act: Act[Outcome | Found]) -> Outcome | Found:
+    try:
+        return _at_once(engine, [parcel], act)[0]
+    except Exception as error:
         return error
 
 
-def _declare(engine: Engine, parcels: Sequence[_Parcel], now: datetime) -> list[_Parcel]:
-    """Write down the intents of those that nothing was done for yet, one an adapter; returns them.
-
-    Not of those whose job is in other hands, cancelled, or gone with its user.
-    """
-    fresh: list[_Parcel] = []
+def _at_once(engine: Engine, parcels: Sequence[Parcel], act: Act[Found]) -> list[Found]:
     with transaction(engine) as session:
-        for tenant, own in groupby(parcels, key=lambda parcel: parcel.job.tenant_id):
-            enter(session, tenant)
-            some = list({parcel.job.adapter_id: parcel for parcel in _ours(session, tenant, list(own))}.values())
-            begun = select(Upload.prefix).where(
-                Upload.tenant_id == tenant, Upload.prefix.in_([parcel.prefix for parcel in some])
-            )
-            known = set(session.scalars(begun)) | _published_jobs(session, tenant, some)
-            new = [parcel for parcel in some if parcel.prefix not in known and str(parcel.job.id) not in known]
-            session.add_all(
-                Upload(
-                    prefix=parcel.prefix, tenant_id=tenant, job_id=parcel.job.id, sweeping=False,
-                    lease_until=now + UPLOAD_LEASE,
-                )
-                for parcel in new
-            )  # fmt: skip
-            session.flush()
-            fresh += new
-    return fresh
+        found = _by_tenant(session, parcels, act)
+    return [found[parcel] for parcel in parcels]
 
 
-def _ours(session: Session, tenant: TenantId, parcels: Sequence[_Parcel]) -> list[_Parcel]:
-    """Those whose jobs nobody takes or cancels until the transaction ends; as `jobs.check_fence`, for many."""
-    fences = select(Job.id, Job.fence).where(Job.tenant_id == tenant, Job.id.in_([one.job.id for one in parcels]))
-    now = dict(session.execute(fences.order_by(Job.id).with_for_update(read=True)).tuples().all())
-    return [one for one in parcels if now.get(one.job.id) == one.job.fence]
+def _by_tenant(session: Session, parcels: Sequence[Parcel], act: Act[Found]) -> dict[Parcel, Found]:
+    """All lock in one order, tenant by tenant, so that there is no deadlock."""
+    found: dict[Parcel, Found] = {}
+    ordered = sorted(parcels, key=lambda parcel: (parcel.job.tenant_id, parcel.job.id))
+    for tenant, own in groupby(ordered, key=lambda parcel: parcel.job.tenant_id):
+        enter(session, tenant)
+        found |= act(session, tenant, list(own))
+    return found
 
 
-def _published_jobs(session: Session, tenant: TenantId, parcels: Sequence[_Parcel]) -> set[str]:
-    jobs = [parcel.job.id for parcel in parcels]
-    mine = (AdapterVersion.tenant_id == tenant, AdapterVersion.job_id.in_(jobs))
-    return {str(job) for job in session.scalars(select(AdapterVersion.job_id).where(*mine))}
+def _declare(session: Session, tenant: TenantId, parcels: Sequence[Parcel]) -> dict[Parcel, Outcome | None]:
+    found = _standing(session, tenant, parcels)
+    begun = {parcel.prefix: parcel.job.id for parcel in parcels if not found[parcel]}
+    swept = uploads.declare_many(session, tenant, begun, max(parcel.now for parcel in parcels))
+    return {parcel: _lost(parcel) if parcel.prefix in swept else found[parcel] for parcel in parcels}
 
 
-def _upload(
-    store: ObjectStore, parcels: Sequence[_Parcel], found: dict[JobId, Outcome], signer: Signer | None
-) -> list[_Parcel]:
-    """Sign and upload by a few threads; returns those that the store took, and notes the trouble of the others."""
-
-    def send(parcel: _Parcel) -> _Parcel | RegistryError:
-        try:
-            if signer:
-                files = signed(store, parcel.prefix, parcel.finished.files, signer)
-                parcel = replace(parcel, finished=replace(parcel.finished, files=files))
-            upload(store, parcel.prefix, parcel.finished.files)
-        except RegistryError as error:
-            return error
-        return parcel
-
-    with ThreadPoolExecutor(_UPLOADERS, "upload") as threads:
-        sent = list(threads.map(send, parcels))
-    found |= {parcel.job.id: one for parcel, one in zip(parcels, sent, strict=True) if isinstance(one, RegistryError)}
-    return [one for one in sent if isinstance(one, _Parcel)]
-
-
-def _commit(session: Session, tenant: TenantId, parcels: Sequence[_Parcel], now: datetime) -> dict[JobId, Outcome]:
-    """One tenant's part of the transaction that makes the versions exist."""
-    enter(session, tenant)
-    held, asked_at = _still_ours(session, tenant, parcels)
-    lost: dict[JobId, Outcome] = {
-        parcel.job.id: LeaseLost(str(parcel.job.id), parcel.job.fence) for parcel in parcels if parcel not in held
+def _standing(session: Session, tenant: TenantId, parcels: Sequence[Parcel]) -> dict[Parcel, Outcome | None]:
+    """What came of each before; None of those that are still ours.  Nobody takes or cancels the jobs until the end."""
+    ids = {parcel.job.id for parcel in parcels}
+    fences = select(Job.id, Job.fence).where(Job.tenant_id == tenant, Job.id.in_(ids))
+    fence = dict(session.execute(fences.order_by(Job.id).with_for_update(read=True)).tuples().all())
+    mine = (AdapterVersion.tenant_id == tenant, AdapterVersion.job_id.in_(ids))
+    rows = session.execute(select(AdapterVersion.job_id, *_FACTS).where(*mine)).mappings()
+    made = {row["job_id"]: dict(row) for row in rows}
+    return {
+        parcel: _standing_of(parcel, made.get(parcel.job.id), ours=fence.get(parcel.job.id) == parcel.job.fence)
+        for parcel in parcels
     }
-    if not held:
-        return lost
-    for state in ("published", "refused"):
-        over = [parcel.job.id for parcel in held if parcel.finished.accepted == (state == "published")]
-        ended = update(Job).where(Job.tenant_id == tenant, Job.id.in_(over))
-        session.execute(ended.values(state=state, finished_at=now, lease_until=None, error=None))
-    heads = _next_numbers(session, tenant, [parcel.job.adapter_id for parcel in held])
-    versions = {
-        parcel.job.id: version_row(
-            parcel.job, parcel.finished, parcel.digest, parcel.prefix, heads[parcel.job.adapter_id], now
-        )
-        for parcel in held
-    }
-    session.add_all(versions.values())
-    session.flush()
-    _record(session, tenant, held, versions, asked_at, now)
-    _point_at(session, tenant, held, versions, asked_at, now)
-    return lost | {job: as_published(version) for job, version in versions.items()}
 
 
-def _still_ours(
-    session: Session, tenant: TenantId, parcels: Sequence[_Parcel]
-) -> tuple[list[_Parcel], Mapping[JobId, datetime]]:
-    """Those whose job is still in our hands and whose upload the sweeper has not begun on; both stay locked.
+def _standing_of(parcel: Parcel, made: Facts | None, ours: bool) -> Outcome | None:
+    if made and made["sha256"] == parcel.digest:
+        return _published(made)
+    if not ours:
+        return _lost(parcel)
+    return ContentDiffers(str(parcel.job.id), made["number"]) if made else None
 
-    And when each job was asked for.
+
+def _settle(session: Session, tenant: TenantId, parcels: Sequence[Parcel]) -> dict[Parcel, Outcome]:
+    """One tenant's part.
+
+    The adapters' row locks make their publishers wait in line, so that numbers have no gaps; what can be done before
+    they are taken comes before, and what needs them in as few steps as the database can take.
     """
-    ours = select(Job.id, Job.fence, Job.created_at).where(
-        Job.tenant_id == tenant, Job.id.in_([parcel.job.id for parcel in parcels]), Job.state == "running"
+    lost: dict[Parcel, Outcome] = {parcel: _lost(parcel) for parcel in parcels}
+    asked_at = _take(session, tenant, parcels)
+    if not asked_at:
+        return lost
+    in_turn = sorted(asked_at, key=lambda parcel: asked_at[parcel])
+    _close(session, tenant, in_turn)
+    free = not is_protected(session, tenant, LATEST)
+    numbers = _numbers(session, tenant, in_turn)
+    rows = {parcel: parcel.row | {"number": numbers[parcel]} for parcel in in_turn}
+    candidates = [(rows[parcel], asked_at[parcel]) for parcel in in_turn if free and parcel.finished.accepted]
+    moves = follow(session, tenant, candidates)
+    scores = [row for parcel in in_turn for row in _scores(parcel, rows[parcel])]
+    events = [one for parcel in in_turn for one in _told(parcel, rows[parcel], asked_at[parcel], moves)]
+    added = [Rows(AdapterVersion, list(rows.values())), Rows(Evaluation, scores), Rows(Event, events)]
+    write(session, [*added, *moved(moves)])
+    return lost | {parcel: _published(row) for parcel, row in rows.items()}
+
+
+def _take(session: Session, tenant: TenantId, parcels: Sequence[Parcel]) -> dict[Parcel, datetime]:
+    """Those whose job is still ours and whose upload the sweeper has not begun on, with when they were asked for.
+
+    Both stay locked.  Of two of the same job the second is lost.
+    """
+    ids = {parcel.job.id for parcel in parcels}
+    running = select(Job.id, Job.fence, Job.created_at).where(
+        Job.tenant_id == tenant, Job.id.in_(ids), Job.state == "running"
     )
-    rows = session.execute(ours.order_by(Job.id).with_for_update()).tuples().all()
-    fences = {job: fence for job, fence, _ in rows}
-    held = [parcel for parcel in parcels if fences.get(parcel.job.id) == parcel.job.fence]
-    mine = (Upload.tenant_id == tenant, Upload.prefix.in_([parcel.prefix for parcel in held]))
-    settled = set(session.scalars(delete(Upload).where(*mine, Upload.sweeping.is_(False)).returning(Upload.prefix)))
-    return [parcel for parcel in held if parcel.prefix in settled], {job: at for job, _, at in rows}
-
-
-def _next_numbers(session: Session, tenant: TenantId, adapters: Sequence[AdapterId]) -> Mapping[AdapterId, int]:
-    """Raise every adapter's head.  The locks make publishers of one adapter wait in line: numbers have no gaps."""
-    mine = (Adapter.tenant_id == tenant, Adapter.id.in_(adapters))
-    session.execute(select(Adapter.id).where(*mine).order_by(Adapter.id).with_for_update())
-    raised = update(Adapter).where(*mine).values(head=Adapter.head + 1).returning(Adapter.id, Adapter.head)
-    return dict(session.execute(raised, execution_options={"synchronize_session": False}).tuples().all())
-
-
-def _record(
-    session: Session,
-    tenant: TenantId,
-    parcels: Sequence[_Parcel],
-    versions: Mapping[JobId, AdapterVersion],
-    asked_at: Mapping[JobId, datetime],
-    now: datetime,
-) -> None:
-    """Scores and events."""
+    found = session.execute(running.order_by(Job.id).with_for_update(key_share=True)).tuples()
+    asked_at = {(job, fence): at for job, fence, at in found}
+    ours: dict[JobId, Parcel] = {}
     for parcel in parcels:
-        version, finished = versions[parcel.job.id], parcel.finished
-        session.add_all(
-            Evaluation(tenant_id=tenant, version_id=version.id, subject=subject, metrics=dict(metrics))
-            for subject, metrics in finished.scores.items()
-        )
-        body = told(version.number, finished, now - asked_at[parcel.job.id])
-        note(session, tenant, "version published", version.id, body, now)
+        if (parcel.job.id, parcel.job.fence) in asked_at:
+            ours.setdefault(parcel.job.id, parcel)
+    settled = uploads.settle_many(session, tenant, [parcel.prefix for parcel in ours.values()])
+    return {one: asked_at[one.job.id, one.job.fence] for one in ours.values() if one.prefix in settled}
 
 
-def _point_at(
-    session: Session,
-    tenant: TenantId,
-    parcels: Sequence[_Parcel],
-    versions: Mapping[JobId, AdapterVersion],
-    asked_at: Mapping[JobId, datetime],
-    now: datetime,
-) -> None:
-    """Move `latest` to the accepted versions: of adapters that have none all at once, of others one by one."""
-    accepted = {versions[parcel.job.id]: parcel for parcel in parcels if parcel.finished.accepted}
-    if not accepted or is_protected(session, tenant, LATEST):
-        return
-    adapters = [version.adapter_id for version in accepted]
-    mine = (Alias.tenant_id == tenant, Alias.adapter_id.in_(adapters), Alias.name == LATEST)
-    pointed = set(session.scalars(select(Alias.adapter_id).where(*mine)))
-    first = {
-        version: parcel.finished.reason for version, parcel in accepted.items() if version.adapter_id not in pointed
-    }
-    try:
-        with session.begin_nested():
-            for version, reason in first.items():
-                aliases.begin(session, tenant, version, LATEST, actor="gate", reason=reason, now=now)
-    except IntegrityError:  # somebody pointed one there meanwhile
-        first = {}
-    freshness.begun(session, tenant, list(first))
-    for version, parcel in sorted(accepted.items(), key=lambda one: one[0].adapter_id):  # locks in one order
-        if version not in first:
-            _move_on(session, parcel, version, asked_at[parcel.job.id], now)
+def _close(session: Session, tenant: TenantId, parcels: Sequence[Parcel]) -> None:
+    """End the jobs."""
+    accepted = Job.id.in_([parcel.job.id for parcel in parcels if parcel.finished.accepted])
+    ended = update(Job).where(Job.tenant_id == tenant, Job.id.in_([parcel.job.id for parcel in parcels]))
+    state = case((accepted, "published"), else_="refused")
+    now = max(parcel.now for parcel in parcels)
+    session.connection().execute(ended.values(state=state, finished_at=now, lease_until=None, error=None))
 
 
-def _move_on(session: Session, parcel: _Parcel, version: AdapterVersion, asked_at: datetime, now: datetime) -> None:
-    """Move `latest` of an adapter that had one, unless it points to a version that was asked for later."""
-    job = parcel.job
-    live = session.scalar(aliases.locked(job.tenant_id, job.adapter_id, LATEST))
-    if live is None or not overtaken(session, job, live, asked_at):
-        reason = parcel.finished.reason
-        aliases.move(session, job.tenant_id, version, LATEST, actor="gate", reason=reason, now=now)
+def _numbers(session: Session, tenant: TenantId, in_turn: Sequence[Parcel]) -> Mapping[Parcel, int]:
+    """Raise each adapter's head by its jobs among these, which get the numbers on the way there."""
+    adapters = {parcel.job.adapter_id for parcel in in_turn}
+    ids = [parcel.job.id for parcel in in_turn]
+    own = select(func.count(Job.id)).where(Job.tenant_id == tenant, Job.adapter_id == Adapter.id, Job.id.in_(ids))
+    theirs = select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.id.in_(adapters))
+    locked = theirs.order_by(Adapter.id).with_for_update(key_share=True)  # nobody waits who adds what refers to them
+    raised = update(Adapter).where(Adapter.tenant_id == tenant, Adapter.id.in_(locked))
+    raised = raised.values(head=Adapter.head + own.scalar_subquery())
+    rows = session.connection().execute(raised.returning(Adapter.id, Adapter.head))
+    heads = dict(rows.tuples().all())
+    numbers: dict[Parcel, int] = {}
+    for parcel in reversed(in_turn):
+        numbers[parcel] = heads[parcel.job.adapter_id]
+        heads[parcel.job.adapter_id] -= 1
+    return numbers
+
+
+def _scores(parcel: Parcel, row: Facts) -> list[Facts]:
+    return [
+        {"id": uuid.uuid4(), "tenant_id": row["tenant_id"], "version_id": row["id"], "subject": subject,
+         "metrics": dict(metrics)}
+        for subject, metrics in parcel.finished.scores.items()
+    ]  # fmt: skip
+
+
+def _told(parcel: Parcel, row: Facts, asked_at: datetime, moves: Moves) -> list[Facts]:
+    """The events of a version: that it is there, and that `latest` moved to it if it did."""
+    done = parcel.finished
+    body = {
+        "number": row["number"], "accepted": done.accepted, "reason": done.reason, "tokens": done.tokens,
+        "device_seconds": done.device_seconds, "seconds": (parcel.now - asked_at).total_seconds(),
+    }  # fmt: skip
+    told = [("version published", body)]
+    if row["id"] in moves:
+        told.append(("alias moved", {"alias": LATEST, "number": row["number"], "actor": GATE}))
+    return [
+        {"tenant_id": row["tenant_id"], "kind": kind, "subject": str(row["id"]), "body": body, "at": parcel.now}
+        for kind, body in told
+    ]  # fmt: skip
+
+
+def _lost(parcel: Parcel) -> LeaseLost:
+    return LeaseLost(str(parcel.job.id), parcel.job.fence)
+
+
+def _published(row: Facts) -> Published:
+    return Published(
+        row["id"], row["number"], row["state"] == "accepted", row["served_name"], row["prefix"], row["sha256"],
+        row["size"],
+    )  # fmt: skip

@@ -4,6 +4,7 @@ declare -> objects below the prefix -> settle, in the transaction that adds the 
 leaves at most an intent and some objects, which the sweep clears.  What a row names, it never touches.
 """
 
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from functools import partial
 
@@ -23,18 +24,33 @@ UPLOAD_LEASE = timedelta(minutes=15)
 
 def declare(session: Session, tenant: TenantId, prefix: str, now: datetime, job: JobId | None = None) -> bool:
     """Write down the intent to upload below a prefix, or renew it; False once the sweeper has begun on it."""
+    return not declare_many(session, tenant, {prefix: job}, now)
+
+
+def declare_many(session: Session, tenant: TenantId, intents: Mapping[str, JobId | None], now: datetime) -> set[str]:
+    """The same for many, each for its job; returns those that the sweeper has begun on."""
+    if not intents:
+        return set()
     until = now + UPLOAD_LEASE
-    made = adding(session, Upload).values(
-        prefix=prefix, tenant_id=tenant, job_id=job, sweeping=False, lease_until=until
-    )  # fmt: skip
+    made = adding(session, Upload)
     kept = made.on_conflict_do_update(index_elements=["prefix"], set_={"lease_until": until})
-    return not session.connection().scalars(kept.returning(Upload.sweeping)).one()
+    rows = [
+        {"prefix": prefix, "tenant_id": tenant, "job_id": job, "sweeping": False, "lease_until": until}
+        for prefix, job in sorted(intents.items())
+    ]  # fmt: skip
+    found = session.connection().execute(kept.returning(Upload.prefix, Upload.sweeping), rows).tuples()
+    return {prefix for prefix, sweeping in found if sweeping}
 
 
 def settle(session: Session, tenant: TenantId, prefix: str) -> bool:
     """End an intent in the transaction that adds the row which names its objects; False once it has been swept."""
-    mine = (Upload.tenant_id == tenant, Upload.prefix == prefix, Upload.sweeping.is_(False))
-    return session.connection().scalar(delete(Upload).where(*mine).returning(Upload.prefix)) is not None
+    return prefix in settle_many(session, tenant, [prefix])
+
+
+def settle_many(session: Session, tenant: TenantId, prefixes: Collection[str]) -> set[str]:
+    """The same for many; returns those that have not been swept."""
+    mine = (Upload.tenant_id == tenant, Upload.prefix.in_(prefixes), Upload.sweeping.is_(False))
+    return set(session.connection().scalars(delete(Upload).where(*mine).returning(Upload.prefix)))
 
 
 def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:

@@ -84,6 +84,12 @@ def watch_database(engine: Engine, points: Points) -> None:
             dialect.do_execute(cursor, statement, parameters, context)
         return True
 
+    @event.listens_for(engine, "do_executemany")
+    def execute_many(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:  # as above
+        with points.around(_short(statement), lose(cursor.connection)):
+            dialect.do_executemany(cursor, statement, parameters, context)
+        return True
+
     def do_commit(connection: Any) -> None:  # SQLAlchemy's pooled connection
         with points.around("COMMIT", lose(connection.dbapi_connection)):
             commit(connection)

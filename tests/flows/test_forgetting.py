@@ -23,12 +23,11 @@ from registry.forgetting import Wish
 from registry.jobs import ClaimedJob
 from registry.models import Base, Job
 from registry.names import Reference
-from registry.publishing import Published, declare, publish, upload
+from registry.publishing import Published, declare, publish, publish_together, upload
 from registry.s3_store import S3Store
 from registry.session import reading, transaction
 from registry.store import FolderStore
 from registry.timing import Timing
-from registry.together import publish_together
 from registry.uploads import UPLOAD_LEASE
 from tests.conftest import looking, set_up, tampering
 from tests.faults.worker import BASE, finished

@@ -20,6 +20,7 @@ from registry import (
     erasure,
     feed,
     fleet,
+    following,
     forgetting,
     freshness,
     growth,
@@ -28,7 +29,6 @@ from registry import (
     lookups,
     overview,
     protection,
-    publishing,
     queries,
     queue,
     resolving,
@@ -36,6 +36,7 @@ from registry import (
     schedules,
     search,
     shares,
+    together,
     uploads,
 )
 from registry.client import Client
@@ -44,6 +45,7 @@ from registry.forgetting import Wish
 from registry.jobs import ClaimedJob
 from registry.models import AdapterVersion, Base
 from registry.names import Reference, TenantId
+from registry.parcels import addressed
 from registry.publishing import publish
 from registry.queries import Holder
 from registry.schedules import Due, Terms
@@ -199,6 +201,8 @@ def intrusions(session: Session, loot: Loot) -> dict[str, Callable[[], object]]:
     mine, adapter = queries.tenant_id(session, OURS), loot.holder.adapter.id
     job, now, soon = loot.job, NOW + timedelta(minutes=1), NOW + timedelta(days=1)
     said: Any = {"actor": "eve", "reason": "because", "now": NOW}  # keywords of unlike types
+    parcel = replace(addressed(job, finished("eve's"), NOW), prefix=loot.prefix)
+    row = {"id": uuid.uuid4(), "adapter_id": adapter}
     return {
         "versions": lambda: queries.versions(session, mine, adapter),
         "aliases": lambda: queries.aliases(session, mine, adapter),
@@ -229,7 +233,11 @@ def intrusions(session: Session, loot: Loot) -> dict[str, Callable[[], object]]:
         "full": lambda: shares.full_until(session, mine, adapter, 1, now),
         "settle": lambda: uploads.settle(session, mine, loot.prefix),
         "declare": lambda: uploads.declare(session, mine, loot.prefix, soon),
-        "already": lambda: publishing._already(session, job, "d" * 64),
+        "already": lambda: list(together._standing(session, mine, [parcel]).values()),
+        "take": lambda: list(together._take(session, mine, [parcel]).values()),
+        "close": lambda: together._close(session, mine, [parcel]),
+        "numbers": lambda: list(together._numbers(session, mine, [parcel]).values()),
+        "follow": lambda: [move.earlier for move in following.follow(session, mine, [(row, soon)]).values()],
         "fence": lambda: jobs.check_fence(session, job),
         "gone": lambda: retention.gone(session, mine, adapter),
         "living": lambda: retention.check_living(session, mine, loot.version, "foreign"),
@@ -245,7 +253,7 @@ def intrude(engine: Engine, loot: Loot) -> list[str]:
     found = []
     for name in INTRUSIONS:
         given: object = "refused"
-        with suppress(RegistryError, SQLAlchemyError), transaction(engine) as session:
+        with suppress(RegistryError, SQLAlchemyError, KeyError), transaction(engine) as session:
             given = _words(intrusions(session, loot)[name]())
         found.append(f"{name}: {given!r}")
     return found
@@ -254,7 +262,7 @@ def intrude(engine: Engine, loot: Loot) -> list[str]:
 INTRUSIONS = [
     "versions", "aliases", "moves", "scores", "lineage", "dataset", "dataset key", "job", "renew", "release", "move",
     "before", "pause", "remove", "put", "wake", "hold", "cancel", "growth", "full", "settle", "declare", "already",
-    "fence", "gone", "living", "free", "lock", "there", "erase",
+    "take", "close", "numbers", "follow", "fence", "gone", "living", "free", "lock", "there", "erase",
 ]  # fmt: skip
 
 

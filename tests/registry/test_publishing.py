@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import Engine
 
-from registry import jobs, publishing, queries
+from registry import jobs, queries, together
 from registry.errors import ContentDiffers, LeaseLost
 from registry.models import Upload
 from registry.names import Reference
@@ -202,7 +202,7 @@ def test_a_retry_after_a_death_between_upload_and_commit_finds_its_bytes(
     """The same worker may simply try again: nothing is uploaded twice."""
     (job,) = claim()
     with monkeypatch.context() as patched:
-        patched.setattr(publishing, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(together, "settle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             publish(engine, store, job, finished(), NOW)
 
@@ -215,7 +215,7 @@ def test_a_retry_after_a_death_between_upload_and_commit_finds_its_bytes(
 KILLED = """
 import os, signal, sys, uuid
 from pathlib import Path
-from registry import jobs, publishing
+from registry import jobs, publishing, together
 from registry.session import open_database, transaction
 from registry.store import FolderStore
 from registry.uploads import UPLOAD_LEASE, sweep
@@ -236,8 +236,8 @@ class Doomed(FolderStore):
             die()
         return wrote
 if where == "commit":
-    write = publishing.at_once
-    publishing.at_once = lambda *given: (write(*given), die())
+    write = together.write
+    together.write = lambda *given: (write(*given), die())
 publishing.publish(engine, Doomed(Path(root)), job, finished(), NOW)
 if where == "after":
     die()

@@ -108,7 +108,7 @@ def test_every_query_takes_the_session_and_then_the_tenant() -> None:
     """What is for the operator of the whole factory takes none, or says so by `tenant: TenantId | None`."""
     whole_factory = {"tenants", "tenant_id", "ensure_adapter", "ensure_base", "find_or_add"}
     for name, query in inspect.getmembers(queries, inspect.isfunction):
-        if query.__module__ == "registry.queries" and not name.startswith("_") and name != "noted":  # a statement
+        if query.__module__ == "registry.queries" and not name.startswith("_"):
             parameters = list(inspect.signature(query).parameters)
             assert parameters[0] == "session", name
             assert name in whole_factory or parameters[1] == "tenant", name

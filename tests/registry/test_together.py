@@ -12,13 +12,12 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from registry import jobs, protection, queries, together
-from registry.errors import ContentDiffers, DatabaseUnavailable, LeaseLost, RegistryError, StoreUnavailable
+from registry.errors import ContentDiffers, DatabaseUnavailable, LeaseLost, StoreUnavailable
 from registry.jobs import ClaimedJob
 from registry.models import AdapterVersion, Alias, AliasMove, Evaluation, Event, Job, Upload
-from registry.publishing import Finished, Published, declare, place, publish
+from registry.publishing import Finished, Published, declare, place, publish, publish_together
 from registry.session import transaction
 from registry.store import FolderStore
-from registry.together import publish_together
 from registry.uploads import UPLOAD_LEASE, sweep
 from tests.conftest import looking
 from tests.faults.invariants import check_nothing_is_left, check_readers_see_whole_versions
@@ -131,7 +130,7 @@ def test_one_that_went_elsewhere_does_not_hold_up_the_others(engine: Engine, sto
 
 
 def test_an_adapters_two_jobs_get_numbers_in_turn(engine: Engine, store: FolderStore, claim: Claim) -> None:
-    """One of them goes the way of one."""
+    """In the order in which they were asked for."""
     first, second = claim(2)
 
     found = publish_together(engine, store, [(first, finished("one")), (second, finished("two"))], NOW)
@@ -194,7 +193,7 @@ def _break_second(monkeypatch: pytest.MonkeyPatch, module: object, after: bool) 
     monkeypatch.setattr(module, "transaction", breaking)
 
 
-def _number(outcome: Published | RegistryError) -> int:
+def _number(outcome: Published | Exception) -> int:
     assert isinstance(outcome, Published), outcome
     return outcome.number
 
