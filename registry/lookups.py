@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sqlalchemy import JSON, ColumnElement, Select, String, and_, bindparam, cast, func, select
+from sqlalchemy import ColumnElement, Select, and_, bindparam, select
 from sqlalchemy.orm import Session
 
 from registry.errors import NotFound, VersionGone
+from registry.listed import listed
 from registry.models import Adapter, AdapterVersion, Alias, Facts, Tombstone, User
 from registry.names import Reference, TenantId
 
@@ -54,7 +55,8 @@ def find(session: Session, tenant: TenantId, reference: Reference) -> Found:
 
 def find_many(session: Session, tenant: TenantId, users: Sequence[str], adapter: str, alias: str) -> dict[str, Current]:
     """Where an alias of each of these users' adapters of that name is; who has none is left out."""
-    asked = {"tenant": tenant, "users": json.dumps(users), "adapter": adapter, "alias": alias}
+    ordered = json.dumps(sorted(users))  # as they lie in the index: neighbours are read together
+    asked = {"tenant": tenant, "users": ordered, "adapter": adapter, "alias": alias}
     connection = session.connection()
     rows = connection.execute(_many(connection.dialect.name), asked)
     return {user: Current(*facts) for user, *facts in rows}
@@ -76,9 +78,7 @@ def _one(by_number: bool) -> Select[Any]:  # a Found
 @cache
 def _many(dialect: str) -> Select[Any]:  # a user's name, and the columns of a Current
     """For any number of users in one parameter: PostgreSQL goes along the keys, whatever it thinks their number is."""
-    names = bindparam("users", type_=String())
-    listed = func.json_array_elements_text(cast(names, JSON)) if dialect == "postgresql" else func.json_each(names)
-    asked = listed.table_valued("value", name="asked")
+    asked = listed(dialect, "users")
     mine = (User.tenant_id == bindparam("tenant"), User.name == asked.c.value)
     users = select(User.name, *_FACTS).select_from(asked.join(User, and_(*mine))).where(*mine)
     adapters = users.join(Adapter, _named()).join(Alias, _aliased())
