@@ -5,6 +5,7 @@ no alias yet, None to move it whatever it points to.
 """
 
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Insert, Select, Update, insert, select, update
 from sqlalchemy.orm import Session
@@ -18,6 +19,7 @@ from registry.queries import find_or_add, holder, note, noted, version
 from registry.retention import check_living
 
 MOVED, ROLLED_BACK = "moved", "rolled back"  # the kinds of a move: what going back once more depends on
+COPIED = ("base_id", "created_at", "gain", "loss")  # of a version, into the alias that points to it
 
 
 def promote(
@@ -96,7 +98,7 @@ def move(
     made: list[Alias] = []
 
     def make() -> Alias:
-        made.append(Alias(tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, version_id=chosen.id))
+        made.append(Alias(tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, **_pointing(chosen)))
         return made[0]
 
     found = find_or_add(session, _locked(tenant, chosen.adapter_id, alias), make)
@@ -104,7 +106,8 @@ def move(
     _check_expected(session, tenant, alias, earlier, expected)
     if earlier == chosen.id:
         return
-    found.version_id = chosen.id
+    for name, value in _pointing(chosen).items():
+        setattr(found, name, value)
     if alias == LATEST:
         session.connection().execute(freshness.latest_moved(tenant, chosen))
     _write_down(session, tenant, chosen, alias, earlier, kind=kind, actor=actor, reason=reason, now=now)
@@ -118,8 +121,13 @@ def begin(
 
     The flush raises IntegrityError where the adapter has it after all.
     """
-    session.add(Alias(tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, version_id=chosen.id))
+    session.add(Alias(tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, **_pointing(chosen)))
     _write_down(session, tenant, chosen, alias, None, kind=MOVED, actor=actor, reason=reason, now=now)
+
+
+def _pointing(chosen: AdapterVersion) -> dict[str, Any]:  # columns of unlike types
+    """What the row of an alias says when it points to that version."""
+    return {"version_id": chosen.id, **{name: getattr(chosen, name) for name in COPIED}}
 
 
 def _write_down(
@@ -142,11 +150,11 @@ def move_to(
     """A move as statements, for one who holds the lock of where the alias was, or the adapter's where it is new."""
     tenant, adapter = chosen.tenant_id, chosen.adapter_id
     if earlier is None:
-        row = {"tenant_id": tenant, "adapter_id": adapter, "name": alias, "version_id": chosen.id}
-        pointed: Insert | Update = insert(Alias).values(row)
+        row = {"tenant_id": tenant, "adapter_id": adapter, "name": alias}
+        pointed: Insert | Update = insert(Alias).values(**row, **_pointing(chosen))
     else:
         mine = (Alias.tenant_id == tenant, Alias.adapter_id == adapter, Alias.name == alias)
-        pointed = update(Alias).where(*mine).values(version_id=chosen.id)
+        pointed = update(Alias).where(*mine).values(**_pointing(chosen))
     told = insert(AliasMove).values(
         tenant_id=tenant, adapter_id=adapter, name=alias, kind=MOVED, from_id=earlier, to_id=chosen.id,
         actor=actor, reason=reason, at=now,

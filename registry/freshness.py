@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Update, Uuid, bindparam, or_, select, update
+from sqlalchemy import BindParameter, ColumnElement, Select, Update, Uuid, bindparam, or_, select, update
 from sqlalchemy.orm import Session
 
 from registry.listed import listed
@@ -151,7 +151,8 @@ def _described(session: Session, tenant: TenantId, chosen: Sequence[AdapterId]) 
 @cache
 def _facts(dialect: str) -> Select[Any]:  # an adapter's id, and what an Outdated is made of
     """For any number of adapters, along the keys."""
-    mine, asked = bindparam("tenant"), listed(dialect, "ids", Uuid())
+    mine: BindParameter[TenantId] = bindparam("tenant")
+    asked = listed(dialect, "ids", Uuid())
     jobs = select(Job.state).where(Job.tenant_id == mine, Job.adapter_id == Adapter.id, Job.dataset_id == Dataset.id)
     state = jobs.order_by(Job.created_at.desc()).limit(1).scalar_subquery()
     return (
