@@ -113,8 +113,7 @@ def _by_one_process(session: Session) -> None:
 def _source(wanted: Search) -> tuple[type[AdapterVersion | Alias], InstrumentedAttribute[VersionId]]:
     """Where the figures are read in order, and the column of the version's id: at an alias, from its copies.
 
-    Versions in order, of which those at the alias are kept, could be millions to the first; those at the alias, sorted,
-    a million.
+    In the order of all versions, the first that is at the alias may come after millions that are not.
     """
     return (Alias, Alias.version_id) if wanted.alias else (AdapterVersion, AdapterVersion.id)
 
