@@ -227,6 +227,15 @@ def test_a_page_is_read_along_an_index_in_its_order(
     assert not any("Gather" in line or "Hash Join" in line for line in plans)
 
 
+@pytest.mark.parametrize("name", ["one", "many"])
+def test_a_lookup_fetches_one_row_of_four(seeded: Engine, store: FolderStore, tmp_path: Path, name: str) -> None:
+    """The keys of user, adapter and alias hold all that is read of them."""
+    _, plans = explained(Client(seeded, store, tmp_path), name)
+
+    for key in ("uq_users_tenant_id_name", "uq_adapters_user_id_name", "pk_aliases"):
+        assert any(f"Index Only Scan using {key}" in line for line in plans)
+
+
 def explained(client: Client, name: str) -> tuple[Any, list[str]]:
     """What a question finds, and the lines of its statements' plans."""
     asked: list[tuple[str, Any]] = []
