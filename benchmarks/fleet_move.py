@@ -50,10 +50,10 @@ INSERT INTO adapter_versions (id, tenant_id, adapter_id, number, state, reason, 
   SELECT id('v' || v, n), id('t', 0), id('a', n), v, 'accepted', '', 'default-' || v || '-' || n, 'p' || v || n,
     repeat('5', 64), '{}', 1, 1, '{}', repeat('r', 64), '0.1', id('b', 0), id('d', n), id('j' || v, n), now()
   FROM generate_series(1, :users) n, generate_series(1, 2) v;
-INSERT INTO aliases (adapter_id, name, tenant_id, version_id)
-  SELECT id('a', n), 'latest', id('t', 0), id('v2', n) FROM generate_series(1, :users) n;
-INSERT INTO aliases (adapter_id, name, tenant_id, version_id)
-  SELECT id('a', n), 'production', id('t', 0), id('v1', n) FROM generate_series(1, :users) n;
+INSERT INTO aliases (adapter_id, name, tenant_id, version_id, base_id, created_at)
+  SELECT id('a', n), 'latest', id('t', 0), id('v2', n), id('b', 0), now() FROM generate_series(1, :users) n;
+INSERT INTO aliases (adapter_id, name, tenant_id, version_id, base_id, created_at)
+  SELECT id('a', n), 'production', id('t', 0), id('v1', n), id('b', 0), now() FROM generate_series(1, :users) n;
 """
 WHO = ("benchmark", "a new release")
 

@@ -11,6 +11,7 @@ a million users with ten versions each take about 35 GB.
 """
 
 import argparse
+import gc
 import os
 import random
 import tempfile
@@ -89,6 +90,7 @@ def lookups(client: Client, users: int, count: int, chance: random.Random) -> li
 def measure(engines: Mapping[int, Engine], rounds: int, count: int, many: int) -> list[dict[str, object]]:
     """Every question to every registry in turn, round after round; the first warms up and is not kept."""
     chance = random.Random(11)
+    gc.freeze()  # what this script has loaded (torch), and a host that asks has not, is not gone through meanwhile
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(Path(folder).as_uri())
         clients = {users: Client(engine, store, Path(folder)) for users, engine in engines.items()}

@@ -51,11 +51,11 @@ INSERT INTO adapter_versions (id, tenant_id, adapter_id, number, state, reason, 
     5734400, 1376256, recipe(), recipe_of(n), '0.1.0', 2.6 - gain(v, n), gain(v, n), base(n), id('d' || (v + 1) / 2, n),
     id('j' || v, n), day(n, v)
   FROM generate_series(1, :users) n, generate_series(1, :versions) v;
-INSERT INTO aliases SELECT id('a', n), 'latest', id('t', 0), id('v' || :versions, n) FROM generate_series(1, :users) n;
-INSERT INTO aliases SELECT id('a', n), 'production', id('t', 0), id('v' || :versions - 1, n)
-  FROM generate_series(1, :users) n;
-INSERT INTO aliases SELECT id('a', n), 'canary', id('t', 0), id('v' || :versions, n)
-  FROM generate_series(1000, :users, 1000) n;
+INSERT INTO aliases (adapter_id, name, tenant_id, version_id, base_id, created_at, gain, loss)
+  SELECT id('a', n), name, id('t', 0), id('v' || v, n), base(n), day(n, v), gain(v, n), 2.6 - gain(v, n)
+  FROM generate_series(1, :users) n,
+    (VALUES ('latest', :versions), ('production', :versions - 1), ('canary', :versions)) pointed (name, v)
+  WHERE name <> 'canary' OR n % 1000 = 0;
 INSERT INTO freshness SELECT id('a', n), id('t', 0),
     CASE WHEN n % 100 = 0 THEN id('new', n) ELSE id('d' || (:versions + 1) / 2, n) END,
     id('d' || (:versions + 1) / 2, n), base(n), recipe_of(n)

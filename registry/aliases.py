@@ -5,6 +5,7 @@ no alias yet, None to move it whatever it points to.
 """
 
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
@@ -18,6 +19,7 @@ from registry.queries import find_or_add, holder, note, version
 from registry.retention import check_living
 
 MOVED, ROLLED_BACK = "moved", "rolled back"  # the kinds of a move: what going back once more depends on
+COPIED = ("base_id", "created_at", "gain", "loss")  # of a version, into the alias that points to it
 
 
 def promote(
@@ -96,7 +98,7 @@ def move(
     made: list[Alias] = []
 
     def make() -> Alias:
-        made.append(Alias(tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, version_id=chosen.id))
+        made.append(Alias(tenant_id=tenant, adapter_id=chosen.adapter_id, name=alias, **_pointing(chosen)))
         return made[0]
 
     found = find_or_add(session, _locked(tenant, chosen.adapter_id, alias), make)
@@ -104,11 +106,17 @@ def move(
     _check_expected(session, tenant, alias, earlier, expected)
     if earlier == chosen.id:
         return
-    found.version_id = chosen.id
+    for name, value in _pointing(chosen).items():
+        setattr(found, name, value)
     if alias == LATEST:
         session.connection().execute(freshness.latest_moved(tenant, chosen))
     _write_down(session, tenant, chosen, alias, earlier, kind=kind, actor=actor, reason=reason, now=now)
     session.flush()
+
+
+def _pointing(chosen: AdapterVersion) -> dict[str, Any]:  # columns of unlike types
+    """What the row of an alias says when it points to that version."""
+    return {"version_id": chosen.id, **{name: getattr(chosen, name) for name in COPIED}}
 
 
 def _write_down(

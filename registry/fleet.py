@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
 from registry import freshness
-from registry.aliases import MOVED, ROLLED_BACK
+from registry.aliases import COPIED, MOVED, ROLLED_BACK
 from registry.errors import NameRefused, PromotionRefused
 from registry.models import (
     Adapter,
@@ -56,8 +56,8 @@ class Where:
             given[name] = _read(text, name, value)
         return cls(**given)
 
-    def terms(self) -> list[ColumnElement[bool]]:
-        """The conditions, on a user, an adapter, a version and its base."""
+    def terms(self, made: type[AdapterVersion | Alias] = AdapterVersion) -> list[ColumnElement[bool]]:
+        """The conditions, on a user, an adapter, a version and its base; `made` tells when the version was."""
         terms: list[ColumnElement[bool]] = []
         if self.user.endswith("*"):
             terms.append(User.name.startswith(self.user.removesuffix("*"), autoescape=True))
@@ -68,9 +68,9 @@ class Where:
         if self.base:
             terms.append(SharedBase.digest.startswith(self.base, autoescape=True))
         if self.since:
-            terms.append(AdapterVersion.created_at >= self.since)
+            terms.append(made.created_at >= self.since)
         if self.until:
-            terms.append(AdapterVersion.created_at < self.until)
+            terms.append(made.created_at < self.until)
         return terms
 
 
@@ -192,9 +192,13 @@ def _carry_out(session: Session, tenant: TenantId, alias: str, fleet_id: int) ->
     if not count:
         raise PromotionRefused(f"fleet@{alias}", "no adapter's alias would move", "see `lora list`, or change --where")
     moved = (Alias.tenant_id == tenant, Alias.name == alias, Alias.adapter_id == AliasMove.adapter_id)
-    there = update(Alias).where(*moved, Alias.version_id == AliasMove.from_id, *mine).values(version_id=AliasMove.to_id)
-    new = select(AliasMove.tenant_id, AliasMove.adapter_id, AliasMove.name, AliasMove.to_id).where(*mine)
-    columns = ("tenant_id", "adapter_id", "name", "version_id")
+    target = (AdapterVersion.tenant_id == tenant, AdapterVersion.id == AliasMove.to_id)
+    copied = {name: getattr(AdapterVersion, name) for name in COPIED}
+    there = update(Alias).where(*moved, Alias.version_id == AliasMove.from_id, *mine, *target)
+    there = there.values(version_id=AliasMove.to_id, **copied)
+    pointing = (AliasMove.tenant_id, AliasMove.adapter_id, AliasMove.name, AliasMove.to_id, *copied.values())
+    new = select(*pointing).join(AdapterVersion, and_(*target)).where(*mine)
+    columns = ("tenant_id", "adapter_id", "name", "version_id", *copied)
     # 100,000 rows are not to be looked for in the session, and SQLAlchemy forgets how many it inserted.
     options = {"synchronize_session": False, "preserve_rowcount": True}
     try:

@@ -7,7 +7,7 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.aliases import MOVED
+from registry.aliases import COPIED, MOVED
 from registry.models import AdapterVersion, Alias, AliasMove, Facts, Freshness, Job
 from registry.names import LATEST, AdapterId, TenantId, VersionId
 from registry.writes import Rows
@@ -62,6 +62,7 @@ def moved(moves: Moves) -> list[Rows]:
     new = {move.row["adapter_id"] for move in moves.values() if move.earlier is None}
     pointed = {
         adapter: {"tenant_id": row["tenant_id"], "adapter_id": adapter, "name": LATEST, "version_id": row["id"]}
+        | {name: row[name] for name in COPIED}
         for adapter, row in last.items()
     }
     fresh = [

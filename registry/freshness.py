@@ -5,18 +5,21 @@ What `latest` was trained from, and which data is its user's newest, is kept a s
 they wait for no more than that row and none undoes what the other wrote.
 """
 
+import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
+from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Update, or_, select, update
+from sqlalchemy import BindParameter, ColumnElement, Select, Update, Uuid, bindparam, or_, select, update
 from sqlalchemy.orm import Session
 
+from registry.listed import listed
 from registry.models import Adapter, AdapterVersion, AliasMove, Dataset, Freshness, Job, SharedBase, User
 from registry.names import AdapterId, DatasetId, TenantId, UserId
 from registry.pages import Page, Place, beyond, check_digest, check_limit, read_cursor, write_cursor
-from registry.session import among
 
 NEWER_DATA, OTHER_WAY, NEVER = "newer data", "other base or recipe", "never accepted"
 _BY_WAY = (Freshness.base_id, Freshness.recipe_digest, Freshness.adapter_id)
@@ -122,24 +125,36 @@ def _otherwise(
 
 def _described(session: Session, tenant: TenantId, chosen: Sequence[AdapterId]) -> list[Outdated]:
     """The adapters in the order they were chosen, with what there is to say about each."""
-    asked = select(Job.state).where(Job.tenant_id == tenant, Job.adapter_id == Adapter.id, Job.dataset_id == Dataset.id)
-    rows = session.execute(
-        select(Adapter.id, User.name, Adapter.name, Freshness.dataset_id, Freshness.newest_id,
-               Dataset.digest, Dataset.added_at,
-               asked.order_by(Job.created_at.desc()).limit(1).scalar_subquery())
-        .join(User, User.id == Adapter.user_id)
-        .join(Freshness, Freshness.adapter_id == Adapter.id)
-        .join(Dataset, Dataset.id == Freshness.newest_id)
-        .where(Adapter.tenant_id == tenant, among(session, Adapter.id, chosen))
-    )  # fmt: skip
+    connection = session.connection()
+    ids = json.dumps([one.hex for one in chosen])
+    rows = connection.execute(_facts(connection.dialect.name), {"tenant": tenant, "ids": ids})
     found = {
-        one: Outdated(user, adapter, _why(trained, newest), digest, added_at, job)
-        for one, user, adapter, trained, newest, digest, added_at, job in rows.tuples()
+        one: Outdated(user, adapter, _why(newest_id, trained_on), digest, added_at, job)
+        for one, user, adapter, newest_id, trained_on, digest, added_at, job in rows
     }
     return [found[one] for one in chosen if one in found]
 
 
-def _why(trained: DatasetId | None, newest: DatasetId | None) -> str:
-    if trained is None:
+@cache
+def _facts(dialect: str) -> Select[Any]:  # an adapter's id, and what an Outdated is made of
+    """For any number of adapters, along the keys."""
+    mine: BindParameter[TenantId] = bindparam("tenant")
+    asked = listed(dialect, "ids", Uuid())
+    jobs = select(Job.state).where(Job.tenant_id == mine, Job.adapter_id == Adapter.id, Job.dataset_id == Dataset.id)
+    state = jobs.order_by(Job.created_at.desc()).limit(1).scalar_subquery()
+    return (
+        select(Adapter.id, User.name, Adapter.name, Freshness.newest_id, Freshness.dataset_id,
+               Dataset.digest, Dataset.added_at, state)
+        .select_from(asked)
+        .join(Adapter, Adapter.id == asked.c.value)
+        .join(User, User.id == Adapter.user_id)
+        .join(Freshness, Freshness.adapter_id == Adapter.id)
+        .join(Dataset, Dataset.id == Freshness.newest_id)
+        .where(Adapter.tenant_id == mine)
+    )  # fmt: skip
+
+
+def _why(newest: DatasetId, trained_on: DatasetId | None) -> str:
+    if trained_on is None:
         return NEVER
-    return NEWER_DATA if newest != trained else OTHER_WAY
+    return NEWER_DATA if newest != trained_on else OTHER_WAY

@@ -11,10 +11,11 @@ from datetime import UTC
 from functools import cache
 from typing import Any
 
-from sqlalchemy import JSON, ColumnElement, Engine, Select, String, and_, bindparam, cast, func, select
+from sqlalchemy import ColumnElement, Engine, Select, and_, bindparam, select
 
 from registry.errors import VersionGone
 from registry.glance import glance
+from registry.listed import listed
 from registry.models import Adapter, AdapterVersion, Alias, Facts, Tombstone, User
 from registry.names import Reference, TenantId
 
@@ -55,7 +56,8 @@ def find(engine: Engine, tenant: TenantId, reference: Reference) -> Found:
 
 def find_many(engine: Engine, tenant: TenantId, users: Sequence[str], adapter: str, alias: str) -> dict[str, Current]:
     """Where an alias of each of these users' adapters of that name is; who has none is left out."""
-    asked = {"tenant": tenant, "users": json.dumps(users), "adapter": adapter, "alias": alias}
+    ordered = json.dumps(sorted(users))  # as they lie in the index: neighbours are read together
+    asked = {"tenant": tenant, "users": ordered, "adapter": adapter, "alias": alias}
     rows = glance(engine, tenant, _many(engine.dialect.name), asked)
     return {user: Current(*facts) for user, *facts in rows}
 
@@ -76,9 +78,7 @@ def _one(by_number: bool) -> Select[Any]:  # a Found
 @cache
 def _many(dialect: str) -> Select[Any]:  # a user's name, and the columns of a Current
     """For any number of users in one parameter: PostgreSQL goes along the keys, whatever it thinks their number is."""
-    names = bindparam("users", type_=String())
-    listed = func.json_array_elements_text(cast(names, JSON)) if dialect == "postgresql" else func.json_each(names)
-    asked = listed.table_valued("value", name="asked")
+    asked = listed(dialect, "users")
     mine = (User.tenant_id == bindparam("tenant"), User.name == asked.c.value)
     users = select(User.name, *_FACTS).select_from(asked.join(User, and_(*mine))).where(*mine)
     adapters = users.join(Adapter, _named()).join(Alias, _aliased())

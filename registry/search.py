@@ -6,28 +6,29 @@ Pages begin at the place of the last row in the order of an index, so that what 
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry.errors import NameRefused
 from registry.fleet import Where
 from registry.models import Adapter, AdapterVersion, Alias, SharedBase, User
-from registry.names import TenantId, check_plain
+from registry.names import TenantId, VersionId, check_plain
 from registry.pages import Page, Place, beyond, check_limit, read_cursor, write_cursor
-from registry.session import among
 
 # What the order goes by, and whether down.
-ORDERS: dict[str, tuple[InstrumentedAttribute[Any], bool]] = {  # columns of unlike types
-    "newest": (AdapterVersion.created_at, True), "oldest": (AdapterVersion.created_at, False),
-    "most-gain": (AdapterVersion.gain, True), "least-gain": (AdapterVersion.gain, False),
-    "most-loss": (AdapterVersion.loss, True), "least-loss": (AdapterVersion.loss, False),
+ORDERS = {
+    "newest": ("created_at", True), "oldest": ("created_at", False),
+    "most-gain": ("gain", True), "least-gain": ("gain", False),
+    "most-loss": ("loss", True), "least-loss": ("loss", False),
 }  # fmt: skip
-_FEW = 10_000  # versions that are fetched and sorted sooner than they are come across among all
-_FIGURES = {"gain": AdapterVersion.gain, "loss": AdapterVersion.loss}
+_FOUND = (  # the columns of a Found
+    User.name, Adapter.name, AdapterVersion.number, AdapterVersion.state, SharedBase.digest,
+    AdapterVersion.loss, AdapterVersion.gain, AdapterVersion.created_at, AdapterVersion.served_name,
+)  # fmt: skip
+_NO_HELPERS = select(func.set_config("max_parallel_workers_per_gather", "0", True))
 _BOUND = re.compile(r"(gain|loss)([<>])=?([-+]?[0-9]{1,9}(?:\.[0-9]{1,9})?)", re.ASCII)
 _OWN = "alias=NAME, state=accepted, state=refused, gain>NUMBER, gain<NUMBER, loss>NUMBER, loss<NUMBER"
 
@@ -81,49 +82,57 @@ def search(session: Session, tenant: TenantId, wanted: Search, *, after: str = "
     """
     check_limit(limit)
     column, down = ORDERS[wanted.order]
-    order = (column, AdapterVersion.id)
+    source, version_id = _source(wanted)
+    order = (getattr(source, column), version_id)
     asked = (
-        select(AdapterVersion, User.name, Adapter.name, SharedBase.digest)
-        .where(AdapterVersion.tenant_id == tenant, column.is_not(None), *_terms(session, tenant, wanted))
-        .join(Adapter, Adapter.id == AdapterVersion.adapter_id)
+        select(*_FOUND, *order)
+        .select_from(source)
+        .where(source.tenant_id == tenant, order[0].is_not(None), *_terms(session, wanted, source))
+        .join(Adapter, Adapter.id == source.adapter_id)
         .join(User, User.id == Adapter.user_id)
-        .join(SharedBase, SharedBase.id == AdapterVersion.base_id)
+        .join(SharedBase, SharedBase.id == source.base_id)
     )
+    if wanted.alias:
+        asked = asked.join(AdapterVersion, AdapterVersion.id == version_id)
     if place := read_cursor(after, "search", tenant, wanted):
         asked = asked.where(beyond(order, _read(place), down))
     sorted_ = asked.order_by(*(one.desc() if down else one.asc() for one in order)).limit(limit + 1)
-    rows = session.execute(sorted_).tuples().all()
-    found = [_found(*row) for row in rows[:limit]]
-    cursor = write_cursor(_place(rows[limit - 1][0], column), "search", tenant, wanted) if len(rows) > limit else None
+    _by_one_process(session)
+    rows = session.execute(sorted_).all()
+    found = [Found(*row[:-2]) for row in rows[:limit]]
+    cursor = write_cursor(_place(*rows[limit - 1][-2:]), "search", tenant, wanted) if len(rows) > limit else None
     return Page(found, cursor)
 
 
-def _terms(session: Session, tenant: TenantId, wanted: Search) -> list[ColumnElement[bool]]:
-    """The conditions on a version, its user, adapter, base and an alias."""
-    terms = wanted.where.terms()
+def _by_one_process(session: Session) -> None:
+    """Have PostgreSQL start no helpers in this transaction: for a page they take longer to come than to be of use."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(_NO_HELPERS)
+
+
+def _source(wanted: Search) -> tuple[type[AdapterVersion | Alias], InstrumentedAttribute[VersionId]]:
+    """Where the figures are read in order, and the column of the version's id: at an alias, from its copies.
+
+    In the order of all versions, the first that is at the alias may come after millions that are not.
+    """
+    return (Alias, Alias.version_id) if wanted.alias else (AdapterVersion, AdapterVersion.id)
+
+
+def _terms(session: Session, wanted: Search, source: type[AdapterVersion | Alias]) -> list[ColumnElement[bool]]:
+    """The conditions on a version or an alias, its user and its adapter."""
+    terms = replace(wanted.where, base="").terms(source)
     if wanted.where.base:  # the bases are few: looked up first, so that the index by base is used
-        same = session.scalars(select(SharedBase.id).where(SharedBase.digest.startswith(wanted.where.base))).all()
-        terms.append(AdapterVersion.base_id == same[0] if len(same) == 1 else AdapterVersion.base_id.in_(same))
+        named = SharedBase.digest.startswith(wanted.where.base, autoescape=True)
+        same = session.scalars(select(SharedBase.id).where(named)).all()
+        terms.append(source.base_id == same[0] if len(same) == 1 else source.base_id.in_(same))
     if wanted.alias:
-        terms.append(_pointed_to(session, tenant, wanted.alias))
+        terms.append(Alias.name == wanted.alias)
     if wanted.state:
         terms.append(AdapterVersion.state == wanted.state)
     for name, side, number in wanted.bounds:
-        terms.append(_FIGURES[name] < number if side == "<" else _FIGURES[name] > number)
+        figure = getattr(source, name)
+        terms.append(figure < number if side == "<" else figure > number)
     return terms
-
-
-def _pointed_to(session: Session, tenant: TenantId, alias: str) -> ColumnElement[bool]:
-    """That an alias points to a version: looked up from the alias's rows where they are few, else from each version.
-
-    PostgreSQL takes the two for unrelated and would read every version of a tenant for a common alias.
-    """
-    mine = (Alias.tenant_id == tenant, Alias.name == alias)
-    some = session.scalars(select(Alias.version_id).where(*mine).limit(_FEW + 1)).all()
-    if len(some) <= _FEW:
-        return among(session, AdapterVersion.id, some)
-    same = select(Alias.version_id).where(*mine, Alias.adapter_id == AdapterVersion.adapter_id)
-    return AdapterVersion.id == same.scalar_subquery()
 
 
 def _taken(name: str, conditions: Sequence[str]) -> tuple[str, list[str]]:
@@ -134,18 +143,10 @@ def _taken(name: str, conditions: Sequence[str]) -> tuple[str, list[str]]:
     return mine[0].partition("=")[2] if mine else "", [text for text in conditions if text not in mine]
 
 
-def _place(version: AdapterVersion, column: InstrumentedAttribute[Any]) -> Place:  # of any type
-    value = getattr(version, column.key)
-    return [value.isoformat() if isinstance(value, datetime) else value, str(version.id)]
+def _place(value: object, version: VersionId) -> Place:
+    return [value.isoformat() if isinstance(value, datetime) else value, str(version)]
 
 
 def _read(place: Place) -> Place:
     value, version = place
     return [datetime.fromisoformat(value) if isinstance(value, str) else value, uuid.UUID(version)]
-
-
-def _found(version: AdapterVersion, user: str, adapter: str, base: str) -> Found:
-    return Found(
-        user, adapter, version.number, version.state, base, version.loss, version.gain, version.created_at,
-        version.served_name,
-    )  # fmt: skip

@@ -2,14 +2,14 @@
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from select import POLLIN, poll
-from typing import Any, TypeVar
+from typing import Any
 
-from sqlalchemy import ColumnElement, Dialect, Engine, any_, create_engine, event, literal, make_url
+from sqlalchemy import Dialect, Engine, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import (
@@ -21,13 +21,11 @@ from sqlalchemy.exc import (
     ProgrammingError,
     TimeoutError,
 )
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from registry.errors import DatabaseUnavailable, RegistryInUse
 from registry.models import Base
-
-Value = TypeVar("Value")
 
 _WAIT_SECONDS = 60  # for a turn: to write on SQLite, for one of the process's connections on PostgreSQL
 _FROZEN_SECONDS = 300  # a worker that stands still inside a transaction loses it: its locks hold up others
@@ -86,13 +84,6 @@ def reading(engine: Engine) -> Iterator[Session]:
 def adding(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """An insert that may say what to do on a conflict, in the words of the session's database."""
     return postgresql.insert(table) if session.get_bind().dialect.name == "postgresql" else sqlite.insert(table)
-
-
-def among(session: Session, column: InstrumentedAttribute[Value], values: Sequence[Value]) -> ColumnElement[bool]:
-    """That a column holds one of the values: on PostgreSQL they are one parameter, since thousands take their time."""
-    if session.get_bind().dialect.name == "postgresql":
-        return column == any_(literal(values, postgresql.ARRAY(column.type)))
-    return column.in_(values)
 
 
 def compact(engine: Engine) -> None:

@@ -33,7 +33,7 @@ class User(Base):
     """A person inside a tenant, named by the tenant's own id."""
 
     __tablename__ = "users"
-    __table_args__ = (UniqueConstraint("tenant_id", "name"),)
+    __table_args__ = (UniqueConstraint("tenant_id", "name", postgresql_include=["id"]),)
 
     id: Mapped[UserId] = mapped_column(primary_key=True, default=uuid.uuid4)
     tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))
@@ -77,7 +77,10 @@ class Adapter(Base):
     """A named, versioned personalisation for one user."""
 
     __tablename__ = "adapters"
-    __table_args__ = (UniqueConstraint("user_id", "name"), Index(None, "tenant_id", "user_id"))
+    __table_args__ = (
+        UniqueConstraint("user_id", "name", postgresql_include=["id", "tenant_id"]),
+        Index(None, "tenant_id", "user_id"),
+    )
 
     id: Mapped[AdapterId] = mapped_column(primary_key=True, default=uuid.uuid4)
     tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))

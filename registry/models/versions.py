@@ -8,6 +8,7 @@ from sqlalchemy import (
     Float,
     ForeignKey,
     Index,
+    PrimaryKeyConstraint,
     String,
     UniqueConstraint,
     event,
@@ -72,15 +73,27 @@ class ProtectedAlias(Base):
 
 
 class Alias(Base):
-    """A movable pointer to a version."""
+    """A movable pointer to a version, with a copy of what the versions at an alias are sorted and searched by.
+
+    Versions are immutable: a copy can only be wrong if a move forgets it.
+    """
 
     __tablename__ = "aliases"
-    __table_args__ = (Index(None, "tenant_id", "name", "adapter_id"),)
+    __table_args__ = (
+        PrimaryKeyConstraint("adapter_id", "name", postgresql_include=["tenant_id", "version_id"]),
+        Index(None, "tenant_id", "name", "created_at", "version_id", "base_id"),
+        Index(None, "tenant_id", "name", "gain", "version_id", "base_id"),
+        Index(None, "tenant_id", "name", "loss", "version_id", "base_id"),
+    )
 
     adapter_id: Mapped[AdapterId] = mapped_column(ForeignKey("adapters.id"), primary_key=True)
     name: Mapped[str] = mapped_column(String(63), primary_key=True)
     tenant_id: Mapped[TenantId] = mapped_column(ForeignKey("tenants.id"))
     version_id: Mapped[VersionId] = mapped_column(ForeignKey("adapter_versions.id"), index=True)
+    base_id: Mapped[uuid.UUID | None]  # this and what follows: the version's
+    created_at: Mapped[datetime | None]
+    gain: Mapped[float | None]
+    loss: Mapped[float | None]
 
 
 class AliasMove(Base):

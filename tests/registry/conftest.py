@@ -2,26 +2,36 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import or_, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from registry import jobs, queries
+from registry.aliases import COPIED
 from registry.jobs import ClaimedJob, Order
-from registry.models import AdapterVersion
+from registry.models import AdapterVersion, Alias
 from registry.names import Reference
 from registry.publishing import Finished
 from registry.session import reading, transaction
 from registry.store import FolderStore
+from registry.tenancy import enter
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 LEASE = timedelta(minutes=5)
 
 Claim = Callable[..., list[ClaimedJob]]
+
+
+@pytest.fixture
+def engine(engine: Engine) -> Iterator[Engine]:
+    """A registry on each kind of database; when a test is over, every alias holds a true copy of its version."""
+    yield engine
+    assert miscopied(engine) == []
 
 
 @pytest.fixture
@@ -69,6 +79,20 @@ def finished(content: str = "weights", accepted: bool = True) -> Finished:
     files = {"weights.bin": data, "manifest.json": json.dumps({"files": facts}).encode()}
     scores = {"base": {"loss": 2.0}, "candidate": {"loss": 1.0}}
     return Finished(files, accepted, "because", 40, scores, None, "0.1", 1200, 3.5)
+
+
+def miscopied(engine: Engine) -> list[str]:
+    """The aliases that say something else of the version that they point to than it does itself."""
+    with reading(engine) as session:
+        tenants = [tenant.id for tenant in queries.tenants(session)]
+    wrong = [getattr(Alias, name).is_distinct_from(getattr(AdapterVersion, name)) for name in COPIED]
+    found: list[str] = []
+    for tenant in tenants:
+        with reading(engine) as session:
+            enter(session, tenant)
+            pointing = select(Alias.name).join(AdapterVersion, AdapterVersion.id == Alias.version_id)
+            found += session.scalars(pointing.where(Alias.tenant_id == tenant, or_(*wrong))).all()
+    return found
 
 
 def versions(engine: Engine) -> list[AdapterVersion]:
