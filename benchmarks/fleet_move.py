@@ -175,11 +175,13 @@ def facts(url: str) -> dict[str, str]:
     """What a figure was measured on."""
     engine = create_engine(url)
     with engine.connect() as connection:
-        version = str(connection.scalar(text("SHOW server_version")))
+        version, buffers = (
+            str(connection.scalar(text(f"SHOW {name}"))) for name in ("server_version", "shared_buffers")
+        )
     engine.dispose()
     return {
         "date": datetime.now(UTC).date().isoformat(), "machine": f"{processor()}, {os.cpu_count()} cores, shared",
-        "python": platform.python_version(), "postgresql": version,
+        "python": platform.python_version(), "postgresql": version, "shared_buffers": buffers,
     }  # fmt: skip
 
 

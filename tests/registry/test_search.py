@@ -112,8 +112,12 @@ def test_a_cursor_is_of_its_own_question(client: Client) -> None:
         Search.parse([], "best")
 
 
-def test_where_many_users_are_is_what_each_is_told_alone(client: Client) -> None:
-    """Who has none is left out, doubles are one."""
+@pytest.mark.parametrize("part", [1, 2, 2500])
+def test_where_many_users_are_is_what_each_is_told_alone(
+    client: Client, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has none is left out, doubles are one; in however many parts they are asked for."""
+    monkeypatch.setattr("registry.lookups._PART", part)
     found = client.current("acme", ["alice", "nobody", "bob", "bob"], alias="latest")
 
     assert set(found) == {"alice", "bob"}
