@@ -47,8 +47,9 @@ Question = Callable[[], object]
 Samples = dict[str, list[float]]  # milliseconds by question
 
 
-def questions(client: Client, users: int, many: int, chance: random.Random) -> Mapping[str, Question]:
-    """What is asked, each time of other users; lookups by themselves."""
+def questions(client: Client, users: int, many: int, times: int, chance: random.Random) -> Mapping[str, Question]:
+    """What is asked so many times, each time of other users; lookups by themselves."""
+    crowds = iter([[f"user-{chance.randint(1, users)}" for _ in range(many)] for _ in range(times)])
     with reading(client.engine) as session:
         bases = dict(session.execute(select(SharedBase.name, SharedBase.digest)).tuples().all())
     old, new = (bases[name] for name in sorted(bases, key=lambda name: "Qwen" in name))
@@ -63,9 +64,7 @@ def questions(client: Client, users: int, many: int, chance: random.Random) -> M
         return ask(getattr(first, "cursor", None) or "")
 
     return {
-        f"{many:,} users at once": lambda: client.current(
-            TENANT, [f"user-{chance.randint(1, users)}" for _ in range(many)]
-        ),
+        f"{many:,} users at once": lambda: client.current(TENANT, next(crowds)),
         "outdated, data": lambda: client.outdated(TENANT),
         "outdated, data and base": lambda: pages(
             lambda after: client.outdated(TENANT, base=new, after=after, limit=5000)
@@ -83,7 +82,7 @@ def lookups(client: Client, users: int, count: int, chance: random.Random) -> li
         reference = f"{TENANT}/user-{chance.randint(1, users)}"
         start = time.perf_counter()
         client.resolve(reference)
-        taken.append(1e3 * (time.perf_counter() - start))
+        taken.append(round(1e3 * (time.perf_counter() - start), 4))
     return taken
 
 
@@ -94,7 +93,7 @@ def measure(engines: Mapping[int, Engine], rounds: int, count: int, many: int) -
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(Path(folder).as_uri())
         clients = {users: Client(engine, store, Path(folder)) for users, engine in engines.items()}
-        asked = {users: questions(client, users, many, chance) for users, client in clients.items()}
+        asked = {users: questions(client, users, many, rounds + 1, chance) for users, client in clients.items()}
         kept: dict[int, Samples] = {users: {"lookup": [], **{name: [] for name in asked[users]}} for users in engines}
         for number in range(rounds + 1):
             for users, client in clients.items():
@@ -102,7 +101,7 @@ def measure(engines: Mapping[int, Engine], rounds: int, count: int, many: int) -
                 for name, question in asked[users].items():
                     start = time.perf_counter()
                     question()
-                    some[name] = [1e3 * (time.perf_counter() - start)]
+                    some[name] = [round(1e3 * (time.perf_counter() - start), 4)]
                 for name, taken in some.items():
                     kept[users][name] += taken if number else []
     return [tell(users, samples) for users, samples in kept.items()]
