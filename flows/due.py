@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from sqlalchemy.orm import Session
 
 from flows.errors import FlowError
-from flows.factory import Factory, Pinned, now, pin_base, request_training
+from flows.factory import Factory, Pinned, now, pin_base, request_in
 from lora_core.errors import LoraError
 from lora_core.recipe import make_recipe
 from registry import jobs, schedules, uploads
@@ -91,7 +91,7 @@ def _tick(session: Session, due: Due, bases: Bases, growths: Growths) -> Ticked:
         if isinstance(base, str):
             raise FlowError(base)
         recipe = make_recipe(due.recipe)
-        job = request_training(session, due.reference, base, recipe, due.terms.priority)
+        job = request_in(session, due.tenant_id, due.reference, base, recipe, due.terms.priority)
     except QuotaReached as error:
         schedules.hold(session, due, str(error), now() + AGAIN)
         return Ticked(due.reference.label, "held", str(error))

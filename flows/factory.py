@@ -23,7 +23,7 @@ from registry.client import Client
 from registry.datasets import Content, add_dataset
 from registry.jobs import Enqueued, Order, enqueue
 from registry.models import SharedBase
-from registry.names import Reference
+from registry.names import Reference, TenantId
 from registry.session import open_database
 from registry.signing import Signer
 from registry.store import ObjectStore, open_store, s3_client
@@ -140,7 +140,13 @@ def request_training(
     session: Session, reference: Reference, base: Pinned, recipe: Recipe, priority: int = 0
 ) -> Enqueued:
     """Enqueue a user's newest dataset; what was trained before from equal data, base and recipe stays as it is."""
-    tenant = queries.tenant_id(session, reference.tenant)
+    return request_in(session, queries.tenant_id(session, reference.tenant), reference, base, recipe, priority)
+
+
+def request_in(
+    session: Session, tenant: TenantId, reference: Reference, base: Pinned, recipe: Recipe, priority: int
+) -> Enqueued:
+    """The same in a transaction that sees the reference's tenant already."""
     holder = queries.holder(session, tenant, reference.user, reference.adapter)
     dataset = queries.newest_dataset(session, tenant, holder)
     order = Order(dataset, _base_row(session, base), recipe.model_dump(mode="json"), recipe.digest, group(base, recipe))
