@@ -83,15 +83,27 @@ class _File:
         """Whether a call names rows of tenants, by class or by an alias of one, or stands for such a statement."""
         if isinstance(call.func, ast.Name) and (self.path, call.func.id) in ELSEWHERE:
             return True
-        names = {node.id for argument in call.args for node in ast.walk(argument) if isinstance(node, ast.Name)}
+        names = {name for argument in call.args for name in _names(argument)}
+        for starred in [argument for argument in call.args if isinstance(argument, ast.Starred)]:
+            names |= {
+                name for tuple_ in _names(starred) if (value := self._meant(function, tuple_)) for name in _names(value)
+            }
         return bool(names & self.owned) or any(self._aliases(function, name) for name in names)
 
     def _aliases(self, function: Function, name: str) -> bool:
+        """Whether a name stands for such rows: an alias of a class, or the one that a helper chooses."""
         value = _assigned(function, name)
-        return any(
-            isinstance(node, ast.Call) and getattr(node.func, "id", "") == "aliased"
-            for node in (ast.walk(value) if value else ())
-        )
+        for node in ast.walk(value) if value else ():
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                helper = self.functions.get(node.func.id)
+                returned = _returned(helper) if helper else []
+                if node.func.id == "aliased" or any(_names(one) & self.owned for one in returned):
+                    return True
+        return False
+
+    def _meant(self, function: Function, name: str) -> ast.expr | None:
+        """What a name stands for, in the function or else in the file."""
+        return _assigned(function, name) or _assigned(self.tree, name)
 
     def _first_condition(self, function: Function, call: ast.Call) -> ast.expr | None:
         """The first argument of the first `where` on the chain that begins with this call."""
@@ -120,7 +132,7 @@ class _File:
                 return meant is not None and self._is_tenant(function, meant)
             case ast.Call(func=ast.Name(id=name)) if name in self.functions:
                 helper = self.functions[name]
-                given = [node.value for node in ast.walk(helper) if isinstance(node, ast.Return) and node.value]
+                given = _returned(helper)
                 return bool(given) and all(self._is_tenant(helper, one) for one in given)
             case ast.Compare(left=ast.Attribute(value=ast.Name(id=table), attr=column), ops=[ast.Eq()]):
                 whose = ("id", "name") if table == "Tenant" else ("tenant_id",)
@@ -148,9 +160,17 @@ def _blocks(function: Function) -> Iterator[ast.With]:
             yield node
 
 
-def _assigned(function: Function, name: str) -> ast.expr | None:
-    """What a function gives a name, the first time."""
-    for node in ast.walk(function):
+def _names(node: ast.AST) -> set[str]:
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+
+
+def _returned(function: Function) -> list[ast.expr]:
+    return [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value]
+
+
+def _assigned(place: Function | ast.Module, name: str) -> ast.expr | None:
+    """What a function, or a file, gives a name, the first time."""
+    for node in ast.walk(place) if isinstance(place, Function) else place.body:
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 if name in {part.id for part in ast.walk(target) if isinstance(part, ast.Name)}:

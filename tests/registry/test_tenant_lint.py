@@ -28,11 +28,12 @@ def test_a_removed_filter_is_told_by_line(mutant: Mutant) -> None:
 
 
 # Filters of joined tables, behind the one that the statement begins with.
+JOINING = {("queries", "version"), ("queries", "listing"), ("fleet", "promote_all"), ("fleet", "_carry_out")}
 JOINED = {
     str(mutant)
     for mutant in mutants()
     for table in ("User", "Adapter", "AdapterVersion", "current")
-    if (mutant.module, mutant.function) in (("queries", "version"), ("queries", "listing"), ("fleet", "promote_all"))
+    if (mutant.module, mutant.function) in JOINING
     and mutant.text.startswith(f"{table}.")
     and (mutant.function, table) not in (("version", "AdapterVersion"), ("listing", "User"))
 }
@@ -71,6 +72,18 @@ def test_a_statement_without_its_tenant_first_is_told(statement: str) -> None:
 def test_a_statement_that_begins_with_its_tenant_is_fine(statement: str) -> None:
     """And one on rows that are nobody's."""
     assert not complaints("registry/x.py", f"def ask(session, tenant, name):\n    return {statement}", OWNED)
+
+
+def test_columns_and_sources_that_have_names_are_seen() -> None:
+    """Named in the file, or chosen by a helper."""
+    code = (
+        "_COLUMNS = (User.id, User.name)\n"
+        "def chosen(wanted):\n    return User if wanted else Job\n"
+        "def ask(session, wanted, tenant):\n    source = chosen(wanted)\n    return {}\n"
+    )
+    for slip in ("select(*_COLUMNS).where(User.name == 'x')", "select(source.id).where(source.id == 1)"):
+        assert complaints("registry/x.py", code.format(slip), OWNED)
+    assert not complaints("registry/x.py", code.format("select(*_COLUMNS).where(source.tenant_id == tenant)"), OWNED)
 
 
 def test_work_that_spans_tenants_says_so() -> None:
