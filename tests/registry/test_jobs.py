@@ -199,6 +199,22 @@ def test_a_renewed_lease_keeps_the_job(engine: Engine, claim: Claim) -> None:
         assert jobs.claim(session, "thief", LEASE, 1, NOW + LEASE + timedelta(seconds=1)) == []
 
 
+def test_leases_of_many_tenants_are_renewed_together_but_for_the_lost(engine: Engine, claim: Claim) -> None:
+    """One that another worker took meanwhile is left as it is."""
+    held = [job for name in ("acme/alice", "globex/bob", "acme/cleo", "initech/dan") for job in claim(1, name)]
+    later = NOW + LEASE + timedelta(seconds=1)
+    with transaction(engine) as session:
+        (taken,) = jobs.claim(session, "thief", LEASE, 1, later, [held[2].id])
+
+    with transaction(engine) as session:
+        kept = jobs.renew(session, held, LEASE, later + LEASE)
+
+    assert sorted(kept) == sorted(job.id for job in held if job.id != taken.id)
+    with looking(engine) as session:
+        until = {job.id: job.lease_until for job in session.query(Job)}
+    assert until == dict.fromkeys(kept, later + 2 * LEASE) | {taken.id: later + LEASE}
+
+
 def test_a_job_that_kills_its_workers_fails_for_good(engine: Engine, claim: Claim) -> None:
     """Else one poisonous dataset would take the fleet down for ever."""
     (job,) = claim()

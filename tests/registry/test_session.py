@@ -97,6 +97,15 @@ def test_a_worker_that_stands_still_inside_a_transaction_loses_it(
     engine.dispose()
 
 
+def test_nothing_is_compiled_just_in_time(postgres_url: str) -> None:
+    """A second for each claim, whose plan PostgreSQL takes for dear: what it forbids itself counts as ten billion."""
+    engine = open_database(postgres_url)
+
+    with reading(engine) as session:
+        assert session.connection().exec_driver_sql("SHOW jit").scalar_one() == "off"
+    engine.dispose()
+
+
 def test_only_one_module_commits() -> None:
     """Sessions are opened by `transaction`; nobody else ends one."""
     assert PACKAGE.is_dir()
