@@ -34,7 +34,7 @@ from sqlalchemy.engine import Engine
 
 from benchmarks.far_server import FarServer, far_server
 from benchmarks.measuring import RESULTS, processor, ratios, save, say, spread
-from registry import jobs, queries
+from registry import jobs, orders, queries
 from registry.client import Client, Resolved
 from registry.fleet import Where
 from registry.names import LATEST, Reference
@@ -75,7 +75,7 @@ def seed(engine: Engine, adapters: int, kilobytes: int) -> None:
             dataset = queries.ensure_dataset(
                 session, owner.tenant_id, owner, digest=digest, key=f"t/d/{digest}", examples=1, size=1, now=NOW
             )
-            jobs.enqueue(session, owner.tenant_id, owner, jobs.Order(dataset, base, {}, "r" * 64, "g"), NOW)
+            orders.enqueue(session, owner.tenant_id, owner, orders.Order(dataset, base, {}, "r" * 64, "g"), NOW)
     scores = {"base": {"loss": 2.0}, "candidate": {"loss": 1.0}}
     while True:
         with transaction(engine) as session:

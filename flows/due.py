@@ -10,17 +10,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import groupby
 
 from sqlalchemy.orm import Session
 
 from flows.errors import FlowError
-from flows.factory import Factory, Pinned, now, pin_base, request_in
+from flows.factory import Factory, Pinned, Wanted, now, pin_base, request_many
 from lora_core.errors import LoraError
 from lora_core.recipe import make_recipe
 from registry import jobs, schedules, uploads
 from registry.errors import QuotaReached, RegistryError, StoreError
 from registry.growth import Growth, digests, growth, pair_of
 from registry.names import AdapterId
+from registry.orders import Enqueued
 from registry.schedules import Due
 from registry.session import reading, transaction
 from registry.shares import full_until
@@ -57,7 +59,7 @@ def fire_due(factory: Factory, begun: Callable[[], object] | None = None) -> lis
         growths = _growths(factory, moment)
         with transaction(factory.engine) as session:
             batch = schedules.fire(session, moment, BATCH)
-            ticked += [_tick(session, due, bases, growths) for due in batch]
+            ticked += _tick(session, batch, bases, growths)
         if not batch:
             return ticked
         if begun and len(ticked) == BATCH:
@@ -78,8 +80,26 @@ def table(found: Sequence[Ticked]) -> tuple[list[dict[str, str]], str]:
     return rows, words + (f"; the first {MOST_SHOWN} are shown" if len(found) > MOST_SHOWN else "")
 
 
-def _tick(session: Session, due: Due, bases: Bases, growths: Growths) -> Ticked:
-    """One schedule becomes a job, or is held back with the reason."""
+def _tick(session: Session, batch: Sequence[Due], bases: Bases, growths: Growths) -> list[Ticked]:
+    """Schedules become jobs, each tenant's together, or are held back with the reason."""
+    ticked: dict[AdapterId, Ticked] = {}
+    for tenant, own in groupby(batch, key=lambda due: due.tenant_id):
+        enter(session, tenant)
+        wanted: list[tuple[Due, Wanted]] = []
+        for due in own:
+            found = _wanted(session, due, bases, growths)
+            if isinstance(found, Ticked):
+                ticked[due.adapter_id] = found
+            else:
+                wanted.append((due, found))
+        outcomes = request_many(session, tenant, [one for _, one in wanted])
+        for (due, _), outcome in zip(wanted, outcomes, strict=True):
+            ticked[due.adapter_id] = _became(session, due, outcome)
+    return [ticked[due.adapter_id] for due in batch]
+
+
+def _wanted(session: Session, due: Due, bases: Bases, growths: Growths) -> Wanted | Ticked:
+    """What a schedule asks for, or why it asks for nothing now."""
     held = due if due.held else _held(session, due, growths)
     if held:
         return Ticked(due.reference.label, "held", str(held.held))
@@ -87,23 +107,31 @@ def _tick(session: Session, due: Due, bases: Bases, growths: Growths) -> Ticked:
     if base is None:  # set since this tick began
         schedules.hold(session, due, "its base was not read yet", now())
         return Ticked(due.reference.label, "held", "its base was not read yet")
+    if isinstance(base, str):
+        return _refused(session, due, base)
     try:
-        if isinstance(base, str):
-            raise FlowError(base)
-        recipe = make_recipe(due.recipe)
-        job = request_in(session, due.tenant_id, due.reference, base, recipe, due.terms.priority)
-    except QuotaReached as error:
-        schedules.hold(session, due, str(error), now() + AGAIN)
-        return Ticked(due.reference.label, "held", str(error))
-    except (LoraError, RegistryError, FlowError) as error:
-        schedules.hold(session, due, str(error), due.next_due_at or now() + AGAIN)
-        return Ticked(due.reference.label, "not queued", str(error))
-    return Ticked(due.reference.label, "unchanged" if job.unchanged else "queued", job=str(job.job_id))
+        return Wanted(due.reference, base, make_recipe(due.recipe), due.terms.priority)
+    except LoraError as error:
+        return _refused(session, due, str(error))
+
+
+def _became(session: Session, due: Due, outcome: Enqueued | RegistryError) -> Ticked:
+    """What came of a schedule that asked."""
+    if isinstance(outcome, QuotaReached):
+        schedules.hold(session, due, str(outcome), now() + AGAIN)
+        return Ticked(due.reference.label, "held", str(outcome))
+    if isinstance(outcome, RegistryError):
+        return _refused(session, due, str(outcome))
+    return Ticked(due.reference.label, "unchanged" if outcome.unchanged else "queued", job=str(outcome.job_id))
+
+
+def _refused(session: Session, due: Due, why: str) -> Ticked:
+    schedules.hold(session, due, why, due.next_due_at or now() + AGAIN)
+    return Ticked(due.reference.label, "not queued", why)
 
 
 def _held(session: Session, due: Due, growths: Growths) -> Due | None:
     """A schedule whose conditions are not met, with why; None where it may go on."""
-    enter(session, due.tenant_id)
     if due.terms.min_examples or due.terms.min_bytes:
         known = growths.get(due.adapter_id, "its data was not compared yet")
         if isinstance(known, str):

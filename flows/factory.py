@@ -21,9 +21,10 @@ from lora_core.recipe import Recipe
 from registry import queries
 from registry.client import Client
 from registry.datasets import Content, add_dataset
-from registry.jobs import Enqueued, Order, enqueue
-from registry.models import SharedBase
+from registry.errors import NotFound, RegistryError
+from registry.models import Dataset, SharedBase
 from registry.names import Reference, TenantId
+from registry.orders import Asked, Enqueued, Order, enqueue_many, newest_datasets
 from registry.session import open_database
 from registry.signing import Signer
 from registry.store import ObjectStore, open_store, s3_client
@@ -136,21 +137,44 @@ def _client_for(sources: Sequence[str]) -> "S3Client | None":
     return s3_client() if any(map(in_s3, sources)) else None
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Training that is asked for, of a user's newest dataset."""
+
+    reference: Reference
+    base: Pinned
+    recipe: Recipe
+    priority: int = 0
+
+
 def request_training(
     session: Session, reference: Reference, base: Pinned, recipe: Recipe, priority: int = 0
 ) -> Enqueued:
     """Enqueue a user's newest dataset; what was trained before from equal data, base and recipe stays as it is."""
-    return request_in(session, queries.tenant_id(session, reference.tenant), reference, base, recipe, priority)
+    tenant = queries.tenant_id(session, reference.tenant)
+    (found,) = request_many(session, tenant, [Wanted(reference, base, recipe, priority)])
+    if isinstance(found, RegistryError):
+        raise found
+    return found
 
 
-def request_in(
-    session: Session, tenant: TenantId, reference: Reference, base: Pinned, recipe: Recipe, priority: int
-) -> Enqueued:
-    """The same in a transaction that sees the reference's tenant already."""
-    holder = queries.holder(session, tenant, reference.user, reference.adapter)
-    dataset = queries.newest_dataset(session, tenant, holder)
-    order = Order(dataset, _base_row(session, base), recipe.model_dump(mode="json"), recipe.digest, group(base, recipe))
-    return enqueue(session, tenant, holder, order, now(), priority)
+def request_many(session: Session, tenant: TenantId, wanted: Sequence[Wanted]) -> list[Enqueued | RegistryError]:
+    """The same for many of one tenant, which the transaction sees already; each is told what came of it."""
+    newest = newest_datasets(session, tenant, [one.reference for one in wanted])
+    bases = {one.base: _base_row(session, one.base) for one in wanted}
+    troubles = {one.reference: found for one in wanted if isinstance(found := newest[one.reference], NotFound)}
+    asked = [
+        Asked(found[0], _order(found[1], bases[one.base], one), one.priority)
+        for one in wanted
+        if not isinstance(found := newest[one.reference], NotFound)
+    ]
+    outcomes = iter(enqueue_many(session, tenant, asked, now()))
+    return [troubles.get(one.reference) or next(outcomes) for one in wanted]
+
+
+def _order(dataset: Dataset, base: SharedBase, wanted: Wanted) -> Order:
+    recipe = wanted.recipe
+    return Order(dataset, base, recipe.model_dump(mode="json"), recipe.digest, group(wanted.base, recipe))
 
 
 def group(base: Pinned, recipe: Recipe) -> str:

@@ -7,9 +7,9 @@ from sqlalchemy import select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from registry.jobs import GIVEN_UP
 from registry.models import Adapter, Dataset, Job
 from registry.names import AdapterId, TenantId
+from registry.orders import GIVEN_UP
 from registry.session import reading
 from registry.store import ObjectStore
 from registry.tenancy import enter

@@ -11,48 +11,20 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, func, select, update
 from sqlalchemy.orm import Session
 
-from registry.errors import LeaseLost, QuotaReached
+from registry.errors import LeaseLost
 from registry.line import behind, count_served, group_of_first, keep_to_indexes, line, oldest, ready, seat, unclaimed
-from registry.models import Adapter, AdapterVersion, Dataset, Facts, Job, Share, SharedBase, Tenant, User
+from registry.models import Adapter, Dataset, Facts, Job, Share, SharedBase, Tenant, User
 from registry.names import AdapterId, DatasetId, JobId, Reference, TenantId
-from registry.queries import Holder, find_or_add, note
-from registry.shares import MADE, room, share
+from registry.queries import note
+from registry.shares import room
 from registry.tenancy import Across, across, enter
 
 MAX_ERRORS = 3  # a job that ended in an error this often has failed
 MAX_DEATHS = 5  # so has one whose workers died: most of its neighbours, and of whatever else kills, are innocent
 SUSPECT = 2  # after so many deaths it is tried alone, so that nobody shares its blame
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=30), timedelta(hours=1)  # after a job broke its worker
-STEP = timedelta(hours=1)  # of waiting that one step of priority is worth
 PATIENCE = timedelta(minutes=10)  # how much longer another group may wait while a cohort fills up with its own
-BUSY, GIVEN_UP = ("queued", "running"), ("failed", "cancelled")
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is to be trained: data, base, recipe, and the group of jobs it can share a cohort with."""
-
-    dataset: Dataset
-    base: SharedBase
-    recipe: Facts
-    recipe_digest: str
-    group: str
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over dataset, base and recipe digests: with equal ones there is nothing new to train."""
-        parts = (self.dataset.digest, self.base.digest, self.recipe_digest)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Enqueued:
-    """The job of an order; `unchanged` when it is over already and nothing will be trained."""
-
-    job_id: JobId
-    state: str
-    unchanged: bool
-    number: int | None  # the version it gave, once it is over
+BUSY = ("queued", "running")
 
 
 @dataclass(frozen=True)
@@ -79,65 +51,6 @@ class ClaimedJob:
     recipe_digest: str
     group: str
     errors: int = 0  # of its earlier attempts
-
-
-def enqueue(
-    session: Session, tenant: TenantId, holder: Holder, order: Order, now: datetime, priority: int = 0
-) -> Enqueued:
-    """Ask for training.  The same data, base and recipe give the same job; one that failed is tried again.
-
-    A job that waits takes the higher priority of two.  Raises QuotaReached where as many wait as the tenant may have.
-    """
-    _check_room(session, tenant)
-    mine = (Job.tenant_id == tenant, Job.adapter_id == holder.adapter.id, Job.fingerprint == order.fingerprint)
-    job = find_or_add(
-        session, select(Job).where(*mine).with_for_update(), lambda: _new_job(tenant, holder, order, priority, now)
-    )
-    if job.state in GIVEN_UP:
-        revive(session, job, now)
-    elif job.created_at == now:
-        note(session, tenant, "job queued", job.id, {"fingerprint": order.fingerprint}, now)
-    if job.state == "queued" and priority > job.priority:
-        job.priority, job.in_line_since = priority, place_in_line(job.created_at, priority)
-    session.flush()
-    unchanged = job.state in MADE
-    made = (AdapterVersion.tenant_id == tenant, AdapterVersion.job_id == job.id)
-    number = session.scalar(select(AdapterVersion.number).where(*made)) if unchanged else None
-    return Enqueued(job.id, job.state, unchanged, number)
-
-
-def place_in_line(asked_at: datetime, priority: int) -> datetime:
-    """Since when a job counts as in line: a step of priority is worth an hour of waiting, so nobody waits for ever."""
-    return asked_at - priority * STEP
-
-
-def revive(session: Session, job: Job, now: datetime) -> None:
-    """Let a job that was given up wait again, at the end of the line and with all its attempts."""
-    job.state, job.attempts, job.errors, job.error = "queued", 0, 0, None
-    job.finished_at = job.lease_until = None
-    job.created_at, job.in_line_since = now, place_in_line(now, job.priority)
-    note(session, job.tenant_id, "job queued again", job.id, {"fingerprint": job.fingerprint}, now)
-
-
-def _new_job(tenant: TenantId, holder: Holder, order: Order, priority: int, now: datetime) -> Job:
-    return Job(
-        tenant_id=tenant, adapter_id=holder.adapter.id, dataset_id=order.dataset.id, base_id=order.base.id,
-        recipe=order.recipe, recipe_digest=order.recipe_digest, fingerprint=order.fingerprint,
-        cohort_group=order.group, state="queued", created_at=now, priority=priority,
-        in_line_since=place_in_line(now, priority),
-    )  # fmt: skip
-
-
-def _check_room(session: Session, tenant: TenantId) -> None:
-    """Refuse a job more than may wait.  Requests at once come one after the other, before they hold any job."""
-    most = share(session, tenant).max_waiting
-    if most is None:
-        return
-    if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(tenant.int & (1 << 63) - 1)))
-    unfinished = (Job.tenant_id == tenant, Job.finished_at.is_(None), Job.state == "queued")
-    if (session.scalar(select(func.count(Job.id)).where(*unfinished)) or 0) >= most:
-        raise QuotaReached(most)
 
 
 def claim(

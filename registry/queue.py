@@ -8,9 +8,9 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, case, func, or_, select, true
 from sqlalchemy.orm import Session
 
-from registry.jobs import GIVEN_UP, revive
 from registry.models import Adapter, Job, Tenant, User
 from registry.names import JobId, Reference, TenantId
+from registry.orders import GIVEN_UP, revive
 from registry.queries import Holder, note
 from registry.shares import room, share
 from registry.tenancy import Across, across

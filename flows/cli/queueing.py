@@ -9,9 +9,9 @@ from flows.factory import now, who
 from registry import queries, queue, shares
 from registry.client import Client
 from registry.errors import NotFound
-from registry.jobs import GIVEN_UP
 from registry.models import Facts, Job
 from registry.names import Reference, check_words
+from registry.orders import GIVEN_UP
 from registry.queue import STATES, Wanted
 from registry.session import reading, transaction
 

@@ -16,8 +16,8 @@ from flows.logs import set_up_logs
 from lora_core.errors import LoraError
 from registry import queries
 from registry.errors import RegistryError
-from registry.jobs import Enqueued
 from registry.names import JobId, Reference
+from registry.orders import Enqueued
 from registry.session import reading, transaction
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import typer
 from flows.cli.printing import AsJson, OwnReference, console, say, table
 from flows.cli.training import GOOD, BaseOption, RecipeOption, SetOption, not_trained, progress_bar
 from flows.factory import Factory, Pinned, add_data, pin_base, read_data, request_training
-from registry.jobs import Enqueued
 from registry.names import Reference
+from registry.orders import Enqueued
 from registry.session import transaction
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from flows.demo.tiny_base import make_base
 from flows.factory import Factory, add_data, pin_base, request_training
 from lora_core.recipe import Recipe, make_recipe
 from registry import queries
-from registry.jobs import Enqueued
 from registry.names import Reference
+from registry.orders import Enqueued
 from registry.session import reading, transaction
 
 PICTURE = "demo.png"

@@ -18,8 +18,9 @@ from flows.settings import FactorySettings
 from lora_core.recipe import Recipe
 from registry import aliases, jobs, queries
 from registry.errors import LeaseLost, NotFound, RegistryError
-from registry.jobs import ClaimedJob, Enqueued
+from registry.jobs import ClaimedJob
 from registry.names import Reference
+from registry.orders import Enqueued
 from registry.publishing import Finished, declare, publish, upload
 from registry.session import transaction
 from registry.uploads import UPLOAD_LEASE, sweep

@@ -13,7 +13,7 @@ from flows import factory as clock
 from flows.due import Ticked, fire_due
 from flows.factory import Factory, add_data, pin_base
 from flows.settings import FactorySettings
-from registry import jobs, queries, schedules, shares
+from registry import jobs, orders, queries, schedules, shares
 from registry.models import Job, Schedule
 from registry.names import Reference
 from registry.schedules import Filter, Terms
@@ -191,7 +191,7 @@ def test_the_priority_of_a_schedule_is_that_of_its_job(
 
     with looking(factory.engine) as session:
         (job,) = session.query(Job).all()
-        assert (job.priority, job.in_line_since) == (3, time() - 3 * jobs.STEP)
+        assert (job.priority, job.in_line_since) == (3, time() - 3 * orders.STEP)
 
 
 def test_many_ticks_at_once_make_one_job_for_each_in_small_transactions(

@@ -17,7 +17,7 @@ from flows.settings import FactorySettings
 from flows.upkeep import clean_home, forget, keep_up
 from lora_core.recipe import Recipe
 from lora_core.saves import file_stem
-from registry import aliases, forgetting, holds, jobs, progress, queries, retention, schedules
+from registry import aliases, forgetting, holds, jobs, orders, progress, queries, retention, schedules
 from registry.errors import LeaseLost, NameRefused, NotFound, NotYetForgotten, UnderHold
 from registry.forgetting import Wish
 from registry.jobs import ClaimedJob
@@ -106,7 +106,7 @@ def furnish(factory: Factory, user: str) -> None:
         (home / folder / f"{name}.safetensors").write_text(f"numbers of {user}")
 
 
-def asked(factory: Factory, user: str, what: str) -> jobs.Enqueued:
+def asked(factory: Factory, user: str, what: str) -> orders.Enqueued:
     """A job on data that nobody has seen before."""
     file = factory.settings.home_folder / f"{user}.jsonl"
     file.write_text("".join(json.dumps({"text": f"{user} {what} line {line}"}) + "\n" for line in range(5)))

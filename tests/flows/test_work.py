@@ -32,9 +32,9 @@ from lora_core.planner import Plan
 from lora_core.recipe import load_recipe
 from registry import jobs, queries, queue
 from registry.errors import LeaseLost, SignatureRefused, StoreUnavailable
-from registry.jobs import Enqueued
 from registry.models import Job
 from registry.names import JobId, Reference
+from registry.orders import Enqueued
 from registry.session import reading, transaction
 from tests.flows.conftest import QUICK, write_user
 from tests.registry.test_signing import write_pair

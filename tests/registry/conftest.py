@@ -11,11 +11,12 @@ from sqlalchemy import or_, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from registry import jobs, queries
+from registry import jobs, orders, queries
 from registry.aliases import COPIED
-from registry.jobs import ClaimedJob, Order
+from registry.jobs import ClaimedJob
 from registry.models import AdapterVersion, Alias
 from registry.names import Reference
+from registry.orders import Order
 from registry.publishing import Finished
 from registry.session import reading, transaction
 from registry.store import FolderStore
@@ -57,7 +58,7 @@ def store(tmp_path: Path) -> FolderStore:
 
 def enqueue(
     session: Session, reference: str, count: int, group: str = "g", now: datetime = NOW, priority: int = 0
-) -> list[jobs.Enqueued]:
+) -> list[orders.Enqueued]:
     """`count` jobs, each on its own data."""
     holder = queries.ensure_adapter(session, Reference.parse(reference), NOW)
     base = queries.ensure_base(session, name="tiny", revision="main", digest="b" * 64, parameters=7, now=NOW)
@@ -68,7 +69,7 @@ def enqueue(
             session, holder.tenant_id, holder, digest=digest, key=f"t/d/{digest}", examples=3, size=9, now=NOW
         )
         order = Order(dataset, base, {"rank": 8}, "r" * 64, group)
-        made.append(jobs.enqueue(session, holder.tenant_id, holder, order, now, priority))
+        made.append(orders.enqueue(session, holder.tenant_id, holder, order, now, priority))
     return made
 
 

@@ -12,10 +12,11 @@ from sqlalchemy.engine import Engine
 
 from registry import jobs, queries, shares
 from registry.errors import QuotaReached, QuotaRefused
-from registry.jobs import PATIENCE, STEP, ClaimedJob, place_in_line
+from registry.jobs import PATIENCE, ClaimedJob
 from registry.line import Turn, allot
 from registry.models import Facts
 from registry.names import JobId, TenantId
+from registry.orders import STEP, place_in_line
 from registry.session import transaction
 from tests.registry.conftest import LEASE, NOW, enqueue
 

@@ -27,6 +27,7 @@ from registry import (
     holds,
     jobs,
     lookups,
+    orders,
     overview,
     protection,
     queries,
@@ -81,7 +82,7 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
     version = queries.version(session, mine, alice)
     base = queries.ensure_base(session, name="tiny", revision="main", digest="b" * 64, parameters=7, now=NOW)
     dataset = queries.newest_dataset(session, mine, holder)
-    order = jobs.Order(dataset, base, {}, "r" * 64, "g")
+    order = orders.Order(dataset, base, {}, "r" * 64, "g")
     facts: Any = {"digest": dataset.digest, "key": "k", "examples": 1, "size": 1}
     return {
         "tenant": lambda: (mine, holder, version, dataset, order.fingerprint),
@@ -108,7 +109,7 @@ def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]
         "outdated": lambda: freshness.outdated(session, mine, base="c"),
         "changes": lambda: feed.changes(session, mine),
         "latest": lambda: aliases.promote(session, mine, first, "latest", **who),
-        "enqueue": lambda: jobs.enqueue(session, mine, holder, order, now),
+        "enqueue": lambda: orders.enqueue(session, mine, holder, order, now),
         "renew": lambda: jobs.renew(session, [job], LEASE, now),
         "release": lambda: jobs.release(session, job, now, "error"),
         "fail": lambda: jobs.fail(session, job, "reason", now),

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy.engine import Engine
 
-from registry import jobs, queries, queue
+from registry import jobs, orders, queries, queue
 from registry.errors import LeaseLost
 from registry.jobs import FIRST_PAUSE, LONGEST_PAUSE, MAX_ERRORS, pause_after
 from registry.models import Job
@@ -100,7 +100,7 @@ def test_a_job_that_broke_its_worker_is_left_alone_longer_each_time(engine: Engi
     assert len({pause_after(one.job_id, 1) for one in many(engine)}) > 5
 
 
-def many(engine: Engine) -> list[jobs.Enqueued]:
+def many(engine: Engine) -> list[orders.Enqueued]:
     """Jobs that could come back together."""
     with transaction(engine) as session:
         return enqueue(session, "acme/zoe", 8)
