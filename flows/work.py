@@ -33,14 +33,15 @@ def run_cohort(
 ) -> Cohort | None:
     """Take one cohort of waiting jobs from raw datasets to published versions; None when nobody waits.
 
-    Unless it is for some jobs `only`, others that can share it are let in while it trains, and `tick` is called before
-    each look for them.  Told to `leave`, it takes nobody more, and puts back who is unfinished when the time to train
-    is over.
+    Unless it is for some jobs `only`, or for those whose workers died again and again, others that can share it are let
+    in while it trains, and `tick` is called before each look for them.  Told to `leave`, it takes nobody more, and puts
+    back who is unfinished when the time to train is over.
     """
-    leave, look = leave or Leave(factory.settings.grace), tick if only is None else None
+    leave = leave or Leave(factory.settings.grace)
     claimed = None if leave.asked else do(steps.claim, factory, only)
     if not claimed:
         return None
+    look = tick if only is None and not claimed[0].suspect else None
     with in_hand(factory, claimed) as hands, _seen(factory, len(claimed), do) as seen:
         cohort: Cohort = seen(steps.prepare, factory, claimed, hands, leave, look is not None)  # or drops out alone
         seen(steps.train, factory, cohort, watch, look)  # one process, one frozen base, every user

@@ -21,7 +21,7 @@ from registry.tenancy import Across, across, enter
 
 MAX_ERRORS = 3  # a job that ended in an error this often has failed
 MAX_DEATHS = 5  # so has one whose workers died: most of its neighbours, and of whatever else kills, are innocent
-SUSPECT = 2  # after so many deaths it is tried alone, so that nobody shares its blame
+SUSPECT = 2  # after so many deaths it is tried with fewer others, and at last alone, so that nobody shares its blame
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=30), timedelta(hours=1)  # after a job broke its worker
 PATIENCE = timedelta(minutes=10)  # how much longer another group may wait while a cohort fills up with its own
 BUSY = ("queued", "running")
@@ -52,6 +52,11 @@ class ClaimedJob:
     group: str
     errors: int = 0  # of its earlier attempts
 
+    @property
+    def suspect(self) -> bool:
+        """Whether so many workers died under it that nobody else should join it."""
+        return self.attempts - 1 - self.errors >= SUSPECT
+
 
 def claim(
     session: Session,
@@ -67,8 +72,8 @@ def claim(
     The tenant whose turn it is says which group; the seats are shared out among all who wait for that group, within
     their quotas.  With `group` more of that group are taken, unless somebody of another waits much longer.
     Jobs whose worker died count as waiting; an adapter that is in work elsewhere waits, and so does a job that was put
-    off, unless `only` asks for it.  A job whose workers died again and again is taken alone, and not where a group is
-    named: a cohort is at work there.
+    off, unless `only` asks for it.  Jobs whose workers died again and again are taken a few at a time, and not where a
+    group is named: a cohort is at work there.
     Concurrent claims share nothing out twice (SKIP LOCKED on PostgreSQL, one writer at a time on SQLite).
     """
     wanted = and_(ready(now), ~behind(now)) if only is None else and_(unclaimed(now), Job.id.in_(only))
@@ -82,7 +87,7 @@ def claim(
             sharing = line(session, alike, limit, now)
             if group and (not sharing or oldest(sharing) - oldest(turns) > PATIENCE):
                 break
-            taken = apart(seat(session, alike, limit, sharing))
+            taken = apart(seat(session, alike, limit, sharing), limit)
             for job in taken:
                 _take(session, job, worker, now + lease, now)
             session.flush()
@@ -94,10 +99,19 @@ def claim(
     return []
 
 
-def apart(seated: list[Job]) -> list[Job]:
-    """Those of a claim that may share a cohort: the first alone where it is suspected of killing workers."""
-    suspects = {job.id for job in seated if job.attempts - job.errors >= SUSPECT}
-    return seated[:1] if seated[:1] and seated[0].id in suspects else [job for job in seated if job.id not in suspects]
+def apart(seated: Sequence[Job], limit: int) -> list[Job]:
+    """Those of a claim that may share a cohort with the first: the more workers died under them, the fewer.
+
+    After two deaths a quarter of the seats, after three a sixteenth, then one by one; only with others as suspect.
+    """
+    level = _suspicion(seated[0]) if seated else 0
+    alike = [job for job in seated if _suspicion(job) == level]
+    return alike[: max(1, limit // 4**level)]
+
+
+def _suspicion(job: Job) -> int:
+    """0 for a job whose workers died by chance, if at all; one more with each further death."""
+    return max(0, job.attempts - job.errors - SUSPECT + 1)
 
 
 def _suspect() -> ColumnElement[bool]:

@@ -15,6 +15,8 @@ from registry.session import reading, transaction
 from tests.conftest import looking, tampering
 from tests.registry.conftest import LEASE, NOW, Claim, enqueue
 
+USERS = [f"user{number}" for number in range(20)]
+
 
 def test_the_same_work_is_one_job(engine: Engine) -> None:
     """Equal data, base and recipe: nothing new to train."""
@@ -231,14 +233,16 @@ def test_a_job_that_kills_its_workers_fails_for_good(engine: Engine, claim: Clai
 
 
 def test_a_job_that_kills_its_workers_takes_nobody_along(engine: Engine) -> None:
-    """Those who shared a cohort with it share two deaths; then each is tried alone, and it alone is given up."""
+    """Those who shared a cohort with it share its deaths, and are tried in ever smaller ones: it alone fails."""
     with transaction(engine) as session:
-        poison, *others = (enqueue(session, f"acme/{user}", 1)[0] for user in ("alice", "bob", "carol"))
-    moment, done = NOW, set[uuid.UUID]()
-    for _ in range(4 * MAX_DEATHS):
+        poison, *others = (enqueue(session, f"acme/{user}", 1)[0] for user in USERS)
+    moment, done, sizes = NOW, set[uuid.UUID](), list[int]()
+    for _ in range(4 * len(USERS)):
         moment += 2 * LEASE
         with transaction(engine) as session:
-            taken = jobs.claim(session, "w", LEASE, 10, moment)
+            taken = jobs.claim(session, "w", LEASE, 32, moment)
+        sizes += [len(taken)] if poison.job_id in {job.id for job in taken} else []
+        assert len({job.attempts for job in taken}) < 2 or not any(job.suspect for job in taken)
         if poison.job_id not in {job.id for job in taken}:
             for job in taken:
                 with transaction(engine) as session:
@@ -246,6 +250,8 @@ def test_a_job_that_kills_its_workers_takes_nobody_along(engine: Engine) -> None
                 done.add(job.id)
 
     assert done == {job.job_id for job in others}
+    assert sizes[:2] == [20, 20]
+    assert all(size <= most for size, most in zip(sizes[2:], (8, 2, 1), strict=True))
     with looking(engine) as session:
         assert session.get_one(Job, poison.job_id).state == "failed"
 
