@@ -49,7 +49,7 @@ class Ticked:
 def fire_due(factory: Factory, begun: Callable[[], object] | None = None) -> list[Ticked]:
     """Turn everybody who is due at this moment into jobs; returns what became of each.
 
-    `begun` is called once a first batch waits and more of them follow: so many need not wait for the last of them.
+    `begun` is called once a first full batch waits: more may follow, and so many need not wait for the last of them.
     """
     moment = now()  # one for all batches: who is due again before the last of them waits for the next tick
     with reading(factory.engine) as session:

@@ -160,6 +160,8 @@ def request_training(
 
 def request_many(session: Session, tenant: TenantId, wanted: Sequence[Wanted]) -> list[Enqueued | RegistryError]:
     """The same for many of one tenant, which the transaction sees already; each is told what came of it."""
+    if not wanted:
+        return []
     newest = newest_datasets(session, tenant, [one.reference for one in wanted])
     bases = {one.base: _base_row(session, one.base) for one in wanted}
     troubles = {one.reference: found for one in wanted if isinstance(found := newest[one.reference], NotFound)}

@@ -37,7 +37,7 @@ def asked(session: Session, tenant: str, users: Sequence[int], data: int, priori
 
 
 def one_by_one(session: Session, tenant: TenantId, some: Sequence[Asked]) -> list[Enqueued | QuotaReached]:
-    """The same by `enqueue`, who asks for one."""
+    """The same, each in a call of its own."""
     found: list[Enqueued | QuotaReached] = []
     for one in some:
         try:
