@@ -60,5 +60,5 @@ def _reading(name: str, file: IO[bytes]) -> Iterator[IO[bytes]]:
         if code:
             words.seek(0)
             said = words.read(300).decode(errors="replace").strip()
-            why = said if code == REFUSED else f"broke its reader (exit code {code})"
+            why = said if code == REFUSED else f"broke its reader (exit code {code}): {said}".rstrip(": ")
             raise DatasetRefused(name, f"is broken: {why}", "write it again, or as .jsonl")

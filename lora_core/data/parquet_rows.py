@@ -65,4 +65,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # Arrow's threads at times abort a process that ends with its work done (arrow#34314)
