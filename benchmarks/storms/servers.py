@@ -167,8 +167,7 @@ def running_site(folder: Path, on_disk: bool, settings: Mapping[str, str], prefe
             yield site
             return
         site.start(_prefect_server(site, ports["prefect"]))
-        for pool in ("gpu", "clock"):
-            _once(site, [PREFECT, "work-pool", "create", pool, "--type", "process", "--overwrite"])
+        _once(site, [PREFECT, "work-pool", "create", "gpu", "--type", "process", "--overwrite"])
         _once(site, [PREFECT, "--no-prompt", "deploy", "--all", "--prefect-file", "infra/prefect.yaml"])
         yield site
 
@@ -177,12 +176,12 @@ def start_workers(site: Site, count: int) -> None:
     """So many workers, each of one cohort at a time: of Prefect's pool, or plain ones where there is no Prefect."""
     for number in range(1, count + 1):
         name = f"worker-{number}"
-        site.start(_worker(site, name, "gpu") if "prefect" in site.services else _plain_worker(site, name))
+        site.start(_worker(site, name) if "prefect" in site.services else _plain_worker(site, name))
 
 
 def start_clock(site: Site) -> None:
-    """The worker that runs the ticks."""
-    site.start(_worker(site, "clock", "clock"))
+    """The clock, whose first tick comes at once."""
+    site.start(Process("clock", [LORA, "clock"], site.environment, site.folder / "clock.log", lambda: True))
 
 
 def postgres_programs() -> Path | None:
@@ -231,8 +230,8 @@ def _prefect_server(site: Site, port: int) -> Process:
     return Process("prefect", command, site.environment, site.folder / "prefect.log", lambda: _responds(health))
 
 
-def _worker(site: Site, name: str, pool: str) -> Process:
-    command = [PREFECT, "worker", "start", "--pool", pool, "--type", "process", "--name", name, "--limit", "1"]
+def _worker(site: Site, name: str) -> Process:
+    command = [PREFECT, "worker", "start", "--pool", "gpu", "--type", "process", "--name", name, "--limit", "1"]
     environment = site.environment | {"LORA_WORKER": name}
     return Process(name, command, environment, site.folder / f"{name}.log", lambda: True)
 

@@ -14,6 +14,7 @@ import typer
 from flows.cli import (
     caching,
     chatting,
+    clock,
     comparing,
     dataset,
     fleet,
@@ -46,7 +47,7 @@ app = typer.Typer(
 )
 # What `lora --help` shows, in this order: a heading, and the files whose commands stand under it.
 PANELS = {
-    "The factory": (system, status, metrics),
+    "The factory": (system, status, clock, metrics),
     "Training": (dataset, training, tuning, scheduling, queueing, comparing),
     "Versions": (reading, searching, versions, fleet),
     "Pulling and talking": (pulling, caching, leave, chatting),

@@ -17,6 +17,7 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from flows.cli.screen import lines
+from flows.clock import Ticks
 from flows.endpoint import Endpoint, kept, moving, reachable, served
 from flows.factory import Factory, add_data, now, pin_base, request_training
 from flows.metrics import FactoryMetrics
@@ -130,6 +131,7 @@ def test_every_metric_of_the_dashboard_and_the_alarms_is_exported(seen_metrics: 
     metrics.refresh()
     exported = {name for name, _ in samples(generate_latest(metrics.registry).decode())}
     exported |= {name for name, _ in samples(generate_latest(WorkerMetrics(factory.pulse, 4).registry).decode())}
+    exported |= {name for name, _ in samples(generate_latest(Ticks().registry).decode())}
     exported |= {"lora_queue_jobs", "lora_queue_oldest_seconds", "lora_queue_put_off_jobs", "lora_jobs_running"}
     dashboard = json.loads((ROOT / "infra" / "grafana" / "lora-factory.json").read_text())
     rules = yaml.safe_load((ROOT / "infra" / "prometheus" / "alerts.yaml").read_text())["groups"][0]["rules"]

@@ -1,5 +1,6 @@
-"""What a tick asks Prefect for, and what it costs."""
+"""What a tick asks Prefect for, what it costs, and that the clock goes on whatever happens to one."""
 
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -9,9 +10,11 @@ from uuid import uuid4
 import pytest
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
-from flows.factory import now
+from flows.clock import Ticks, keep_time
+from flows.factory import Factory, now
+from flows.settings import FactorySettings
 from flows.ticking import may_begin
-from tests.flows.conftest import ROOT
+from tests.flows.conftest import LORA, ROOT
 
 
 @pytest.mark.parametrize(
@@ -31,9 +34,9 @@ def test_a_run_whose_worker_died_before_it_began_does_not_count(state: StateType
 
 
 def test_a_tick_loads_no_torch_whoever_is_due(base_folder: Path) -> None:
-    """A process a minute: with the imports of training it would keep a core busy for a tenth of the time."""
+    """The clock is on a machine without a GPU: half a gigabyte of libraries would wait there for nothing."""
     code = (
-        "import sys, flows.ticking; from pathlib import Path; from lora_core import base_files;"
+        "import sys, flows.clock, flows.ticking; from pathlib import Path; from lora_core import base_files;"
         f"folder = base_files.locate({str(base_folder)!r}); base_files.fingerprint(folder);"
         "assert base_files.count_parameters(folder) > 0;"
         "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
@@ -42,3 +45,30 @@ def test_a_tick_loads_no_torch_whoever_is_due(base_folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_clock_goes_on_after_a_tick_that_failed(tmp_path: Path) -> None:
+    """Prefect or the database was away: what is due stays due, and the next tick is another try."""
+    factory = Factory(FactorySettings(database_url=f"sqlite:///{tmp_path / 'registry.db'}"))
+    ticks, outcomes = Ticks(), iter((ConnectionError("no answer"), None, ValueError("odd"), None, SystemExit()))
+
+    def tick() -> None:
+        if error := next(outcomes):
+            raise error
+
+    with pytest.raises(SystemExit):
+        keep_time(factory, tick, ticks, every=0.01)
+
+    counted = [ticks.registry.get_sample_value("lora_clock_ticks_total", {"result": one}) for one in ("done", "failed")]
+    assert counted == [2, 2]
+
+
+def test_a_clock_needs_a_prefect_server_and_says_so() -> None:
+    """It asks for runs of Prefect's workers: without a server there is nobody to ask."""
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+
+    done = subprocess.run([*LORA, "clock"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 1
+    assert "set PREFECT_API_URL" in done.stderr
+    assert "Traceback" not in done.stderr

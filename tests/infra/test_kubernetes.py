@@ -101,15 +101,18 @@ def test_a_secret_of_the_example_is_a_setting() -> None:
     assert {name.removeprefix("lora_") for name in ours} <= set(FactorySettings.model_fields)
 
 
-def test_prometheus_asks_where_the_exporter_listens() -> None:
+@pytest.mark.parametrize(("number", "name"), [(0, "metrics"), (1, "clock")])
+def test_prometheus_asks_where_the_exporters_listen(number: int, name: str) -> None:
     """By the name and port that the service has in compose and in the cluster."""
     scraped = yaml.safe_load((ROOT / "infra" / "prometheus" / "prometheus.yaml").read_text())["scrape_configs"]
-    service = next(one for one in manifests("metrics.yaml") if one["kind"] == "Service")
+    service = next(one for one in manifests(f"{name}.yaml") if one["kind"] == "Service")
     policy = next(one for one in manifests("network.yaml") if one["metadata"]["name"] == "metrics")
 
-    target = f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
-    assert scraped[0]["static_configs"] == [{"targets": [target]}]
-    assert policy["spec"]["ingress"][0]["ports"] == [{"port": service["spec"]["ports"][0]["port"], "protocol": "TCP"}]
-    assert SERVICES["metrics"]["command"][-1] == target.partition(":")[2]
+    port = service["spec"]["ports"][0]["port"]
+    assert service["metadata"]["name"] == name
+    assert scraped[number]["static_configs"] == [{"targets": [f"{name}:{port}"]}]
+    assert name in policy["spec"]["podSelector"]["matchExpressions"][0]["values"]
+    assert {"port": port, "protocol": "TCP"} in policy["spec"]["ingress"][0]["ports"]
+    assert SERVICES[name]["command"][-1] == str(port)
     for probe in ("livenessProbe", "readinessProbe"):
-        assert PODS["deployment/metrics"]["containers"][0][probe]["httpGet"]["path"] in ("/healthz", "/readyz")
+        assert PODS[f"deployment/{name}"]["containers"][0][probe]["httpGet"]["path"] in ("/healthz", "/readyz")
