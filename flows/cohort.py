@@ -1,4 +1,4 @@
-"""The steps that take a cohort of jobs from the queue to published versions.  `adapt.py` and the command line run them.
+"""The steps that take a cohort of jobs from the queue to published versions.  `tasks.py` and the command line run them.
 
 Every step may run twice or die at any line: leases, fences and idempotent publishing make that harmless.
 """

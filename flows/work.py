@@ -1,6 +1,6 @@
 """The whole job in order: claim, prepare, train, judge, publish.  The same lines with and without Prefect.
 
-`do` says how a step is run: called plainly here, as a Prefect task in `adapt.py`.
+`do` says how a step is run: called plainly here, as a Prefect task in `tasks.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence

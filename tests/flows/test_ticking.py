@@ -33,10 +33,11 @@ def test_a_run_whose_worker_died_before_it_began_does_not_count(state: StateType
     assert may_begin(run) == counts
 
 
-def test_a_tick_loads_no_torch_whoever_is_due(base_folder: Path) -> None:
-    """The clock is on a machine without a GPU: half a gigabyte of libraries would wait there for nothing."""
+def test_neither_a_tick_nor_a_run_that_finds_nobody_loads_torch(base_folder: Path) -> None:
+    """Half a gigabyte of libraries would lie in the clock for nothing, and seconds pass where others came first."""
     code = (
-        "import sys, flows.clock, flows.ticking; from pathlib import Path; from lora_core import base_files;"
+        "import sys, flows.adapt, flows.clock, flows.ticking;"
+        "from pathlib import Path; from lora_core import base_files;"
         f"folder = base_files.locate({str(base_folder)!r}); base_files.fingerprint(folder);"
         "assert base_files.count_parameters(folder) > 0;"
         "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"

@@ -158,14 +158,14 @@ def test_an_interrupted_worker_puts_its_jobs_back(factory: Factory, ask: Ask, mo
 
 def test_prefects_trouble_costs_nobody_an_attempt(factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its server may be away for longer than its client is patient; the jobs wait for the next run."""
-    from flows import adapt
+    from flows import tasks
 
     job = ask("acme/alice").job_id
     unreachable = Mock(with_options=lambda **_: Mock(side_effect=ConnectError("refused")))
-    monkeypatch.setitem(adapt.TASKS, steps.train, unreachable)
+    monkeypatch.setitem(tasks.TASKS, steps.train, unreachable)
 
     def as_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the step takes and gives
-        return adapt.as_task(step, *arguments) if step is steps.train else step(*arguments)
+        return tasks.as_task(step, *arguments) if step is steps.train else step(*arguments)
 
     with pytest.raises(OrchestratorAway, match="train: Prefect's server could not be told"):
         run_cohort(factory, do=as_task)
