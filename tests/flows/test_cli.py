@@ -254,6 +254,7 @@ def test_a_kill_during_training_costs_time_and_nothing_else(
     assert [(row["versions"], row["latest"]) for row in rows] == [(1, 1)]
 
 
+@pytest.mark.long
 def test_a_training_killed_half_way_goes_on_to_the_bytes_of_one_that_was_not(
     lora: Lora, base_folder: Path, alice: Path, tmp_path: Path
 ) -> None:
@@ -326,6 +327,7 @@ main()
 """
 
 
+@pytest.mark.long
 def test_a_kill_during_publish_gives_one_version_when_run_again(
     lora: Lora, base_folder: Path, alice: Path, tmp_path: Path
 ) -> None:

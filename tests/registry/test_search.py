@@ -174,6 +174,9 @@ def test_who_is_outdated_follows_data_and_latest(client: Client, engine: Engine)
     assert alice.job == "published"
 
 
+seeded_once = pytest.mark.xdist_group("seeded")  # by one of the suite's processes, for all who read it
+
+
 @pytest.fixture(scope="module")
 def seeded(postgres_server: str) -> Iterator[Engine]:
     """Thousands of users, on PostgreSQL as the role that owns nothing."""
@@ -208,6 +211,7 @@ FEW = ("many", "outdated", "newest alias=production base=edb")  # of thousands; 
 IN_ORDER = [name for name in QUESTIONS if name not in ("one", "one by number", "many", "changes", FEW[-1])]
 
 
+@seeded_once
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_no_question_reads_a_table_from_end_to_end(
     seeded: Engine, store: FolderStore, tmp_path: Path, name: str
@@ -221,6 +225,7 @@ def test_no_question_reads_a_table_from_end_to_end(
     assert [line for line in plans if "Seq Scan" in line and not any(one in line for one in small)] == []
 
 
+@seeded_once
 @pytest.mark.parametrize("name", IN_ORDER)
 def test_a_page_is_read_along_an_index_in_its_order(
     seeded: Engine, store: FolderStore, tmp_path: Path, name: str
@@ -233,6 +238,7 @@ def test_a_page_is_read_along_an_index_in_its_order(
     assert not any("Gather" in line or "Hash Join" in line for line in plans)
 
 
+@seeded_once
 @pytest.mark.parametrize("name", ["one", "many"])
 def test_a_lookup_fetches_one_row_of_four(seeded: Engine, store: FolderStore, tmp_path: Path, name: str) -> None:
     """The keys of user, adapter and alias hold all that is read of them."""
