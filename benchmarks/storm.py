@@ -6,7 +6,8 @@ and everybody is waited for.  Then database and store are read from end to end: 
 whole by SHA-256, `latest` points to it where the gate accepted it, and after a sweep nothing is left over.
 
 With `--kill` a seeded hand kills workers, Prefect's server, clock, database and store with SIGKILL all the while.  With
-`--no-prefect` the workers run `lora work`: the difference is Prefect's share.
+`--no-prefect` the workers run `lora work`: the difference is Prefect's share.  With `--width` and `--layers` the base
+is larger, and so is the training, beside the same orchestration.
 
 The tax is what the factory adds to training: the same users are trained, judged and written to
 local files in as many processes with nothing around them (`storms/plain.py`), and
@@ -102,6 +103,8 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--width", type=int, default=64, help="of the base's hidden states")
+    parser.add_argument("--layers", type=int, default=2, help="of the base")
     parser.add_argument("--kill", action="store_true", help="kill everything at random; S3's objects are on disk then")
     parser.add_argument("--no-prefect", dest="prefect", action="store_false", help="workers run `lora work`")
     parser.add_argument("--pause", type=float, default=10, help="seconds between kills, on average")
@@ -116,9 +119,10 @@ def main() -> None:
     if options.folder and options.folder.exists() and any(options.folder.iterdir()):
         parser.error(f"{options.folder} is not empty; name a new folder")
     with _place(options.folder) as folder:
-        crowd = make_crowd(options.users, options.seed, folder)
+        crowd = make_crowd(options.users, options.seed, folder, options.width, options.layers)
         told = _told(folder, crowd, options)
-    name = f"storm_{options.users}{'' if options.prefect else '_no_prefect'}{'_killed' if options.kill else ''}"
+    base = "" if options.width == parser.get_default("width") else f"_width_{options.width}"
+    name = f"storm_{options.users}{base}{'' if options.prefect else '_no_prefect'}{'_killed' if options.kill else ''}"
     path = options.save or RESULTS / f"{name}.json"
     path.write_text(json.dumps(told, indent=None, separators=(",", ":")) + "\n")
     story.draw(told, path.with_suffix(".png"))

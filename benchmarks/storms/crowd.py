@@ -22,7 +22,6 @@ from registry.session import transaction
 from registry.timing import Timing
 
 TENANTS = ("acme", "globex", "initech", "umbrella", "hooli")
-BASE = Plan(vocabulary=512, width=64, inner=192, layers=2, steps=150)
 RECIPE: Mapping[str, object] = {
     "rank": 4, "learning_rate": 5e-3, "epochs": 4, "batch_size": 4, "row_tokens": 256, "max_length": 256,
     "warmup": 0.1, "holdout.minimum": 4, "gate.significance": 1.0,
@@ -65,9 +64,10 @@ class Crowd:
         return found
 
 
-def make_crowd(users: int, seed: int, folder: Path) -> Crowd:
+def make_crowd(users: int, seed: int, folder: Path, width: int = 64, layers: int = 2) -> Crowd:
     """The base that they share, trained for a few seconds, and the users."""
-    return Crowd(users, seed, make_base(folder / "base", seed=seed, plan=BASE))
+    plan = Plan(vocabulary=512, width=width, inner=3 * width, layers=layers, steps=150)
+    return Crowd(users, seed, make_base(folder / "base", seed=seed, plan=plan))
 
 
 def add_everybody(crowd: Crowd, environment: Mapping[str, str]) -> None:
