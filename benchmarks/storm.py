@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -118,6 +119,7 @@ def main() -> None:
         parser.error("there must be a user, a worker and a slot at least")
     if options.folder and options.folder.exists() and any(options.folder.iterdir()):
         parser.error(f"{options.folder} is not empty; name a new folder")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of everything that stops what was started
     with _place(options.folder) as folder:
         crowd = make_crowd(options.users, options.seed, folder, options.width, options.layers)
         told = _told(folder, crowd, options)
