@@ -75,6 +75,7 @@ def test_a_users_schedule_fires_and_an_adapter_can_be_pulled(stack: Stack, tmp_p
     assert (Path(lora(stack, "pull", "acme/alice").strip()) / "adapter_model.safetensors").is_file()
     seen = ask_prefect(stack, RUNS)
     assert any(line.startswith("acme-") and "users" in line for line in seen), seen
+    assert {"tick Completed", "artifact tick"} <= set(seen), seen  # who was due, as a table
     assert any(line.startswith("artifact cohort-") and line.endswith("-curves") for line in seen), seen
     assert any(line.startswith("artifact cohort-") and line.endswith("-progress") for line in seen), seen
     fired = json.loads(lora(stack, "schedule", "list", "--json"))
