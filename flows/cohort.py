@@ -258,9 +258,12 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
 def publish_some(factory: Factory, cohort: Cohort, done: Sequence[Done]) -> None:
     """Publish users' versions, here and nowhere else; one whose job went to another worker is left to it.
 
-    Raises RegistryError, once everybody who can be is published.
+    Whoever is published already, or not here any more, is passed over.  Raises RegistryError, once everybody who can be
+    is published.
     """
     bank, run = cohort.bank, cohort.run_id
+    here = {job.id: job for job, _ in cohort.work.values() if job.id not in cohort.versions}
+    done = [(job, candidate) for job, candidate in done if here.get(job.id) == job]
     results = [(job, finished(cohort.backstage, run, bank, job, candidate, cohort.meter)) for job, candidate in done]
     outcomes = publish_together(factory.engine, factory.store, results, now(), factory.signer)
     troubles = []

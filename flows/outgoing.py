@@ -9,6 +9,7 @@ from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
 
 PATIENCE_SECONDS = 15.0  # how long one who is done waits for others: rows that nobody fills are computed all the same
+AWAY_SECONDS = 10.0  # until those are tried again who could not be published
 PUBLISHERS = 2  # threads: publishing is waiting for a store and a database
 Done = tuple[ClaimedJob, Candidate]
 
@@ -16,7 +17,8 @@ Done = tuple[ClaimedJob, Candidate]
 class Outgoing:
     """Where users go who are done.  `judge` takes a batch of rows of them at once, then `publish`, called by a thread.
 
-    Whoever cannot be published now, with the store or the database away, is left for the cohort's end.
+    Whoever cannot be published now, with the store or the database away, is tried again while others train: `publish`
+    is called with the same users once more, and at the cohort's end whoever is left is somebody else's to publish.
     """
 
     def __init__(
@@ -26,7 +28,9 @@ class Outgoing:
         self._threads = ThreadPoolExecutor(PUBLISHERS, "publish")
         self._done: list[Done] = []
         self._oldest = 0.0  # when the first of them was done
-        self._under_way: list[Future[None]] = []
+        self._under_way: list[Future[Sequence[Done]]] = []
+        self._left: list[Sequence[Done]] = []  # batches of whom some could not be published
+        self._again_at = 0.0
 
     def add(self, job: ClaimedJob, candidate: Candidate) -> None:
         """Somebody is done."""
@@ -42,11 +46,15 @@ class Outgoing:
         if self._done and (at_once or self._rows >= self._batch or self._waited >= PATIENCE_SECONDS):
             ready, self._done = self._done, []
             self._judge([candidate for _, candidate in ready])
-            self._under_way.append(self._threads.submit(self._try_to_publish, ready))
+            self._send(ready)
         finished = [future for future in self._under_way if future.done()]
         self._under_way = [future for future in self._under_way if not future.done()]
         for future in finished:
-            future.result()
+            if left := future.result():
+                self._left.append(left)
+                self._again_at = time.monotonic() + AWAY_SECONDS
+        if self._left and time.monotonic() >= self._again_at:
+            self._send(self._left.pop(0))
 
     @property
     def _rows(self) -> int:
@@ -64,8 +72,13 @@ class Outgoing:
         for future in self._under_way:
             future.result()
 
-    def _try_to_publish(self, done: Sequence[Done]) -> None:
+    def _send(self, done: Sequence[Done]) -> None:
+        self._under_way.append(self._threads.submit(self._try_to_publish, done))
+
+    def _try_to_publish(self, done: Sequence[Done]) -> Sequence[Done]:
+        """The same users, where not all of them are published; nobody where they are."""
         try:
             self._publish(done)
         except RegistryError:
-            return
+            return done
+        return ()

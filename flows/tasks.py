@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from traceback import walk_tb
 from typing import Any
 
 from httpx import HTTPError
@@ -45,7 +46,9 @@ def as_task(step: Callable[..., Any], *arguments: Any) -> Any:  # whatever the s
     """Run a step as its Prefect task, keeping no result.  Raises OrchestratorAway for what is Prefect's own trouble."""
     try:
         return TASKS[step].with_options(persist_result=False)(*arguments)
-    except (HTTPError, PrefectException) as error:  # the steps tell what goes wrong in their own words
+    except Exception as error:
+        if any(frame.f_code is step.__code__ for frame, _ in walk_tb(error.__traceback__)):
+            raise  # the step's own
         raise OrchestratorAway(step.__name__, f"{type(error).__name__}: {error}") from error
 
 

@@ -82,6 +82,32 @@ def test_a_users_schedule_fires_and_an_adapter_can_be_pulled(stack: Stack, tmp_p
     assert all(one["last fired"] for one in fired)
 
 
+OWN_OR_PREFECTS = """
+from prefect import flow, task
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from flows import tasks
+def broken(): raise KeyError("its own")
+def away(): raise AssertionError("is not begun")
+class Away:
+    def with_options(self, **_): return self
+    def __call__(self): raise ConcurrencySlotAcquisitionError("no slot")
+tasks.TASKS |= {broken: task(name="broken")(broken), away: Away()}
+@flow
+def both():
+    for step in (broken, away):
+        try: tasks.as_task(step)
+        except Exception as error: print(type(error).__name__)
+both()
+"""
+
+
+def test_what_a_step_raises_is_told_from_prefects_own_trouble(stack: Stack) -> None:
+    """The one may be a job's fault, and is counted as an attempt; the other never is, of whatever kind it is."""
+    told = [line for line in ask_prefect(stack, OWN_OR_PREFECTS) if "Error" in line or "Away" in line]
+
+    assert told == ["KeyError", "OrchestratorAway"]
+
+
 def test_a_user_is_trained_on_demand(stack: Stack, tmp_path: Path) -> None:
     """The deployment for one user, named after it."""
     lora(stack, "data", "add", "globex/eve", str(write_user(tmp_path / "eve.jsonl", "hello fox", seed=5)))

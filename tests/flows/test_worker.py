@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flows import outgoing
 from flows.entrance import Entrance, Newcomer
 from flows.factory import Factory, add_data, now, pin_base, request_training
 from flows.leaving import Leave, on_signals
@@ -105,6 +106,39 @@ def test_newcomers_are_let_in_published_while_others_go_on_and_those_go_on_elsew
 
     assert goes_on_on("second", base_folder, tmp_path) == ["acme/alice"]
     assert progress_kept(tmp_path) == []
+
+
+def test_whom_the_store_would_not_take_is_published_while_others_train_on(
+    factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that was away for a moment holds nobody up until the cohort's end, which may be an hour off."""
+    monkeypatch.setattr(outgoing, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(outgoing, "AWAY_SECONDS", 0.05)
+    alice, bob, carol = ask("acme/alice", **LONG), ask("globex/bob", epochs=1), ask("acme/carol", epochs=1)
+    put, refused, leave = factory.store.put_new, list[str](), Leave(60)
+
+    def away(key: str, data: bytes) -> object:
+        if "/t/globex/" in f"/{key}" and len(refused) < 3:
+            refused.append(key)
+            raise StoreUnavailable("s3://x", "timeout", "try again")
+        return put(key, data)
+
+    def watch(pace: Pace) -> None:
+        assert pace.micro_steps < PATIENCE
+        time.sleep(0.02 if len(pace.training) < 3 else 0)
+        if job_now(factory, bob).state == job_now(factory, carol).state == "published":
+            assert "acme/alice" in pace.training
+            leave.ask()
+            leave.ask()
+
+    monkeypatch.setattr(factory.store, "put_new", away)
+    cohort = run_cohort(factory, watch=watch, leave=leave)
+
+    assert cohort
+    assert len(refused) == 3
+    assert {user: version.number for user, version in cohort.published.items()} == {"globex/bob": 1, "acme/carol": 1}
+    assert [*cohort.put_back.values()] == ["acme/alice"]
+    assert job_now(factory, alice).state == "queued"
 
 
 def test_a_worker_that_meets_its_own_lost_job_begins_it_again_once_it_has_noticed(
