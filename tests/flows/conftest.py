@@ -5,7 +5,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows import cli
+from tests.flows.forked import Commands
 from tests.lora_core.conftest import CHATML, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -55,22 +57,21 @@ def write_user(path: Path, habit: str, count: int = 60, seed: int = 0) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Commands]:
+    """What forks a process for every command."""
+    with closing(Commands()) as started:
+        yield started
+
+
 @pytest.fixture
-def lora(tmp_path: Path) -> Lora:
+def lora(tmp_path: Path, commands: Commands) -> Lora:
     """The `lora` command as a person runs it; fails the test unless the exit code is the expected one."""
 
     def run(
         *words: str, code: int = 0, environment: Mapping[str, str] | None = None, typed: str = ""
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [*LORA, *words],
-            cwd=ROOT,
-            env=quiet_environment(tmp_path) | dict(environment or {}),
-            capture_output=True,
-            text=True,
-            input=typed,
-            timeout=300,
-        )
+        done = commands.run(words, quiet_environment(tmp_path) | dict(environment or {}), typed)
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
