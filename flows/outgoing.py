@@ -9,7 +9,7 @@ from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
 
 PATIENCE_SECONDS = 15.0  # how long one who is done waits for others: rows that nobody fills are computed all the same
-AWAY_SECONDS = 10.0  # until those are tried again who could not be published
+AWAY_SECONDS, MOST_AWAY_SECONDS = 10.0, 300.0  # until those are tried again who could not be published; each time twice
 PUBLISHERS = 2  # threads: publishing is waiting for a store and a database
 Done = tuple[ClaimedJob, Candidate]
 
@@ -30,7 +30,7 @@ class Outgoing:
         self._oldest = 0.0  # when the first of them was done
         self._under_way: list[Future[Sequence[Done]]] = []
         self._left: list[Sequence[Done]] = []  # batches of whom some could not be published
-        self._again_at = 0.0
+        self._away_seconds, self._again_at = AWAY_SECONDS, 0.0
 
     def add(self, job: ClaimedJob, candidate: Candidate) -> None:
         """Somebody is done."""
@@ -52,7 +52,10 @@ class Outgoing:
         for future in finished:
             if left := future.result():
                 self._left.append(left)
-                self._again_at = time.monotonic() + AWAY_SECONDS
+                self._again_at = time.monotonic() + self._away_seconds
+                self._away_seconds = min(2 * self._away_seconds, MOST_AWAY_SECONDS)
+            else:
+                self._away_seconds = AWAY_SECONDS
         if self._left and time.monotonic() >= self._again_at:
             self._send(self._left.pop(0))
 
