@@ -33,6 +33,9 @@ def clock(
 
     lora clock --metrics-port 9466
     """
+    flow, _, name = deployment.partition("/")
+    if not (flow and name):
+        raise typer.BadParameter(f"{deployment} is no FLOW/NAME; `prefect deployment ls` shows those there are")
     if not os.environ.get("PREFECT_API_URL"):
         raise Unready("no Prefect server is named", "set PREFECT_API_URL; `lora work` without --pool needs no clock")
     from flows.clock import Ticks, keep_time

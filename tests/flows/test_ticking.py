@@ -33,17 +33,21 @@ def test_a_run_whose_worker_died_before_it_began_does_not_count(state: StateType
     assert may_begin(run) == counts
 
 
-def test_neither_a_tick_nor_a_run_that_finds_nobody_loads_torch(base_folder: Path) -> None:
+def test_neither_a_tick_nor_a_run_that_finds_nobody_loads_torch(base_folder: Path, tmp_path: Path) -> None:
     """Half a gigabyte of libraries would lie in the clock for nothing, and seconds pass where others came first."""
     code = (
-        "import sys, flows.adapt, flows.clock, flows.ticking;"
+        "import sys, flows.adapt, flows.clock, flows.ticking; from flows.factory import Factory;"
+        "Factory.from_environment().set_up(); assert flows.adapt.adapt_cohort.fn() == {};"
         "from pathlib import Path; from lora_core import base_files;"
         f"folder = base_files.locate({str(base_folder)!r}); base_files.fingerprint(folder);"
         "assert base_files.count_parameters(folder) > 0;"
         "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
     )
 
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "LORA_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
 
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -64,12 +68,23 @@ def test_the_clock_goes_on_after_a_tick_that_failed(tmp_path: Path) -> None:
     assert counted == [2, 2]
 
 
-def test_a_clock_needs_a_prefect_server_and_says_so() -> None:
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 1, "set PREFECT_API_URL"),
+        (["--deployment", "adapt-cohort"], 2, "is no FLOW/NAME"),
+        (["--every", "0"], 2, "--every"),
+        (["--metrics-port", "99999"], 2, "--metrics-port"),
+    ],
+)
+def test_a_clock_that_cannot_run_says_why(words: list[str], code: int, said: str) -> None:
     """It asks for runs of Prefect's workers: without a server there is nobody to ask."""
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
 
-    done = subprocess.run([*LORA, "clock"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*LORA, "clock", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
 
-    assert done.returncode == 1
-    assert "set PREFECT_API_URL" in done.stderr
+    assert done.returncode == code
+    assert said in done.stderr
     assert "Traceback" not in done.stderr
