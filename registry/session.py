@@ -38,11 +38,11 @@ def open_database(url: str) -> Engine:
     try:
         parsed = make_url(url)
         if parsed.get_backend_name() == "sqlite":
-            engine = create_engine(parsed, connect_args={"timeout": _WAIT_SECONDS})
+            engine = create_engine(parsed, hide_parameters=True, connect_args={"timeout": _WAIT_SECONDS})
             event.listen(engine, "connect", _set_up_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
             return engine
-        engine = create_engine(parsed, pool_size=10, max_overflow=20, pool_timeout=_WAIT_SECONDS)
+        engine = create_engine(parsed, hide_parameters=True, pool_size=10, max_overflow=20, pool_timeout=_WAIT_SECONDS)
         event.listen(engine, "connect", _set_up_postgres)
         event.listen(engine, "checkin", _note_the_time)
         event.listen(engine, "checkout", partial(_check_alive, engine.dialect))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError
 
 import registry
 from registry import queries
@@ -126,3 +127,11 @@ def test_every_query_takes_the_session_and_then_the_tenant() -> None:
 def _method_calls(path: Path) -> set[str]:
     calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     return {call.func.attr for call in calls if isinstance(call.func, ast.Attribute)}
+
+
+def test_an_error_of_a_statement_does_not_show_its_values(engine: Engine) -> None:
+    """They name users, and errors are logged."""
+    with pytest.raises(DBAPIError) as failed, engine.connect() as connection:
+        connection.execute(text("SELECT missing FROM nowhere WHERE name = :name"), {"name": "alice"})
+
+    assert "alice" not in str(failed.value)
