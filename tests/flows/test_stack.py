@@ -73,8 +73,12 @@ def test_a_users_schedule_fires_and_an_adapter_can_be_pulled(stack: Stack, tmp_p
 
     assert [(one["adapter"], one["latest"]) for one in listed] == [("acme/alice", 1), ("acme/bob", 1)]
     assert (Path(lora(stack, "pull", "acme/alice").strip()) / "adapter_model.safetensors").is_file()
-    seen = ask_prefect(stack, RUNS)
-    assert any(line.startswith("acme-") and "users" in line for line in seen), seen
+    for _ in range(30):  # a version is out before the run of its cohort has ended
+        seen = ask_prefect(stack, RUNS)
+        if any(line.startswith("acme-") and line.endswith(" Completed") for line in seen):
+            break
+        time.sleep(2)
+    assert any(line.startswith("acme-") and "users" in line and line.endswith(" Completed") for line in seen), seen
     assert {"tick Completed", "artifact tick"} <= set(seen), seen  # who was due, as a table
     assert any(line.startswith("artifact cohort-") and line.endswith("-curves") for line in seen), seen
     assert any(line.startswith("artifact cohort-") and line.endswith("-progress") for line in seen), seen
