@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from flows.candidates import Candidate
 from flows.leaving import Leave
+from flows.side_threads import side_threads
 from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
 
@@ -24,7 +25,7 @@ class Entrance:
         self, fetch: Callable[[int], Sequence[Newcomer]], leave: Leave, slots: int, open_seconds: float
     ) -> None:
         self._fetch, self._leave, self._many = fetch, leave, max(1, slots // 4)
-        self._thread = ThreadPoolExecutor(1, "entrance")
+        self._thread = side_threads(1, "entrance")
         self._coming: Future[Sequence[Newcomer]] | None = None
         self._until = time.monotonic() + open_seconds
         self._asked_for, self._more_wait = 0, False

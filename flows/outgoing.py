@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 
 from flows.candidates import Candidate
+from flows.side_threads import side_threads
 from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
 
@@ -25,7 +26,7 @@ class Outgoing:
         self, judge: Callable[[Sequence[Candidate]], None], publish: Callable[[Sequence[Done]], None], batch: int
     ) -> None:
         self._judge, self._publish, self._batch = judge, publish, batch
-        self._threads = ThreadPoolExecutor(PUBLISHERS, "publish")
+        self._threads = side_threads(PUBLISHERS, "publish")
         self._done: list[Done] = []
         self._oldest = 0.0  # when the first of them was done
         self._under_way: list[Future[Sequence[Done]]] = []

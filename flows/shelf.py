@@ -3,11 +3,12 @@
 import os
 import re
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 
 from flows.factory import Factory, now
+from flows.side_threads import side_threads
 from registry import progress
 from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
@@ -25,7 +26,7 @@ class StoreShelf:
 
     def __init__(self, factory: Factory, job_of: Callable[[str], ClaimedJob]) -> None:
         self.factory, self.job_of = factory, job_of
-        self._threads = ThreadPoolExecutor(UPLOADS_AT_ONCE, "saves")
+        self._threads = side_threads(UPLOADS_AT_ONCE, "saves")
         self._under_way: dict[str, Future[None]] = {}  # by learner
         self._there: dict[JobId, list[str]] = {}  # names in the store, of jobs that were looked at
 
