@@ -25,6 +25,7 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measuring import profiled_peak
+from lora_core.allocators import release, tighten
 from lora_core.banks.bank import Bank
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel, freeze
@@ -34,7 +35,7 @@ from lora_core.data.packing import pack
 from lora_core.data.rendering import Rendered
 from lora_core.errors import MemoryTooSmall
 from lora_core.layers import checkpointed
-from lora_core.memory import predict, release, tighten, workspace_bytes
+from lora_core.memory import predict, workspace_bytes
 from lora_core.methods import LoraSpec
 from lora_core.optim import RowStep, gradient_norms, step_rows
 from lora_core.planner import SHARE, Plan, plan

@@ -17,7 +17,6 @@ from lora_core.base_model import (
 )
 from lora_core.budget import Weights, check_base_fits
 from lora_core.errors import BaseModelError, MemoryTooSmall
-from lora_core.memory import tighten
 from lora_core.planner import Plan, free_bytes
 from lora_core.recipe import Recipe
 from registry.jobs import ClaimedJob
@@ -68,7 +67,6 @@ def seats_for_more(settings: FactorySettings, seats: int, base: BaseModel) -> in
 
 def budget_bytes(settings: FactorySettings, base: BaseModel) -> int | None:
     """What base and cohort may take together: as stated, else what a GPU has; None where nobody can tell."""
-    tighten(base.model.device)
     return settings.memory or free_bytes(base.model.device)
 
 

@@ -4,7 +4,6 @@ The very step that trains is run on tensors without data (torch's fake tensors) 
 formula has to keep up with an architecture, a bank or a change of the engine.  K slots, P numbers a user.
 """
 
-import gc
 import weakref
 from functools import cache
 from typing import Any
@@ -116,19 +115,3 @@ def _multiply(device: torch.device, dtype: torch.dtype) -> None:
     square = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
     product = torch.addmm(square[0], square, square @ square)
     torch.bmm(product[None], product[None]).sum().backward()
-
-
-def release(device: torch.device) -> None:
-    """Free what nobody reaches any more: a cohort hangs in circles of its seats until Python looks for those."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def tighten(device: torch.device) -> None:
-    """Let CUDA's allocator grow its segments in place: each block is cut to its size and none is lost between others.
-
-    Without it a block of over a megabyte may be up to a megabyte larger than what was asked for.
-    """
-    if device.type == "cuda":
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")

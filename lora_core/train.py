@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_core.allocators import tighten
 from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
@@ -59,6 +60,7 @@ def train(
     learner whose numbers stop being finite is retired alone, with its last good row.  Raises ValueError for two of one
     name at once.
     """
+    tighten(base.model.device)
     learners, compute = list(learners), compute or read_rows
     bank = bank or make_bank(base, [learner.recipe.method for learner in learners])
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
