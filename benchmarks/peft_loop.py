@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.sides import twin
+from benchmarks.sides import stock
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner
 from lora_core.data.packing import IGNORED, epoch_batches
@@ -69,7 +69,7 @@ def _adapted(base: BaseModel, spec: LoraSpec) -> nn.Module:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    model: nn.Module = get_peft_model(twin(base).model, config, autocast_adapter_dtype=False)
+    model: nn.Module = get_peft_model(stock(base).model, config, autocast_adapter_dtype=False)
     return model
 
 

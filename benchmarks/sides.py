@@ -22,6 +22,7 @@ from lora_core.curriculum import Learner
 from lora_core.data.packing import IGNORED, Row, pack
 from lora_core.data.rendering import Rendered
 from lora_core.forward import Batch, stack, token_losses
+from lora_core.products import QUICK
 from lora_core.recipe import Recipe, make_recipe
 from lora_core.train import train
 
@@ -85,6 +86,15 @@ def twin(base: BaseModel) -> BaseModel:
     """The same weights in the same memory under modules of their own: what is hung on one is not on the other."""
     kept = {id(tensor): tensor for tensor in (*base.model.parameters(), *base.model.buffers())}
     return replace(base, model=copy.deepcopy(base.model, kept))
+
+
+def stock(base: BaseModel) -> BaseModel:
+    """A twin whose linears are torch's and transformers' own again: what anybody else runs."""
+    plain = twin(base)
+    for module in plain.model.modules():
+        if type(module) in QUICK.values():
+            module.__class__ = type(module).__base__
+    return plain
 
 
 @dataclass(frozen=True)
@@ -165,7 +175,7 @@ def peft_twin(base: BaseModel, rank: int) -> nn.Module:
     """The base under PEFT; adapters keep the base's dtype, which saves PEFT its casts and is its fastest way."""
     targets = sorted({site.name.rpartition(".")[2] for site in base.sites})
     config = LoraConfig(r=rank, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
-    model: nn.Module = get_peft_model(twin(base).model, config, autocast_adapter_dtype=False)
+    model: nn.Module = get_peft_model(stock(base).model, config, autocast_adapter_dtype=False)
     return model
 
 

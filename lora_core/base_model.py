@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_core.base_files import WEIGHTS, check_quantise, fingerprint, locate
 from lora_core.errors import BaseModelError, DeviceMissing
+from lora_core.products import quicken
 from lora_core.quantised import QuantisedLinear, quantisation, unpack_on_use
 
 SHARDED = "auto"  # the device that means all GPUs: layers lie on one after another
@@ -154,8 +155,9 @@ def freeze(
     digest: str = "",
     quantised: str = "",
 ) -> BaseModel:
-    """A model already in memory as a base: no gradient, no dropout of its own."""
+    """A model already in memory as a base: no gradient, no dropout of its own, the quickest products."""
     unpack_on_use(model)
+    quicken(model)
     model.requires_grad_(False).eval()
     linears = adaptable(model)
     if not linears:

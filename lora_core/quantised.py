@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from lora_core.products import quick_product
 
 PACKED = ("Params4bit", "Int8Params")  # bitsandbytes' weights, by name: it need not be installed
 
@@ -68,8 +69,8 @@ class _UnpackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_I: Tensor, frozen: QuantisedLinear) -> Tensor:  # torch's context object has no public type
         ctx.frozen = frozen
-        return F.linear(x_I, frozen.unpacked(x_I.dtype), frozen.bias)
+        return quick_product(x_I, frozen.unpacked(x_I.dtype).mT, frozen.bias)
 
     @staticmethod
     def backward(ctx: Any, g_O: Tensor) -> tuple[Tensor, None]:  # torch's context object
-        return g_O @ ctx.frozen.unpacked(g_O.dtype), None
+        return quick_product(g_O, ctx.frozen.unpacked(g_O.dtype)), None

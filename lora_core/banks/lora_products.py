@@ -5,13 +5,12 @@ Every narrow product has R or S as its rows, not its columns: half the time on a
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_core.products import add_quick_product, base_product, quick_product
+from lora_core.products import add_quick_product, quick_product
 from lora_core.quantised import QuantisedLinear
 
 Frozen = Tensor | QuantisedLinear  # a weight as [in, out]; one that is kept in few bits stays so until it is used
@@ -25,17 +24,12 @@ def deltas(
     ups_KRO: Sequence[Tensor],
     scale_K11: Tensor,
     keep_KTI: Tensor | None,
-    as_base: bool = True,
 ) -> list[Tensor]:
-    """y = x W + b + scale * (keep * x) A^T B^T for each linear of a group, row by row; last, the low-rank low_KST.
-
-    `as_base`: the frozen product has the base's own bits, else it is the quickest.
-    """
+    """y = x W + b + scale * (keep * x) A^T B^T for each linear of a group, row by row; last, the low-rank low_KST."""
     low_KST = torch.bmm(down_KSI, _seen(x_KTI, keep_KTI).mT).mul_(scale_K11)
     lows_KRT = low_KST.chunk(len(ups_KRO), dim=1)
-    product = base_product if as_base else quick_product
     ys_KTO = [
-        product(x_KTI, _plain(weight, x_KTI.dtype), bias_O).baddbmm_(low_KRT.mT, up_KRO)
+        quick_product(x_KTI, _plain(weight, x_KTI.dtype), bias_O).baddbmm_(low_KRT.mT, up_KRO)
         for weight, bias_O, low_KRT, up_KRO in zip(frozen, biases_O, lows_KRT, ups_KRO, strict=True)
     ]
     return [*ys_KTO, low_KST]
@@ -89,9 +83,6 @@ torch.library.define(
 )
 
 
-_quick_deltas = partial(deltas, as_base=False)
-
-
 def _deltas_shapes(x_KTI: Tensor, frozen: Sequence[Tensor], biases: Any, down_KSI: Tensor, *_: Any) -> list[Tensor]:
     slots, tokens = x_KTI.shape[:2]
     outputs = [x_KTI.new_empty(slots, tokens, weight_IO.shape[1]) for weight_IO in frozen]
@@ -122,7 +113,7 @@ def _gradients(ctx: Any, gs_KTO: Sequence[Tensor]) -> tuple[Any, ...]:  # torch'
     return x_g if to_x else None, nothing, nothing if ctx.biased else None, down_g, ups_g, None, None
 
 
-torch.library.impl("lora_core::deltas", "default", _quick_deltas)
+torch.library.impl("lora_core::deltas", "default", deltas)
 torch.library.impl("lora_core::deltas_gradients", "default", deltas_gradients)
 torch.library.register_fake("lora_core::deltas", _deltas_shapes)
 torch.library.register_fake("lora_core::deltas_gradients", _gradients_shapes)

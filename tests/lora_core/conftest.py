@@ -1,7 +1,7 @@
 """Tiny bases of real architectures, and users made of random tokens."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -48,6 +48,15 @@ def base(request: pytest.FixtureRequest) -> BaseModel:
 def llama_base() -> BaseModel:
     """A frozen Llama."""
     return freeze(llama(), None, "llama")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes on one core; other tests have as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def examples(seed: int, count: int = 10, longest: int = 20) -> tuple[Rendered, ...]:

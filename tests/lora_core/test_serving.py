@@ -77,6 +77,7 @@ def logits_of(server: Server, requests: Sequence[Request], adapter: str) -> list
     return [logits_KV[slot] for logits_KV in seen]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("seed", range(6))
 def test_a_rows_logits_have_the_same_bits_whoever_the_neighbours_are(base: BaseModel, seed: int) -> None:
     """At the same K and padded length: beside idle slots, beside strangers, beside one whose adapter is broken."""
