@@ -26,6 +26,7 @@ from lora_core.row_store import RowStore
 from lora_core.train import read_rows
 
 LOOKED_AT = 8  # rows, for each place that is to be filled
+KERNELS = 2  # one more whenever the engine computes the same states to other bits
 
 
 class LowerLayers:
@@ -134,7 +135,7 @@ class LowerLayers:
             else (torch.cuda.get_device_name(model.device),)
         )
         attention = model.config._attn_implementation
-        versions = (torch.__version__, transformers.__version__)
+        versions = (torch.__version__, transformers.__version__, KERNELS)
         facts = (self._owner, self.first, slots, model.dtype, attention, *versions, model.device.type, *machine)
         return hashlib.sha256(repr(tuple(map(str, facts))).encode()).hexdigest()
 
