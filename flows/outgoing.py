@@ -51,12 +51,7 @@ class Outgoing:
         finished = [future for future in self._under_way if future.done()]
         self._under_way = [future for future in self._under_way if not future.done()]
         for future in finished:
-            if left := future.result():
-                self._left.append(left)
-                self._again_at = time.monotonic() + self._away_seconds
-                self._away_seconds = min(2 * self._away_seconds, MOST_AWAY_SECONDS)
-            else:
-                self._away_seconds = AWAY_SECONDS
+            self._hear(future.result())
         if self._left and time.monotonic() >= self._again_at:
             self._send(self._left.pop(0))
 
@@ -75,6 +70,17 @@ class Outgoing:
         wait(self._under_way)
         for future in self._under_way:
             future.result()
+
+    def _hear(self, left: Sequence[Done]) -> None:
+        """Who of a batch could not be published.  Several that fail while the next try is awaited put it off once."""
+        now = time.monotonic()
+        if not left:
+            self._away_seconds, self._again_at = AWAY_SECONDS, min(self._again_at, now + AWAY_SECONDS)
+            return
+        self._left.append(left)
+        if now >= self._again_at:
+            self._again_at = now + self._away_seconds
+            self._away_seconds = min(2 * self._away_seconds, MOST_AWAY_SECONDS)
 
     def _send(self, done: Sequence[Done]) -> None:
         self._under_way.append(self._threads.submit(self._try_to_publish, done))
