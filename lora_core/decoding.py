@@ -46,8 +46,8 @@ def decode(base: BaseModel, lines: Sequence[Line]) -> list[list[int]]:
     """What each row says next, the token that ends an answer included; done when the last row is.
 
     A row's logits have the same bits whoever else is in the batch, at the same K and padded T (on a CPU with one
-    thread; with more, to within rounding).  So there is always some
-    padding: with none, transformers would leave the mask out, and another kernel might run.
+    thread; with more, to within rounding).  So there is always some padding: with none, transformers would leave the
+    mask out, and another kernel might run.
     """
     width = -(-max(len(line.tokens) + 1 for line in lines) // STEP) * STEP
     rests = [width - len(line.tokens) for line in lines]

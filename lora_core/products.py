@@ -16,7 +16,7 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 
 
 def quick_product(x_NI: Tensor, weight_IO: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x W + b; a row has the same bits whoever is beside it, wherever it stands."""
+    """x W + b, N O.  In fp32 on a CPU a row has the same bits whoever is beside it, wherever it stands."""
     if not _by_onednn(x_NI):
         return F.linear(x_NI, weight_IO.mT, bias_O)
     y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, weight_IO.mT, bias_O, "none", [], "")

@@ -75,6 +75,7 @@ def test_a_quick_linear_is_the_linear_it_was(make: Any, rows: int) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
 def test_rows_in_fp32_go_through_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or nothing is gained: the others go torch's way."""
     plain: list[int] = []
