@@ -3,7 +3,7 @@
 E is packed tokens a second over those of the same frozen base's forward and input-gradient backward on the same batch,
 without adapters; 1 would mean that K users' adapters, clipping and AdamW are free.  Both in bf16, every linear adapted,
 one example of T tokens a user and step, blocks of steps in turn in one process while the users train; with `--compiled`
-both run compiled layers.  The frozen base finds its batches on the device, packed training makes its own.  T is the
+both run compiled layers, with `--forget` both compute them again in the backward pass, for longer rows.  The frozen base finds its batches on the device, packed training makes its own.  T is the
 longest of the tried that fits.  Seating users and copying them out is not in E (see `gpu_users.py`).
 """
 
@@ -32,7 +32,7 @@ from benchmarks.sides import (
     twin,
 )
 from lora_core.base_model import BaseModel
-from lora_core.layers import compiled
+from lora_core.layers import checkpointed, compiled
 
 GOALS = {"8B": 0.93, "4B": 0.90, "1B": 0.87, "0.5B": 0.78}
 SAME = 0.03  # how far E at more users may be from E at the fewest
@@ -69,7 +69,8 @@ def measure(
 
     turns = Turns({"packed": lambda: None}, others, block, rounds, device, budget)
     with compiled(base, options.compiled), compiled(frozen, options.compiled):
-        run_packed(base, cohort, row_tokens, turns)
+        with checkpointed(base, options.forget), checkpointed(frozen, options.forget):
+            run_packed(base, cohort, row_tokens, turns)
 
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -150,12 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--row-tokens", type=int, nargs="+", default=ROW_TOKENS, help="tried in this order")
     parser.add_argument("--block", type=int, default=5, help="steps in a turn")
     parser.add_argument("--compiled", action="store_true", help="both sides with compiled layers")
+    parser.add_argument("--forget", action="store_true", help="both sides with checkpointed layers")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.users, options.row_tokens, options.block, options.rounds = [4, 8], [16], 1, 2
     (device, folder), budget = measuring.place(options), Budget(options.minutes)
     machine = measuring.machine_facts(device)
-    file = "gpu_efficiency_compiled.json" if options.compiled else "gpu_efficiency.json"
+    file = f"gpu_efficiency{'_compiled' * options.compiled}{'_forget' * options.forget}.json"
     results: list[Measured] = []
     table = []
     for name in options.shapes:

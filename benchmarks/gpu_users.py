@@ -46,6 +46,7 @@ from benchmarks.sides import (
 )
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner
+from lora_core.layers import compiled
 
 GOALS = {"0.5B": 10.0, "1B": 5.0, "4B": 2.5}  # least packed / PEFT loop
 FAR_GOAL = 1.15  # least packed / PEFT loop at 16k tokens a user and step
@@ -86,10 +87,12 @@ def fits(load: Load) -> list[Fit]:
 
 
 def measure(
-    base: BaseModel, shape: Shape, load: Load, others: Sequence[str], steps: int, rounds: int, budget: Budget, fit: Fit
-) -> Measured:
-    """Blocks of `steps` steps: of all slots packed, and of the others, in turn."""
+    base: BaseModel, shape: Shape, load: Load, others: Sequence[str], options: argparse.Namespace, budget: Budget,
+    fit: Fit,
+) -> Measured:  # fmt: skip
+    """Blocks of steps, at most as many as asked for: of all slots packed, and of the others, in turn."""
     device, micro_steps = base.model.device, load.rows(fit.row_tokens)
+    steps, rounds = max(1, min(options.steps, 4096 // (load.sequences * load.longest))), options.rounds
     count = steps * (rounds + 1) + 1  # one more than is timed: nobody is copied out on the clock
     users = [load.examples(count, shape.vocabulary, seed) for seed in range(fit.slots)]
     recipe = load.recipe(RANK, fit.row_tokens)
@@ -97,13 +100,13 @@ def measure(
     sides = other_sides(base, load, users, fit, steps, others)
 
     turns = Turns({"packed": lambda: None}, sides, steps * micro_steps, rounds, device, budget)
-    run_packed(base, cohort, fit.row_tokens, turns)
+    with compiled(base, options.compiled):
+        run_packed(base, cohort, fit.row_tokens, turns)
 
     in_block = {name: steps * (1 if name in ("peft", "compiled") else fit.slots) for name in turns.samples}
     seconds = {name: [s / in_block[name] for s in samples] for name, samples in turns.samples.items()}
-    step = median(seconds["packed"])
     fresh = learners(recipe, users)  # each draws a start of its own, which seating has to pay for
-    seating = seating_seconds(base, fresh, fit, step * fit.slots / micro_steps, budget)
+    seating = seating_seconds(base, fresh, fit, budget)
     paid = [s + seating / STEPS for s in seconds["packed"]]
     tokens = sum(len(example.tokens) for user in users for example in user) / len(users) / count
     floor = step_floor(base, shape, tokens * fit.slots, load.longest, fit.slots, RANK)
@@ -135,12 +138,15 @@ def other_sides(
     return sides
 
 
-def seating_seconds(base: BaseModel, cohort: Sequence[Learner], fit: Fit, micro_step: float, budget: Budget) -> float:
-    """What it costs to let one user sit down: a run up to its first micro-step, without that."""
+def seating_seconds(base: BaseModel, cohort: Sequence[Learner], fit: Fit, budget: Budget) -> float:
+    """What it costs to let one user sit down: a run of all up to the first micro-step, without what one alone costs."""
     device = base.model.device
-    first = Turns({"packed": lambda: None}, {}, 1, 0, device, budget)
-    whole = timed(lambda: run_packed(base, cohort, fit.row_tokens, first), device)
-    return max(0.0, whole - micro_step) / fit.slots
+    first = partial(Turns, {"packed": lambda: None}, {}, 1, 0, device, budget)
+    _, one, everyone = (
+        timed(lambda: run_packed(base, some, fit.row_tokens, first(), fit.slots), device)
+        for some in (cohort[:1], cohort[:1], cohort)
+    )  # the first asks for the memory
+    return max(0.0, everyone - one) / max(1, len(cohort) - 1)
 
 
 HEADER = (
@@ -173,8 +179,7 @@ def compare(
             break
         tried = [replace(fit, slots=min(fit.slots, options.users)) for fit in fits(load)]
         choices = [fit for fit in tried if fit.slots * fit.row_tokens <= room] or tried[-1:]
-        steps = max(1, min(options.steps, 4096 // tokens))
-        run = partial(measure, base, shape, load, others, steps, options.rounds, budget)
+        run = partial(measure, base, shape, load, others, options, budget)
         if fit := first_that_fits(choices, run):
             fitted = fit[0].slots * fit[0].row_tokens
             room = fitted if room == math.inf else max(room, fitted)
@@ -217,6 +222,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep", choices=[*SHAPES, "none"], default="4B", help="base of the sweep")
     parser.add_argument("--others", nargs="+", choices=OTHERS, default=OTHERS)
     parser.add_argument("--users", type=int, default=USERS)
+    parser.add_argument("--compiled", action="store_true", help="packed training with compiled layers too")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn, fewer where a step has many tokens")
     options = parser.parse_args(arguments)
     if options.tiny:
@@ -235,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept = compare(name, {840: four}, options.others, options, device, budget)
         lines += [show(result, GOALS[name]) for result in kept.values()] or [f"{name:>22} not measured"]
         results += list(kept.values())
-        measuring.save(folder / "gpu_users.json", machine, results)
+        measuring.save(folder / f"gpu_users{'_compiled' * options.compiled}.json", machine, results)
         measuring.release()
     if options.sweep != "none":
         points = sweep_loads(options.tiny)

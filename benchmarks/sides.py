@@ -19,7 +19,8 @@ from benchmarks.measuring import Enough, Floor, Turns
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner
-from lora_core.data.packing import IGNORED, Row, pack
+from lora_core.data.packing import Row, pack
+from lora_core.data.rendering import IGNORED
 from lora_core.data.rendering import Rendered
 from lora_core.forward import Batch, stack, token_losses
 from lora_core.products import QUICK
@@ -135,10 +136,12 @@ def learners(recipe: Recipe, users: Sequence[Examples], start_P: Tensor | None =
     return [Learner(str(number), recipe, examples, start=start_P) for number, examples in enumerate(users)]
 
 
-def run_packed(base: BaseModel, cohort: Sequence[Learner], row_tokens: int, turns: Turns | None = None) -> None:
+def run_packed(
+    base: BaseModel, cohort: Sequence[Learner], row_tokens: int, turns: Turns | None = None, slots: int | None = None
+) -> None:
     """All users at once through the public training loop, until they are done or `turns` has seen enough."""
     try:
-        for trained in train(base, cohort, len(cohort), row_tokens, watch=turns):
+        for trained in train(base, cohort, slots or len(cohort), row_tokens, watch=turns):
             assert trained.outcome == "finished", trained.reason
     except Enough:
         pass

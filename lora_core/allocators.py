@@ -18,7 +18,8 @@ def tighten(device: torch.device) -> None:
     clears their pages again at the next step.
     """
     if device.type == "cuda":
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        renamed = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # in torch 2.10
+        (renamed or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
     elif device.type == "cpu" and sys.platform == "linux":
         library = ctypes.CDLL(None)
         if hasattr(library, "mallopt"):  # musl has none

@@ -23,8 +23,8 @@ class Aside:
 
     @classmethod
     def fresh(cls, weights_P: Tensor, scale: float) -> "Aside":
-        """A user who has not trained yet."""
-        nothing = torch.zeros_like(weights_P)
+        """A user who has not trained yet; its zeros take no memory while it waits."""
+        nothing = torch.zeros(()).expand_as(weights_P)
         return cls(weights_P, nothing, nothing, nothing, scale)
 
 
@@ -77,9 +77,13 @@ class Cohort:
     def seat(self, slot: int, aside: Aside) -> None:
         """Write rows that were taken aside into a slot."""
         self.admit(slot, aside.weights_P, aside.scale)
-        self.first_KP[slot] = aside.first_P
-        self.second_KP[slot] = aside.second_P
-        self.gradient_KP[slot] = aside.gradient_P
+        for matrix_KP, row_P in zip(
+            (self.first_KP, self.second_KP, self.gradient_KP),
+            (aside.first_P, aside.second_P, aside.gradient_P),
+            strict=True,
+        ):
+            if any(row_P.stride()):  # else zeros, and they are there
+                matrix_KP[slot] = row_P
 
     def lend(self, home: int, lane: int) -> None:
         """Make another slot read as a user's own does."""
@@ -97,10 +101,10 @@ class Cohort:
         """A copy of a user's row, on the CPU, shape P."""
         return self.weights_KP[slot].to("cpu", copy=True)
 
-    def refresh(self) -> None:
-        """Bring the working copy up to date after the weights changed."""
+    def refresh(self, slot: int) -> None:
+        """Bring the working copy of a row up to date after its weights changed."""
         if self.working_KP is not self.weights_KP:
-            self.working_KP.copy_(self.weights_KP)
+            self.working_KP[slot] = self.weights_KP[slot]
 
     def set_dropout(self, rates: list[float], keys: list[int]) -> None:
         """Each slot's dropout rate (0 when it is evaluated) and the key of this micro-step's mask."""

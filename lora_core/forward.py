@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lora_core.base_model import BaseModel
-from lora_core.data.packing import IGNORED, Row
+from lora_core.data.packing import Row
+from lora_core.data.rendering import IGNORED
 from lora_core.products import quick_product
 
 PIECE_LOGITS, LEAST_PIECE = 1 << 26, 256  # logits at once, where that is no fewer tokens than the least
@@ -39,10 +40,9 @@ class Batch:
 
 def stack(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
     """K rows as one batch; a token sees its own document's earlier tokens and nothing else."""
-    fields = [[getattr(row, name) for row in rows] for name in ("tokens", "targets", "positions", "documents")]
-    tokens_KT, targets_KT, positions_KT, documents_KT = (
-        torch.tensor(field, dtype=torch.int64).to(model.device, non_blocking=True) for field in fields
-    )
+    fields = [getattr(row, name) for name in ("tokens", "targets", "positions", "documents") for row in rows]
+    together = torch.frombuffer(bytearray().join(fields), dtype=torch.int64).view(4, len(rows), -1)
+    tokens_KT, targets_KT, positions_KT, documents_KT = together.to(model.device, copy=True).unbind()
     together_KTT = documents_KT[:, :, None] == documents_KT[:, None, :]
     # The mask is always given, even where plain causal attention would do: the kernel that runs, and so every
     # bit of a row, must not depend on how the neighbours' rows are packed.

@@ -4,7 +4,7 @@ K slots, P numbers a user.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,12 +55,21 @@ def step_rows(cohort: Cohort, due: Sequence[RowStep | None], norms: Sequence[flo
 
     Gradients of the rows that stepped are zero afterwards; those of the others are kept to accumulate.
     """
-    settings_K2 = torch.tensor([_before(row, norm) for row, norm in zip(due, norms, strict=True)])
-    settings_K2 = settings_K2.to(cohort.weights_KP.device)
-    for slot, row in enumerate(due):
-        if row is None:
-            continue
-        recipe, (done, divisor) = row.recipe, settings_K2[slot]
+    stepping = {slot: row for slot, row in enumerate(due) if row}
+    if cohort.weights_KP.is_cuda:
+        from lora_core.row_kernel import step_due  # here: only torch for a GPU brings Triton
+
+        plain = {slot: _settings(row, norms[slot]) for slot, row in stepping.items() if not row.stretches}
+        step_due(cohort, plain)
+        stepping = {slot: row for slot, row in stepping.items() if row.stretches}
+    _step_by_torch(cohort, stepping, norms)
+
+
+def _step_by_torch(cohort: Cohort, due: Mapping[int, RowStep], norms: Sequence[float]) -> None:
+    """Row by row, a stretch of its own rate at a time."""
+    before_N2 = torch.tensor([(row.step - 1.0, _divisor(row, norms[slot])) for slot, row in due.items()])
+    for (slot, row), (done, divisor) in zip(due.items(), before_N2.to(cohort.weights_KP.device), strict=True):
+        recipe = row.recipe
         rows = cohort.weights_KP[slot], cohort.gradient_KP[slot].float(), cohort.first_KP[slot], cohort.second_KP[slot]
         for times, parts in _by_rate(row.stretches).items():
             weights, gradients, first, second = (_cut(row_P, parts) for row_P in rows)
@@ -71,7 +80,15 @@ def step_rows(cohort: Cohort, due: Sequence[RowStep | None], norms: Sequence[flo
                 weight_decay=recipe.weight_decay, amsgrad=False, maximize=False,
             )  # fmt: skip
         cohort.gradient_KP[slot].zero_()
-    cohort.refresh()
+        cohort.refresh(slot)
+
+
+def _settings(row: RowStep, norm: float) -> tuple[float, ...]:
+    """What `step_due` takes."""
+    recipe, rate = row.recipe, row.rate
+    first, second = 1 - recipe.beta1**row.step, 1 - recipe.beta2**row.step
+    kept = 1 - rate * recipe.weight_decay
+    return rate / first, kept, recipe.beta1, recipe.beta2, math.sqrt(second), recipe.epsilon, _divisor(row, norm)
 
 
 def clear_fixed(cohort: Cohort, slot: int, stretches: Sequence[Stretch]) -> None:
@@ -94,8 +111,6 @@ def _cut(row_P: Tensor, parts: Sequence[slice]) -> list[Tensor]:
     return [row_P[part] for part in parts] or [row_P]
 
 
-def _before(row: RowStep | None, norm: float) -> tuple[float, float]:
-    """Steps done before, and what divides the gradient: 1, or more where the norm is above the recipe's clip."""
-    if row is None:
-        return 0.0, 1.0
-    return row.step - 1.0, max(1.0, (norm + 1e-6) / row.recipe.clip)
+def _divisor(row: RowStep, norm: float) -> float:
+    """What divides the gradient: 1, or more where the norm is above the recipe's clip."""
+    return max(1.0, (norm + 1e-6) / row.recipe.clip)

@@ -23,6 +23,25 @@ def quick_product(x_NI: Tensor, weight_IO: Tensor, bias_O: Tensor | None = None)
     return y_NO
 
 
+def product_and_sum(x_KTI: Tensor, weight_IO: Tensor, bias_O: Tensor | None, a_KTR: Tensor, b_KRO: Tensor) -> Tensor:
+    """x W + b + a b, K T O, the last product row by row; on a GPU the large one reads the small one's result on its way.
+
+    That hides a read of y: a twentieth of the time of wide linears under short rows on an H200.
+    """
+    if not x_KTI.is_cuda or bias_O is not None:
+        return quick_product(x_KTI, weight_IO, bias_O).baddbmm_(a_KTR, b_KRO)
+    y_KTO = torch.bmm(a_KTR, b_KRO)
+    add_quick_product(y_KTO, x_KTI, weight_IO)
+    return y_KTO
+
+
+def add_product(y_KAB: Tensor | None, a_KAN: Tensor, b_KNB: Tensor) -> Tensor:
+    """a b row by row, added to y in place if there is one; on a GPU in one go."""
+    if y_KAB is None:
+        return torch.bmm(a_KAN, b_KNB)
+    return y_KAB.baddbmm_(a_KAN, b_KNB) if a_KAN.is_cuda else y_KAB.add_(torch.bmm(a_KAN, b_KNB))
+
+
 def add_quick_product(y_KTO: Tensor, x_KTI: Tensor, weight_IO: Tensor) -> None:
     """Add x W to y, in place."""
     if _by_onednn(x_KTI):

@@ -4,9 +4,13 @@
 """
 
 import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
+
+from torch import Tensor
 
 from lora_core import seating
 from lora_core.banks.bank import Bank
@@ -15,6 +19,8 @@ from lora_core.curriculum import Answers, Assignment, Heard, Learner, Lesson, St
 from lora_core.optim import RowStep, Stretch, clear_fixed, gradient_norms, step_rows
 from lora_core.saves import Progress, Saves
 from lora_core.seating import Standing
+
+DRAWERS = min(8, os.cpu_count() or 1)  # threads that draw starts
 
 
 class Seat:
@@ -143,13 +149,14 @@ class Room:
 
     def enter(self, learners: Iterable[Learner]) -> bool:
         """Let learners wait for a slot; whether there were any.  Raises ValueError for a name that is here already."""
-        before = len(self._waiting)
-        for learner in learners:
+        before, learners = len(self._waiting), list(learners)
+        with ThreadPoolExecutor(DRAWERS) as pool:
+            starts = pool.map(self._start_row, learners)
+        for learner, start_P in zip(learners, starts, strict=True):
             if learner.name in self._names:
                 raise ValueError(f"two learners are called {learner.name!r}; results are told apart by name")
             self._names.add(learner.name)
             spec = learner.recipe.method
-            start_P = self.bank.start_row(spec, learner.recipe.seed) if learner.start is None else learner.start
             aside = Aside.fresh(start_P, spec.scale)
             seat = Seat(learner, aside, self.cohort, self.row_tokens, self.clock)
             seat.stretches = self.bank.stretches(spec)
@@ -157,6 +164,11 @@ class Room:
                 seat.resume(progress)
             self._waiting.append(seat)
         return len(self._waiting) > before
+
+    def _start_row(self, learner: Learner) -> Tensor:
+        """Its own, or drawn: millions of numbers, on one thread, and the GPU waits meanwhile."""
+        recipe = learner.recipe
+        return self.bank.start_row(recipe.method, recipe.seed) if learner.start is None else learner.start
 
     def seat(self) -> None:
         """Free slots to whose turn it is; then users of a few rows, or of higher priority, in others' place.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.products import add_quick_product, quick_product
+from lora_core.products import add_product, add_quick_product, product_and_sum
 from lora_core.quantised import QuantisedLinear
 
 Frozen = Tensor | QuantisedLinear  # a weight as [in, out]; one that is kept in few bits stays so until it is used
@@ -29,7 +29,7 @@ def deltas(
     low_KST = torch.bmm(down_KSI, _seen(x_KTI, keep_KTI).mT).mul_(scale_K11)
     lows_KRT = low_KST.chunk(len(ups_KRO), dim=1)
     ys_KTO = [
-        quick_product(x_KTI, _plain(weight, x_KTI.dtype), bias_O).baddbmm_(low_KRT.mT, up_KRO)
+        product_and_sum(x_KTI, _plain(weight, x_KTI.dtype), bias_O, low_KRT.mT, up_KRO)
         for weight, bias_O, low_KRT, up_KRO in zip(frozen, biases_O, lows_KRT, ups_KRO, strict=True)
     ]
     return [*ys_KTO, low_KST]
@@ -45,13 +45,20 @@ def deltas_gradients(
     scale_K11: Tensor,
     keep_KTI: Tensor | None,
     to_x: bool,
+    into: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Gradients of x (empty unless `to_x`), of down and of each up, from those of the group's outputs."""
+    """Gradients of x (empty unless `to_x`), of down and of each up, from those of the group's outputs.
+
+    The factors' are added to `into`, down's first, if that is given.
+    """
+    down_into, *ups_into = into or [None] * (1 + len(ups_KRO))
     lows_KRT = low_KST.chunk(len(ups_KRO), dim=1)
-    ups_g_KRO = [torch.bmm(low_KRT, g_KTO) for low_KRT, g_KTO in zip(lows_KRT, gs_KTO, strict=True)]
+    ups_g_KRO = [
+        add_product(up_into, low_KRT, g_KTO) for up_into, low_KRT, g_KTO in zip(ups_into, lows_KRT, gs_KTO, strict=True)
+    ]
     lows_g_KRT = [torch.bmm(up_KRO, g_KTO.mT) for up_KRO, g_KTO in zip(ups_KRO, gs_KTO, strict=True)]
     low_g_KST = torch.cat(lows_g_KRT, dim=1).mul_(scale_K11)
-    down_g_KSI = torch.bmm(low_g_KST, _seen(x_KTI, keep_KTI))
+    down_g_KSI = add_product(down_into, low_g_KST, _seen(x_KTI, keep_KTI))
     if not to_x:
         return [x_KTI.new_empty(0), down_g_KSI, *ups_g_KRO]
     x_g_KTI = torch.bmm(low_g_KST.mT, down_KSI)

@@ -101,11 +101,14 @@ class Deltas(torch.autograd.Function):
         x_KTI, low_KST, keep_KTI = ctx.saved_tensors
         group, to_x = ctx.group, ctx.needs_input_grad[0]
         down_KSI, ups_KRO, scale_K11 = ctx.factors
+        leaves = group.down_KSI, *group.ups_KRO
+        here = [leaf.grad for leaf in leaves] if group.down_KSI.device == x_KTI.device else None
         x_g_KTI, *gradients = deltas_gradients(
-            gs_KTO, x_KTI, group.frozen, low_KST, down_KSI, ups_KRO, scale_K11, keep_KTI, to_x
+            gs_KTO, x_KTI, group.frozen, low_KST, down_KSI, ups_KRO, scale_K11, keep_KTI, to_x, here
         )
-        for leaf, gradient in zip((group.down_KSI, *group.ups_KRO), gradients, strict=True):
-            leaf.grad.add_(gradient.to(leaf.device))
+        if here is None:
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                leaf.grad.add_(gradient.to(leaf.device))
         return x_g_KTI if to_x else None, None, None, None
 
 

@@ -1,21 +1,18 @@
 """A user's examples as rows of T tokens: packed end to end, each example a document of its own.
 
-Pure Python over token lists; the training loop stacks one row a slot into K x T tensors.  T tokens a row.
+Nothing but whole arrays is moved, since on a GPU all waits for this; the training loop stacks one row a slot into
+K x T tensors.  T tokens a row.
 """
 
 import hashlib
 import random
-from array import array
 from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lora_core.data.rendering import AnyRendered
-
-IGNORED = -100  # the target of a token whose prediction does not count
+from lora_core.data.rendering import IGNORED, AnyRendered, Numbers, numbers
 
 
 @dataclass(frozen=True)
@@ -27,64 +24,58 @@ class Row:
     documents, one after the other.
     """
 
-    tokens: tuple[int, ...]
-    targets: tuple[int, ...]
-    positions: tuple[int, ...]
-    documents: tuple[int, ...]
+    tokens: Numbers
+    targets: Numbers
+    positions: Numbers
+    documents: Numbers
     examples: tuple[int, ...]
+    lengths: tuple[int, ...]  # each document's tokens
+
+    @property
+    def used(self) -> int:
+        """How many of the T tokens are examples rather than filling."""
+        return sum(self.lengths)
 
     @cached_property
     def counted(self) -> int:
         """How many predictions count."""
-        return sum(target != IGNORED for target in self.targets)
-
-    @cached_property
-    def used(self) -> int:
-        """How many of the T tokens are examples rather than filling."""
-        return sum(document < len(self.examples) for document in self.documents)
-
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Each document's tokens."""
-        counted = Counter(self.documents)
-        return tuple(counted[document] for document in range(len(self.examples)))
+        return len(self.targets) - self.targets.count(IGNORED)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that a frozen layer's output depends on besides the base: tokens, positions and documents."""
-        fields = (array("q", field).tobytes() for field in (self.tokens, self.positions, self.documents))
-        return hashlib.sha256(b"".join(fields)).hexdigest()
+        return hashlib.sha256(b"".join((self.tokens, self.positions, self.documents))).hexdigest()
 
 
 @dataclass
 class _Filling:
     """A row being filled."""
 
-    tokens: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    documents: list[int] = field(default_factory=list)
+    tokens: Numbers = field(default_factory=lambda: numbers(()))
+    targets: Numbers = field(default_factory=lambda: numbers(()))
+    positions: Numbers = field(default_factory=lambda: numbers(()))
+    documents: Numbers = field(default_factory=lambda: numbers(()))
     examples: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
     def add(self, index: int, rendered: AnyRendered) -> None:
         for document in rendered.documents:
             length = len(document.tokens)
-            shifted = zip(document.tokens[1:], document.trained[1:], strict=True)
-            self.tokens += document.tokens
-            self.targets += [token if trained else IGNORED for token, trained in shifted] + [IGNORED]
-            self.positions += range(length)
-            self.documents += [len(self.examples)] * length
+            self.tokens.extend(document.tokens)
+            self.targets.extend(document.targets)
+            self.positions.extend(range(length))
+            self.documents.extend(numbers([len(self.examples)]) * length)
             self.examples.append(index)
+            self.lengths.append(length)
 
     def close(self, row_tokens: int) -> Row:
         rest = row_tokens - len(self.tokens)
-        return Row(
-            tokens=(*self.tokens, *[0] * rest),
-            targets=(*self.targets, *[IGNORED] * rest),
-            positions=(*self.positions, *[0] * rest),  # no position that a base may not have
-            documents=(*self.documents, *[len(self.examples)] * rest),
-            examples=tuple(self.examples),
-        )
+        self.tokens.extend(numbers([0]) * rest)
+        self.targets.extend(numbers([IGNORED]) * rest)
+        self.positions.extend(numbers([0]) * rest)  # no position that a base may not have
+        self.documents.extend(numbers([len(self.examples)]) * rest)
+        fields = (self.tokens, self.targets, self.positions, self.documents)
+        return Row(*fields, tuple(self.examples), tuple(self.lengths))
 
 
 def empty_row(row_tokens: int) -> Row:

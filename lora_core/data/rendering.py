@@ -1,9 +1,10 @@
 """Examples as tokens of one base, with a mark on each token that is to be learnt."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import TemplateError
 
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+IGNORED = -100  # the target of a token whose prediction does not count
+
+Numbers: TypeAlias = "array[int]"  # of 64 bits
+
+
+def numbers(values: Iterable[int]) -> Numbers:
+    """As an array, which is moved whole."""
+    return array("q", values)
+
+
 @dataclass(frozen=True)
 class Rendered:
     """One example's tokens; `trained[i]` says that predicting token i counts."""
@@ -21,6 +32,12 @@ class Rendered:
     tokens: tuple[int, ...]
     trained: tuple[bool, ...]
     truncated: bool = False
+
+    @cached_property
+    def targets(self) -> Numbers:
+        """What each position must predict, the next token or IGNORED: read again in every epoch."""
+        following = zip(self.tokens[1:], self.trained[1:], strict=True)
+        return numbers([*(token if trained else IGNORED for token, trained in following), IGNORED])
 
     @property
     def documents(self) -> tuple["Rendered", ...]:

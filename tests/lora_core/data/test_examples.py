@@ -20,7 +20,8 @@ from lora_core.data.examples import (
     parse_example,
     shared_length,
 )  # fmt: skip
-from lora_core.data.packing import IGNORED, epoch_batches, pack
+from lora_core.data.packing import epoch_batches, pack
+from lora_core.data.rendering import IGNORED
 from lora_core.data.rendering import Rendered, RenderedPair
 from lora_core.data.snapshot import SkipPolicy, load_snapshot, take_snapshot
 from lora_core.data.splits import split
