@@ -3,15 +3,17 @@
 E is packed tokens a second over those of the same frozen base's forward and input-gradient backward on the same batch,
 without adapters; 1 would mean that K users' adapters, clipping and AdamW are free.  Both in bf16, every linear adapted,
 one example of T tokens a user and step, blocks of steps in turn in one process while the users train; with `--compiled`
-both run compiled layers, with `--forget` both compute them again in the backward pass, for longer rows.  The frozen base finds its batches on the device, packed training makes its own.  T is the
-longest of the tried that fits.  Seating users and copying them out is not in E (see `gpu_users.py`).
+both run compiled layers, with `--forget` both compute them again in the backward pass, for longer rows; `--recorded`
+trains by CUDA graphs too, in turn.  The frozen base finds its batches on the device, packed training makes its own.
+T is the longest of the tried that fits.  Seating users and copying them out is not in E (see `gpu_users.py`).
 """
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
+from contextlib import ExitStack
+from functools import cached_property, partial
 from statistics import median
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -32,12 +34,38 @@ from benchmarks.sides import (
     twin,
 )
 from lora_core.base_model import BaseModel
+from lora_core.curriculum import Answers
 from lora_core.layers import checkpointed, compiled
+from lora_core.micro_step import Replay, read_rows
+from lora_core.train import Compute
 
 GOALS = {"8B": 0.93, "4B": 0.90, "1B": 0.87, "0.5B": 0.78}
 SAME = 0.03  # how far E at more users may be from E at the fewest
 RANK = 16
 ROW_TOKENS = (1024, 512, 256, 128, 64, 32)
+
+
+class Either:
+    """Micro-steps kernel by kernel, or as one graph."""
+
+    def __init__(self) -> None:
+        self._compute: Compute = read_rows
+
+    def replay(self) -> None:
+        """From now on."""
+        self._compute = self._replayed
+
+    def launch(self) -> None:
+        """From now on."""
+        self._compute = read_rows
+
+    @cached_property
+    def _replayed(self) -> Compute:
+        return Replay() if torch.cuda.is_available() else read_rows
+
+    def __call__(self, *micro_step: Any) -> Answers:  # passed on as it is
+        """What the way at hand answers."""
+        return self._compute(*micro_step)
 
 
 class Measured(TypedDict):
@@ -60,17 +88,21 @@ def measure(
     """Blocks of packed steps and of the frozen base's, in turn."""
     device, load, peak = base.model.device, Load(1, row_tokens, row_tokens), 0
     block, rounds = options.block, options.rounds
-    steps = block * (rounds + 1) + 1  # one more than is timed: nobody is copied out on the clock
+    steps = 2 * block * (rounds + 2)  # more more than is timed: nobody is copied out on the clock
     users = [load.examples(steps, shape.vocabulary, seed) for seed in range(slots)]
     frozen, batches = twin(base), list(packed_batches(base, users, load, row_tokens, block))
     others = {"frozen": partial(run_frozen, frozen, batches)}
     recipe = load.recipe(RANK, row_tokens)
     cohort = learners(recipe, users, start_row(base, recipe))
 
-    turns = Turns({"packed": lambda: None}, others, block, rounds, device, budget)
-    with compiled(base, options.compiled), compiled(frozen, options.compiled):
-        with checkpointed(base, options.forget), checkpointed(frozen, options.forget):
-            run_packed(base, cohort, row_tokens, turns)
+    compute = Either()
+    loop = {"packed": compute.launch} | ({"recorded": compute.replay} if options.recorded else {})
+    turns = Turns(loop, others, block, rounds, device, budget)
+    with ExitStack() as modes:
+        for one in (base, frozen):
+            modes.enter_context(compiled(one, options.compiled))
+            modes.enter_context(checkpointed(one, options.forget))
+        run_packed(base, cohort, row_tokens, turns, compute=compute)
 
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -100,11 +132,13 @@ HEADER = (
 def show(result: Measured, goal: float, fewest: Measured) -> str:
     """One line of the table; `fewest` is the same base and T at the fewest users."""
     packed, frozen = (1e3 * median(result["seconds"][name]) / result["block"] for name in ("packed", "frozen"))
+    recorded = result["seconds"].get("recorded")
+    over = f"; as a graph {spread(ratios(result['seconds']['packed'], recorded))} as fast" if recorded else ""
     against = median(result["efficiency"]) / median(fewest["efficiency"]) - 1
     return (
         f"{result['shape']:>22} {result['slots']:>4} {result['row_tokens']:>5} {spread(result['efficiency'], ''):>18} "
         f"{goal:>5} {against:>+10.1%}{' ' if abs(against) <= SAME else '!'} {packed:>10.1f} {frozen:>10.1f}  "
-        f"{result['floor']['packed']}{'' if result['plain_head'] else '; head loss not fused'}"
+        f"{result['floor']['packed']}{'' if result['plain_head'] else '; head loss not fused'}{over}"
     )
 
 
@@ -151,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--row-tokens", type=int, nargs="+", default=ROW_TOKENS, help="tried in this order")
     parser.add_argument("--block", type=int, default=5, help="steps in a turn")
     parser.add_argument("--compiled", action="store_true", help="both sides with compiled layers")
+    parser.add_argument("--recorded", action="store_true", help="also by CUDA graphs, in turn")
     parser.add_argument("--forget", action="store_true", help="both sides with checkpointed layers")
     options = parser.parse_args(arguments)
     if options.tiny:

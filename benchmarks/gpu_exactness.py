@@ -1,9 +1,10 @@
 """What exactness costs on a GPU: `python benchmarks/gpu_exactness.py`, one process, at most ten minutes.
 
-The same user trains alone, alone again, among full neighbours in several slots, and in random packs (how many
-neighbours, their ranks, dropout, schedules, sizes and order), at one (K, T), in bf16; the SHA-256 of its row must be
-one and the same.  Packs in torch's default mode, the rest under `use_deterministic_algorithms` too, with the time of a
-step in the two modes, in turn.  `:4096:8` is cuBLAS's workspace in both; it is what torch takes on Hopper anyway.
+The same user trains alone, alone again, among full neighbours in several slots, by CUDA graph instead of kernel by
+kernel, and in random packs (how many neighbours, their ranks, dropout, schedules, sizes and order), at one (K, T), in
+bf16; the SHA-256 of its row must be one and the same.  Packs in torch's default mode, the rest under
+`use_deterministic_algorithms` too, with the time of a step in the two modes, in turn.  `:4096:8` is cuBLAS's workspace
+in both; it is what torch takes on Hopper anyway.
 """
 
 import os
@@ -19,6 +20,7 @@ from functools import cache, partial
 from typing import TypedDict
 
 import torch
+import torch.utils.deterministic as deterministic_mode
 from torch import Tensor
 
 from benchmarks import measuring
@@ -29,7 +31,8 @@ from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.curriculum import Learner
 from lora_core.methods import LoraSpec
-from lora_core.train import train
+from lora_core.micro_step import Replay
+from lora_core.train import Compute, train
 
 RANK = 16
 GOAL = 1.05  # most that the deterministic mode may take, as a multiple of the default's time
@@ -107,9 +110,11 @@ def bank_of(base: BaseModel) -> Bank:
     return make_bank(base, [LoraSpec(rank=RANK)])
 
 
-def row_digest(base: BaseModel, setting: Setting, name: str, company: Sequence[Learner]) -> str:
+def row_digest(
+    base: BaseModel, setting: Setting, name: str, company: Sequence[Learner], compute: Compute | None = None
+) -> str:
     """SHA-256 of one learner's row after training in such company."""
-    for trained in train(base, company, setting.slots, setting.row_tokens, bank_of(base)):
+    for trained in train(base, company, setting.slots, setting.row_tokens, bank_of(base), compute=compute):
         if trained.name == name:
             assert trained.outcome == "finished", trained.reason
             return hashlib.sha256(trained.row_P.numpy().tobytes()).hexdigest()
@@ -122,6 +127,8 @@ def digests(base: BaseModel, setting: Setting, cohort: Sequence[Learner], packs:
     try:
         for where, company in companies(cohort).items():
             found[where] = row_digest(base, setting, cohort[0].name, company)
+        if torch.cuda.is_available():
+            found["by CUDA graph"] = row_digest(base, setting, cohort[0].name, cohort, Replay())
         for number in range(packs):
             if not budget.spent:
                 company = random_company(base, cohort, number)
@@ -137,7 +144,7 @@ def measure(base: BaseModel, shape: Shape, setting: Setting, options: argparse.N
     """Digests in both modes, then blocks of steps in the two modes in turn."""
     rows: dict[str, dict[str, str]] = {}
     block, rounds = options.block, options.rounds
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check of torch's own, not of results
+    setattr(deterministic_mode, "fill_uninitialized_memory", False)  # noqa: B010  torch does not type it
     cohort = everyone(base, shape, setting, setting.steps)
     for mode, deterministic in MODES.items():
         torch.use_deterministic_algorithms(deterministic)

@@ -141,12 +141,14 @@ def other_sides(
 def seating_seconds(base: BaseModel, cohort: Sequence[Learner], fit: Fit, budget: Budget) -> float:
     """What it costs to let one user sit down: a run of all up to the first micro-step, without what one alone costs."""
     device = base.model.device
-    first = partial(Turns, {"packed": lambda: None}, {}, 1, 0, device, budget)
-    _, one, everyone = (
-        timed(lambda: run_packed(base, some, fit.row_tokens, first(), fit.slots), device)
-        for some in (cohort[:1], cohort[:1], cohort)
-    )  # the first asks for the memory
-    return max(0.0, everyone - one) / max(1, len(cohort) - 1)
+
+    def run(some: Sequence[Learner]) -> float:
+        first = Turns({"packed": lambda: None}, {}, 1, 0, device, budget)
+        return timed(lambda: run_packed(base, some, fit.row_tokens, first, fit.slots), device)
+
+    run(cohort[:1])  # asks for the memory
+    alone, everyone = run(cohort[:1]), run(cohort)
+    return max(0.0, everyone - alone) / max(1, len(cohort) - 1)
 
 
 HEADER = (
@@ -178,6 +180,8 @@ def compare(
         if budget.spent:
             break
         tried = [replace(fit, slots=min(fit.slots, options.users)) for fit in fits(load)]
+        if options.row_tokens:
+            tried = [Fit(options.users, options.row_tokens, min(load.sequences, 8))]
         choices = [fit for fit in tried if fit.slots * fit.row_tokens <= room] or tried[-1:]
         run = partial(measure, base, shape, load, others, options, budget)
         if fit := first_that_fits(choices, run):
@@ -209,9 +213,9 @@ def draw(results: Mapping[int, Measured], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def sweep_loads(tiny: bool) -> dict[int, Load]:
+def sweep_loads(points: Sequence[int], tiny: bool) -> dict[int, Load]:
     """By tokens a user and step: sequences of at most 512 tokens."""
-    longest, points = (8, (32, 8, 16)) if tiny else (512, SWEEP)
+    longest, points = (8, (32, 8, 16)) if tiny else (512, points)
     return {n: Load(max(1, n // longest), min(n, longest), min(n, longest)) for n in points}
 
 
@@ -223,6 +227,8 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--others", nargs="+", choices=OTHERS, default=OTHERS)
     parser.add_argument("--users", type=int, default=USERS)
     parser.add_argument("--compiled", action="store_true", help="packed training with compiled layers too")
+    parser.add_argument("--row-tokens", type=int, help="T; otherwise what fits, tried from the most downwards")
+    parser.add_argument("--points", type=int, nargs="+", default=SWEEP, help="of the sweep: tokens a user and step")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn, fewer where a step has many tokens")
     options = parser.parse_args(arguments)
     if options.tiny:
@@ -244,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measuring.save(folder / f"gpu_users{'_compiled' * options.compiled}.json", machine, results)
         measuring.release()
     if options.sweep != "none":
-        points = sweep_loads(options.tiny)
+        points = sweep_loads(options.points, options.tiny)
         kept = compare(options.sweep, points, ("peft",), options, device, budget)
         lines += [show(result, FAR_GOAL if tokens == max(SWEEP) else None) for tokens, result in kept.items()]
         lines += [f"{options.sweep:>22} {tokens:>6} not measured" for tokens in points if tokens not in kept]

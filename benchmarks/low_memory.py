@@ -36,10 +36,10 @@ from lora_core.full_tuning import adamw, backward, predict_full, step_all, train
 from lora_core.layers import checkpointed
 from lora_core.memory import predict
 from lora_core.methods import LoraSpec
+from lora_core.micro_step import read_rows
 from lora_core.optim import RowStep, gradient_norms, step_rows
 from lora_core.quantised import quantisation
 from lora_core.recipe import Recipe
-from lora_core.train import read_rows
 
 RANK = 8
 

@@ -37,9 +37,10 @@ from lora_core.cohort import Cohort
 from lora_core.curriculum import Answers, Learner, Lesson
 from lora_core.data.rendering import Rendered
 from lora_core.lower_layers import LowerLayers
+from lora_core.micro_step import read_rows
 from lora_core.recipe import make_recipe
 from lora_core.row_store import RowFolder, RowMemory, RowStore
-from lora_core.train import Compute, read_rows, train
+from lora_core.train import Compute, train
 
 LAYERS, ADAPTED = 8, (6, 7)
 SLOTS, T, RANK = 8, 128, 8

@@ -37,10 +37,10 @@ from lora_core.errors import MemoryTooSmall
 from lora_core.layers import checkpointed
 from lora_core.memory import predict, workspace_bytes
 from lora_core.methods import LoraSpec
+from lora_core.micro_step import read_rows
 from lora_core.optim import RowStep, gradient_norms, step_rows
 from lora_core.planner import SHARE, Plan, plan
 from lora_core.recipe import Recipe
-from lora_core.train import read_rows
 
 VOCABULARY = 512
 

@@ -20,12 +20,11 @@ from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.curriculum import Learner
 from lora_core.data.packing import Row, pack
-from lora_core.data.rendering import IGNORED
-from lora_core.data.rendering import Rendered
+from lora_core.data.rendering import IGNORED, Rendered
 from lora_core.forward import Batch, stack, token_losses
 from lora_core.products import QUICK
 from lora_core.recipe import Recipe, make_recipe
-from lora_core.train import train
+from lora_core.train import Compute, train
 
 Examples = tuple[Rendered, ...]
 
@@ -137,11 +136,12 @@ def learners(recipe: Recipe, users: Sequence[Examples], start_P: Tensor | None =
 
 
 def run_packed(
-    base: BaseModel, cohort: Sequence[Learner], row_tokens: int, turns: Turns | None = None, slots: int | None = None
-) -> None:
+    base: BaseModel, cohort: Sequence[Learner], row_tokens: int, turns: Turns | None = None, slots: int | None = None,
+    compute: Compute | None = None,
+) -> None:  # fmt: skip
     """All users at once through the public training loop, until they are done or `turns` has seen enough."""
     try:
-        for trained in train(base, cohort, slots or len(cohort), row_tokens, watch=turns):
+        for trained in train(base, cohort, slots or len(cohort), row_tokens, watch=turns, compute=compute):
             assert trained.outcome == "finished", trained.reason
     except Enough:
         pass

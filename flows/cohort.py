@@ -158,7 +158,7 @@ def _fit_into_memory(factory: Factory, cohort: Cohort, admits: bool) -> None:
         return
     planned, left_out = plan_fitting(cohort.base, cohort.candidates, budget, cohort.plan.slots)
     if planned:
-        cohort.plan = replace(planned, compiled=cohort.plan.compiled)
+        cohort.plan = replace(planned, compiled=cohort.plan.compiled, recorded=cohort.plan.recorded)
     for job, candidate in list(cohort.work.values()):
         if candidate.label in left_out:
             put_off(factory, cohort, job, left_out[candidate.label])

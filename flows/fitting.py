@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from flows.candidates import Candidate, plan_training
 from flows.factory import Factory
 from flows.settings import FactorySettings
@@ -54,7 +56,8 @@ def usual_plan(settings: FactorySettings, seats: int, recipe: Recipe, quantised:
     Quantised layers cannot be compiled, and train as they are whatever the setting says.
     """
     slots = min(settings.slots, 1 << math.ceil(math.log2(seats)))
-    return Plan(slots, recipe.row_tokens, compiled=settings.compile and not quantised)
+    on_gpu = settings.cuda_graph and torch.cuda.is_available()
+    return Plan(slots, recipe.row_tokens, compiled=settings.compile and not quantised, recorded=on_gpu)
 
 
 def seats_for_more(settings: FactorySettings, seats: int, base: BaseModel) -> int:
@@ -98,4 +101,5 @@ def planned(settings: FactorySettings, base: BaseModel, candidate: Candidate) ->
     budget = budget_bytes(settings, base)
     if budget is None:
         return usual
-    return replace(plan_training(base, [candidate], budget, usual.slots), compiled=usual.compiled)
+    found = plan_training(base, [candidate], budget, usual.slots)
+    return replace(found, compiled=usual.compiled, recorded=usual.recorded)

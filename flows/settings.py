@@ -37,6 +37,7 @@ class FactorySettings(RegistrySettings):
     quantise: Literal["", "8bit", "4bit"] = ""  # of the bases that jobs are made for; empty keeps them whole
     slots: Annotated[int, Field(ge=1, le=1024)] = 16  # K: users trained at once
     compile: bool = False  # layers as compiled graphs: a minute once for each shape, then quicker steps
+    cuda_graph: bool = False  # micro-steps as CUDA graphs on a GPU: launched as one, where kernels are many and short
     memory: Annotated[ByteSize, Field(gt=0)] | None = None  # 8GiB; None: 95 % of what a GPU has free, any on a CPU
     states: Annotated[ByteSize, Field(ge=0)] = ByteSize(1 << 30)  # for states under the first adapted layer; 0: none
     states_disk: Annotated[ByteSize, Field(ge=0)] = ByteSize(0)  # the same under LORA_HOME, for later versions; 0: none

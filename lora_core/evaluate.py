@@ -16,8 +16,7 @@ from lora_core.banks.table import banks_for
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.data.packing import Row, empty_row, pack
-from lora_core.data.rendering import IGNORED
-from lora_core.data.rendering import AnyRendered
+from lora_core.data.rendering import IGNORED, AnyRendered
 from lora_core.forward import Batch, stack, token_losses
 from lora_core.methods import AnyMethod
 

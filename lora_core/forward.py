@@ -38,18 +38,28 @@ class Batch:
         }
 
 
-def stack(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
-    """K rows as one batch; a token sees its own document's earlier tokens and nothing else."""
+def fields_of(rows: Sequence[Row], device: torch.device) -> Tensor:
+    """K rows' tokens, targets, positions and documents, 4 K T."""
     fields = [getattr(row, name) for name in ("tokens", "targets", "positions", "documents") for row in rows]
-    together = torch.frombuffer(bytearray().join(fields), dtype=torch.int64).view(4, len(rows), -1)
-    tokens_KT, targets_KT, positions_KT, documents_KT = together.to(model.device, copy=True).unbind()
+    fields_4KT = torch.frombuffer(bytearray().join(fields), dtype=torch.int64).view(4, len(rows), -1)
+    return fields_4KT.to(device, copy=True)
+
+
+def as_batch(fields_4KT: Tensor, dtype: torch.dtype) -> Batch:
+    """As one batch; a token sees its own document's earlier tokens and nothing else."""
+    tokens_KT, targets_KT, positions_KT, documents_KT = fields_4KT.unbind()
     together_KTT = documents_KT[:, :, None] == documents_KT[:, None, :]
     # The mask is always given, even where plain causal attention would do: the kernel that runs, and so every
     # bit of a row, must not depend on how the neighbours' rows are packed.
     hidden_K1TT = ~together_KTT.tril()[:, None]
-    mask_K1TT = torch.zeros(hidden_K1TT.shape, dtype=model.dtype, device=model.device)
-    mask_K1TT.masked_fill_(hidden_K1TT, torch.finfo(model.dtype).min)  # added, not boolean: eager attention adds it
+    mask_K1TT = torch.zeros(hidden_K1TT.shape, dtype=dtype, device=fields_4KT.device)
+    mask_K1TT.masked_fill_(hidden_K1TT, torch.finfo(dtype).min)  # added, not boolean: eager attention adds it
     return Batch(tokens_KT, targets_KT, positions_KT, documents_KT, mask_K1TT)
+
+
+def stack(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
+    """K rows as one batch, on the base's device."""
+    return as_batch(fields_of(rows, model.device), model.dtype)
 
 
 def token_losses(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,8 @@ from lora_core.data.packing import Row, empty_row, pack
 from lora_core.data.rendering import Rendered
 from lora_core.forward import stack
 from lora_core.layers import wrapped
+from lora_core.micro_step import read_rows
 from lora_core.row_store import RowStore
-from lora_core.train import read_rows
 
 LOOKED_AT = 8  # rows, for each place that is to be filled
 KERNELS = 2  # one more whenever the engine computes the same states to other bits

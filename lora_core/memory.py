@@ -20,9 +20,9 @@ from lora_core.cohort import Cohort
 from lora_core.curriculum import Lesson
 from lora_core.data.packing import empty_row
 from lora_core.layers import checkpointed
+from lora_core.micro_step import backward_rows
 from lora_core.optim import RowStep, gradient_norms, step_rows
 from lora_core.recipe import Recipe
-from lora_core.train import backward_rows
 
 BLOCKS = {"cuda": 512, "cpu": 64}  # bytes an allocation is rounded up to: c10's CUDACachingAllocator and CPUAllocator
 
@@ -111,7 +111,23 @@ def workspace_bytes(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def _multiply(device: torch.device, dtype: torch.dtype) -> None:
-    """Every kind of product that the engine computes, forward and backward."""
+    """Every kind of product that the engine computes, in the forward's thread and in the backward's."""
     square = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
-    product = torch.addmm(square[0], square, square @ square)
-    torch.bmm(product[None], product[None]).sum().backward()
+    _Products.apply(square).sum().backward()  # type: ignore[no-untyped-call]  # torch's
+
+
+class _Products(torch.autograd.Function):
+    """The same products in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, square: Tensor) -> Tensor:  # torch's context object
+        return _products(square)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # torch's context object
+        return _products(gradient.contiguous())
+
+
+def _products(square: Tensor) -> Tensor:
+    product = torch.addmm(square[0], square, square @ square).addmm_(square, square)
+    return torch.bmm(product[None], product[None]).baddbmm_(product[None], product[None])[0]

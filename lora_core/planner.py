@@ -18,6 +18,7 @@ from lora_core.door import SHUT, Door
 from lora_core.errors import MemoryTooSmall
 from lora_core.layers import checkpointed, compiled, decoder_layers
 from lora_core.memory import predict
+from lora_core.micro_step import Replay
 from lora_core.saves import Saves
 from lora_core.train import Compute, Pace, train
 
@@ -36,6 +37,7 @@ class Plan:
     checkpointed: bool = False  # layers forget their activations
     predicted_bytes: int = 0
     compiled: bool = False
+    recorded: bool = False  # micro-steps as CUDA graphs
 
     def smaller(self) -> "Plan | None":
         """What to try when this did not fit: checkpointing, which changes nobody's bytes; then half the slots."""
@@ -121,17 +123,18 @@ def train_planned(
     inside = {learner.name: learner for learner in learners}
     current: Plan | None = planned
     while current and not door.closing and (inside or current is planned):
-        smaller = None
+        smaller, how = None, compute or (Replay() if current.recorded else None)
         try:
             with compiled(base, current.compiled), checkpointed(base, current.checkpointed):
                 shape, listed = (current.slots, current.row_tokens, bank), _Listed(door, inside)
-                for trained in train(base, inside.values(), *shape, watch, listed, compute, saves):
+                for trained in train(base, inside.values(), *shape, watch, listed, how, saves):
                     del inside[trained.name]
                     yield trained, current
         except (RuntimeError, MemoryError) as error:
             smaller = current.smaller()
             if smaller is None or not exhausted(error):
                 raise
+        del how
         release(base.model.device)  # out here: an error that is being handled holds on to the cohort
         current = smaller
 

@@ -24,9 +24,10 @@ def quick_product(x_NI: Tensor, weight_IO: Tensor, bias_O: Tensor | None = None)
 
 
 def product_and_sum(x_KTI: Tensor, weight_IO: Tensor, bias_O: Tensor | None, a_KTR: Tensor, b_KRO: Tensor) -> Tensor:
-    """x W + b + a b, K T O, the last product row by row; on a GPU the large one reads the small one's result on its way.
+    """x W + b + a b, K T O, the last product row by row.
 
-    That hides a read of y: a twentieth of the time of wide linears under short rows on an H200.
+    On a GPU the large product reads the small one's result on its way, which hides a read of y: of the time of two
+    linears of 4096 to 14336 a twentieth (H200).
     """
     if not x_KTI.is_cuda or bias_O is not None:
         return quick_product(x_KTI, weight_IO, bias_O).baddbmm_(a_KTR, b_KRO)

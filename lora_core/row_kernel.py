@@ -38,9 +38,10 @@ def _launch(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton's
-def _step_block(  # type: ignore[no-untyped-def]  # pointers to what their names say
-    weights, working, gradient, first, second, slots, settings, width, copies: tl.constexpr, block: tl.constexpr
-):
+def _step_block(  # type: ignore[no-untyped-def]  # noqa: ANN202  Triton reads annotations as code
+    weights, working, gradient, first, second, slots, settings, width,  # noqa: ANN001  pointers to what they say
+    copies: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     due = tl.program_id(1)
     setting = settings + due * 7
     step_size, kept, beta1, beta2 = (

@@ -7,19 +7,14 @@ K slots, T tokens a slot, P numbers a user.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from lora_core.allocators import tighten
 from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Answers, Learner, Lesson, Trained
-from lora_core.data.packing import empty_row
 from lora_core.door import SHUT, Door
-from lora_core.forward import stack, token_losses
-from lora_core.preference import lesson_losses
+from lora_core.micro_step import read_rows
 from lora_core.room import Room
 from lora_core.saves import Saves
 
@@ -90,25 +85,3 @@ def train(
                 room.enter(door.arrivals(room.places))
         if room.busy:
             room.save(last=True)
-
-
-def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
-    """One forward and backward over K rows; each slot's answer.  Gradients add up in the cohort matrix."""
-    answers_KN: Answers = backward_rows(base, cohort, lessons, row_tokens).tolist()
-    counts = [len(lesson.pairs.reference) if lesson and lesson.pairs else 1 for lesson in lessons]
-    return [answer[:count] for answer, count in zip(answers_KN, counts, strict=True)]
-
-
-def backward_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Tensor:
-    """As `read_rows`, the answers still on the device, K x N: no number is looked at, so shapes alone can run it."""
-    batch = stack([lesson.row if lesson else empty_row(row_tokens) for lesson in lessons], base.model)
-    weight_K = torch.tensor([lesson.weight if lesson else 0.0 for lesson in lessons]).to(base.model.device)
-    cohort.set_dropout(
-        [lesson.dropout if lesson else 0.0 for lesson in lessons],
-        [lesson.key if lesson else 0 for lesson in lessons],
-    )
-    loss_KT, _ = token_losses(base, batch)
-    loss_K, answers_KN = lesson_losses(loss_KT, [lesson.pairs if lesson else None for lesson in lessons])
-    if any(lesson and lesson.weight for lesson in lessons):  # else all are only examined: there is nothing to add
-        (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
-    return answers_KN.detach()

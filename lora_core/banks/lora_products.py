@@ -16,6 +16,26 @@ from lora_core.quantised import QuantisedLinear
 Frozen = Tensor | QuantisedLinear  # a weight as [in, out]; one that is kept in few bits stays so until it is used
 
 
+def lows(x_KTI: Tensor, down_KSI: Tensor, scale_K11: Tensor, keep_KTI: Tensor | None) -> Tensor:
+    """scale * (keep * x) A^T for all linears of a group, row by row, K S T."""
+    return torch.bmm(down_KSI, _seen(x_KTI, keep_KTI).mT).mul_(scale_K11)
+
+
+def sums(
+    x_KTI: Tensor,
+    frozen: Sequence[Frozen],
+    biases_O: Sequence[Tensor | None],
+    low_KST: Tensor,
+    ups_KRO: Sequence[Tensor],
+) -> list[Tensor]:
+    """y = x W + b + low B^T for each linear of a group."""
+    lows_KRT = low_KST.chunk(len(ups_KRO), dim=1)
+    return [
+        product_and_sum(x_KTI, _plain(weight, x_KTI.dtype), bias_O, low_KRT.mT, up_KRO)
+        for weight, bias_O, low_KRT, up_KRO in zip(frozen, biases_O, lows_KRT, ups_KRO, strict=True)
+    ]
+
+
 def deltas(
     x_KTI: Tensor,
     frozen: Sequence[Frozen],
@@ -25,14 +45,9 @@ def deltas(
     scale_K11: Tensor,
     keep_KTI: Tensor | None,
 ) -> list[Tensor]:
-    """y = x W + b + scale * (keep * x) A^T B^T for each linear of a group, row by row; last, the low-rank low_KST."""
-    low_KST = torch.bmm(down_KSI, _seen(x_KTI, keep_KTI).mT).mul_(scale_K11)
-    lows_KRT = low_KST.chunk(len(ups_KRO), dim=1)
-    ys_KTO = [
-        product_and_sum(x_KTI, _plain(weight, x_KTI.dtype), bias_O, low_KRT.mT, up_KRO)
-        for weight, bias_O, low_KRT, up_KRO in zip(frozen, biases_O, lows_KRT, ups_KRO, strict=True)
-    ]
-    return [*ys_KTO, low_KST]
+    """y = x W + b + scale * (keep * x) A^T B^T for each linear of a group; last, the low-rank low_KST."""
+    low_KST = lows(x_KTI, down_KSI, scale_K11, keep_KTI)
+    return [*sums(x_KTI, frozen, biases_O, low_KST, ups_KRO), low_KST]
 
 
 def deltas_gradients(
@@ -51,7 +66,8 @@ def deltas_gradients(
 
     The factors' are added to `into`, down's first, if that is given.
     """
-    down_into, *ups_into = into or [None] * (1 + len(ups_KRO))
+    given: Sequence[Tensor | None] = into or [None] * (1 + len(ups_KRO))
+    down_into, *ups_into = given
     lows_KRT = low_KST.chunk(len(ups_KRO), dim=1)
     ups_g_KRO = [
         add_product(up_into, low_KRT, g_KTO) for up_into, low_KRT, g_KTO in zip(ups_into, lows_KRT, gs_KTO, strict=True)

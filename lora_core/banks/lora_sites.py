@@ -4,13 +4,14 @@ K slots, T tokens a slot, I inputs and O outputs of a site, R the bank's rank, S
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.banks.lora_products import Frozen, deltas, deltas_gradients
+from lora_core.banks.lora_products import Frozen, deltas_gradients, lows, sums
 from lora_core.cohort import Cohort, as_leaf
 from lora_core.quantised import QuantisedLinear
 
@@ -76,31 +77,47 @@ class LoraGroup:
             factors = self.factors(x_KTI.device)
             compiled: list[Tensor] = torch.ops.lora_core.deltas(x_KTI, self.frozen, self.biases, *factors, keep_KTI)
             return compiled[:-1]
-        eager: Sequence[Tensor] = Deltas.apply(x_KTI, self.down_KSI, self, keep_KTI)  # type: ignore[no-untyped-call]  # torch's
+        link = Link(self, self.factors(x_KTI.device))
+        low_KST = Lows.apply(x_KTI, self.down_KSI, keep_KTI, link)  # type: ignore[no-untyped-call]  # torch's
+        eager: Sequence[Tensor] = Sums.apply(x_KTI, low_KST, link)  # type: ignore[no-untyped-call]  # torch's
         return eager
 
 
-class Deltas(torch.autograd.Function):
-    """`deltas` of a group.  Its backward adds the factors' gradients straight into the cohort's gradient matrix."""
+@dataclass
+class Link:
+    """What the two halves of a group's forward and backward share: factors, and the outputs' gradients on their way."""
+
+    group: LoraGroup
+    factors: tuple[Tensor, list[Tensor], Tensor]  # down_KSI, ups_KRO, scale
+    gs_KTO: Sequence[Tensor] = ()
+
+
+class Lows(torch.autograd.Function):
+    """The narrow half of `deltas`, and the whole of its backward.
+
+    Halves, since a checkpointed layer is computed again up to the last tensor that is kept for a backward: the wide
+    products of the layer's last group are not, as they are not in the frozen base.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,  # torch's context object has no public type
-        x_KTI: Tensor, leaf: Tensor, group: LoraGroup, keep_KTI: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """`leaf`, any factor, makes autograd call the backward where x needs no gradient."""
-        factors = group.factors(x_KTI.device)
-        *ys_KTO, low_KST = deltas(x_KTI, group.frozen, group.biases, *factors, keep_KTI)
+        x_KTI: Tensor, leaf: Tensor, keep_KTI: Tensor | None, link: Link,
+    ) -> Tensor:  # fmt: skip
+        """low_KST.  `leaf`, any factor, makes autograd call the backward where x needs no gradient."""
+        down_KSI, _, scale_K11 = link.factors
+        low_KST = lows(x_KTI, down_KSI, scale_K11, keep_KTI)
         ctx.save_for_backward(x_KTI, low_KST, keep_KTI)
-        ctx.group, ctx.factors = group, factors
-        return tuple(ys_KTO)
+        ctx.link = link
+        return low_KST
 
     @staticmethod
-    def backward(ctx: Any, *gs_KTO: Tensor) -> tuple[Tensor | None, ...]:  # torch's context object
-        """The gradient of x; the factors' are added where they belong."""
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # torch's context object
+        """The gradient of x; the factors' are added straight into the cohort's gradient matrix."""
         x_KTI, low_KST, keep_KTI = ctx.saved_tensors
-        group, to_x = ctx.group, ctx.needs_input_grad[0]
-        down_KSI, ups_KRO, scale_K11 = ctx.factors
+        group, to_x = ctx.link.group, ctx.needs_input_grad[0]
+        gs_KTO, ctx.link.gs_KTO = ctx.link.gs_KTO, ()
+        down_KSI, ups_KRO, scale_K11 = ctx.link.factors
         leaves = group.down_KSI, *group.ups_KRO
         here = [leaf.grad for leaf in leaves] if group.down_KSI.device == x_KTI.device else None
         x_g_KTI, *gradients = deltas_gradients(
@@ -110,6 +127,23 @@ class Deltas(torch.autograd.Function):
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 leaf.grad.add_(gradient.to(leaf.device))
         return x_g_KTI if to_x else None, None, None, None
+
+
+class Sums(torch.autograd.Function):
+    """The wide half of `deltas`, which keeps nothing; its backward hands what it gets to the narrow half's."""
+
+    @staticmethod
+    def forward(ctx: Any, x_KTI: Tensor, low_KST: Tensor, link: Link) -> tuple[Tensor, ...]:  # torch's context object
+        """Each linear's K T O."""
+        ctx.link, ctx.low = link, (low_KST.shape, low_KST.dtype, low_KST.device)
+        return tuple(sums(x_KTI, link.group.frozen, link.group.biases, low_KST, link.factors[1]))
+
+    @staticmethod
+    def backward(ctx: Any, *gs_KTO: Tensor) -> tuple[Tensor | None, ...]:  # torch's context object
+        """For low_KST something of its shape, which nobody reads."""
+        ctx.link.gs_KTO = gs_KTO
+        shape, dtype, device = ctx.low
+        return None, torch.empty((), dtype=dtype, device=device).expand(shape), None
 
 
 def _frozen(linear: nn.Module) -> Frozen:

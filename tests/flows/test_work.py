@@ -28,6 +28,7 @@ from lora_core.cohort import Cohort as Slots
 from lora_core.curriculum import Answers
 from lora_core.evaluate import Scores, evaluate_all
 from lora_core.intake import read_artifact
+from lora_core.micro_step import read_rows
 from lora_core.planner import Plan
 from lora_core.recipe import load_recipe
 from registry import jobs, queries, queue
@@ -297,7 +298,7 @@ def test_nobody_is_lost_when_memory_runs_out_in_training_and_in_judging(
     """The cohort goes on with fewer slots."""
     for user in ("acme/alice", "acme/bob"):
         ask(user)
-    works = train.read_rows
+    works = read_rows
 
     def full(base: BaseModel, cohort: Slots, *rest: Any) -> Answers:  # the rest is the engine's
         if cohort.slots > 1:

@@ -10,9 +10,10 @@ from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.curriculum import Learner, Trained
 from lora_core.door import Door
+from lora_core.micro_step import read_rows
 from lora_core.planner import Plan, train_planned
 from lora_core.saves import Saves
-from lora_core.train import read_rows, train
+from lora_core.train import train
 from tests.lora_core.conftest import learner
 from tests.lora_core.doors import OneByOne
 

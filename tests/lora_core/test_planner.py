@@ -13,8 +13,9 @@ from lora_core.cohort import Cohort
 from lora_core.curriculum import Answers, Learner, Lesson, Trained
 from lora_core.errors import MemoryTooSmall
 from lora_core.memory import predict
+from lora_core.micro_step import read_rows
 from lora_core.planner import Plan, plan, train_planned
-from lora_core.train import Compute, Pace, read_rows, train
+from lora_core.train import Compute, Pace, train
 from tests.lora_core.conftest import T, learner, lora_of, recipe
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from lora_core import base_files
 from lora_core.banks.lora import LoraBank, lora_bank
-from lora_core.banks.lora_sites import Deltas, LoraGroup, LoraSite
+from lora_core.banks.lora_sites import Link, LoraGroup, LoraSite, Lows, Sums
 from lora_core.base_files import fingerprint
 from lora_core.base_model import BaseModel, check_device, load_base
 from lora_core.cohort import Cohort
@@ -249,9 +249,11 @@ def test_a_sites_factors_follow_its_layer_to_another_gpu() -> None:
         (down_gradient_KRI, up_gradient_KRO) = gradients
         group = LoraGroup([linear], down_KRI, [up_KRO], down_gradient_KRI, [up_gradient_KRO], cohort, 0)
         y_KTO = LoraSite(group, 0)(x_KTI)
-        context = Context()
-        Deltas.forward(context, x_KTI, down_KRI, group, cohort.dropout_mask(group.number, x_KTI))
-        x_g_KTI, *_ = Deltas.backward(context, torch.empty_like(y_KTO))
+        narrow, wide, link = Context(), Context(), Link(group, group.factors(there))
+        low_KST = Lows.forward(narrow, x_KTI, down_KRI, cohort.dropout_mask(group.number, x_KTI), link)
+        Sums.forward(wide, x_KTI, low_KST, link)
+        Sums.backward(wide, torch.empty_like(y_KTO))
+        x_g_KTI, *_ = Lows.backward(narrow, low_KST)
 
     assert y_KTO.device == torch.device("cuda:1")
     assert x_g_KTI is not None

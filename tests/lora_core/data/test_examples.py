@@ -21,8 +21,7 @@ from lora_core.data.examples import (
     shared_length,
 )  # fmt: skip
 from lora_core.data.packing import epoch_batches, pack
-from lora_core.data.rendering import IGNORED
-from lora_core.data.rendering import Rendered, RenderedPair
+from lora_core.data.rendering import IGNORED, Rendered, RenderedPair
 from lora_core.data.snapshot import SkipPolicy, load_snapshot, take_snapshot
 from lora_core.data.splits import split
 from lora_core.errors import BadRow, DatasetRefused

@@ -1,0 +1,135 @@
+"""One micro-step on the device: K rows of T tokens read forward and backward, gradients added up in the cohort matrix.
+
+On a GPU it is recorded once as a CUDA graph and played again: the batch never changes its shape, whoever sits where.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_core.base_model import BaseModel
+from lora_core.cohort import Cohort
+from lora_core.curriculum import Answers, Lesson
+from lora_core.data.packing import empty_row
+from lora_core.forward import as_batch, fields_of, token_losses
+from lora_core.preference import lesson_losses
+
+_log = logging.getLogger(__name__)
+
+WARM = 2  # micro-steps of a kind before it is recorded: libraries choose their kernels in them
+
+
+def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
+    """One forward and backward over K rows; each slot's answer.  Gradients add up in the cohort matrix."""
+    answers_KN: Answers = backward_rows(base, cohort, lessons, row_tokens).tolist()
+    counts = [len(lesson.pairs.reference) if lesson and lesson.pairs else 1 for lesson in lessons]
+    return [answer[:count] for answer, count in zip(answers_KN, counts, strict=True)]
+
+
+def backward_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Tensor:
+    """As `read_rows`, the answers still on the device, K x N: no number is looked at, so shapes alone can run it."""
+    fields_4KT, weight_K = hand_over(base, cohort, lessons, row_tokens)
+    return _read(base, fields_4KT, weight_K, lessons)
+
+
+def hand_over(
+    base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """What the device must know of a micro-step: the rows' fields, each slot's weight, and dropout, in the cohort."""
+    fields_4KT = fields_of([lesson.row if lesson else empty_row(row_tokens) for lesson in lessons], base.model.device)
+    weight_K = torch.tensor([lesson.weight if lesson else 0.0 for lesson in lessons]).to(base.model.device)
+    cohort.set_dropout(
+        [lesson.dropout if lesson else 0.0 for lesson in lessons],
+        [lesson.key if lesson else 0 for lesson in lessons],
+    )
+    return fields_4KT, weight_K
+
+
+def _read(base: BaseModel, fields_4KT: Tensor, weight_K: Tensor, lessons: Sequence[Lesson | None]) -> Tensor:
+    """Answers K x N; on the device alone, unless there are pairs."""
+    learns = _learns(lessons)  # else all are only examined: there is nothing to add
+    with torch.set_grad_enabled(learns):
+        loss_KT, _ = token_losses(base, as_batch(fields_4KT, base.model.dtype))
+        loss_K, answers_KN = lesson_losses(loss_KT, [lesson.pairs if lesson else None for lesson in lessons])
+        if learns:
+            (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
+    return answers_KN.detach()
+
+
+def _learns(lessons: Sequence[Lesson | None]) -> bool:
+    return any(lesson and lesson.weight for lesson in lessons)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A micro-step as a CUDA graph, and the memory it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    fields_4KT: Tensor
+    weight_K: Tensor
+    answers_KN: Tensor
+
+    def play(self, fields_4KT: Tensor, weight_K: Tensor) -> Tensor:
+        """Answers, K x 1."""
+        self.fields_4KT.copy_(fields_4KT)
+        self.weight_K.copy_(weight_K)
+        self.graph.replay()
+        return self.answers_KN
+
+
+Kind = tuple[bool, bool]  # whether anybody learns, and whether any slot drops inputs
+
+
+class Replay:
+    """`read_rows` for one training on a GPU: the same kernels in the same order, launched as one.
+
+    Where a base or a bank cannot be recorded, or somebody learns from pairs, all runs as it is.
+    """
+
+    def __init__(self) -> None:
+        self._recorded: dict[Kind, Recorded] = {}
+        self._warm: Counter[Kind] = Counter()
+        self._pool = torch.cuda.graph_pool_handle()  # one for all: no two play at once
+        self._refused = False
+
+    def __call__(self, base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
+        """Each slot's answer."""
+        if any(lesson and lesson.pairs for lesson in lessons):
+            self._refuse()
+        if self._refused:
+            return read_rows(base, cohort, lessons, row_tokens)
+        fields_4KT, weight_K = hand_over(base, cohort, lessons, row_tokens)
+        kind = _learns(lessons), cohort.drops
+        if self._warm[kind] == WARM and kind not in self._recorded:
+            self._record(kind, base, fields_4KT, weight_K, lessons)
+        self._warm[kind] += 1
+        recorded = self._recorded.get(kind)
+        answers_KN = recorded.play(fields_4KT, weight_K) if recorded else _read(base, fields_4KT, weight_K, lessons)
+        answers: Answers = answers_KN.tolist()
+        return answers
+
+    def _record(
+        self, kind: Kind, base: BaseModel, fields_4KT: Tensor, weight_K: Tensor, lessons: Sequence[Lesson | None]
+    ) -> None:
+        if base.quantised or len({tensor.device for tensor in base.frozen}) > 1:
+            self._refuse()  # nobody has tried
+            return
+        graph, fields_4KT, weight_K = torch.cuda.CUDAGraph(), fields_4KT.clone(), weight_K.clone()
+        torch.cuda.empty_cache()  # a graph's memory is its own: what the warm micro-steps used must make room for it
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                answers_KN = _read(base, fields_4KT, weight_K, lessons)
+        except RuntimeError as error:
+            _log.warning("micro-steps are not recorded: %s", str(error).splitlines()[0])
+            self._refuse()
+            return
+        self._recorded[kind] = Recorded(graph, fields_4KT, weight_K, answers_KN)
+
+    def _refuse(self) -> None:
+        """Record nothing more, and give back the memory of what is recorded."""
+        self._refused = True
+        self._recorded.clear()
