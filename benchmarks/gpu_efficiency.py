@@ -24,6 +24,7 @@ from benchmarks.sides import (
     Shape,
     adapter_width,
     chosen_shape,
+    fits,
     learners,
     packed_batches,
     random_base,
@@ -166,7 +167,8 @@ def compare(name: str, options: argparse.Namespace, device: torch.device, budget
         if budget.spent:
             lines.append(f"{shape.name:>22} {slots:>4} not measured: out of time")
             continue
-        fit = first_that_fits(options.row_tokens, partial(measured, slots))
+        choices = [tokens for tokens in options.row_tokens if fits(base, RANK, slots, tokens, options.forget)]
+        fit = first_that_fits(choices, partial(measured, slots))
         if fit is None:
             lines.append(f"{shape.name:>22} {slots:>4} {row_needs(base, slots)}")
             continue

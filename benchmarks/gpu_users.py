@@ -14,7 +14,6 @@ stops paying; `--sweep none` leaves that out.
 """
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,6 +32,7 @@ from benchmarks.sides import (
     Shape,
     chosen_shape,
     compile_layers,
+    fits,
     flat_twin,
     learners,
     packed_rows,
@@ -78,7 +78,7 @@ class Measured(TypedDict):
     floor: str  # of a step of all slots
 
 
-def fits(load: Load) -> list[Fit]:
+def fillings(load: Load) -> list[Fit]:
     """What is tried, the most at once first."""
     sequence = load.longest
     whole = [Fit(64, sequence * n, load.sequences) for n in (4, 2) if n <= load.sequences and sequence * n <= 1024]
@@ -175,18 +175,15 @@ def compare(
     shape = chosen_shape(name, options.tiny)
     base = random_base(shape, device, torch.bfloat16)
     kept: dict[int, Measured] = {}
-    room = math.inf  # tokens at once that are known to fit
     for tokens, load in loads.items():
         if budget.spent:
             break
-        tried = [replace(fit, slots=min(fit.slots, options.users)) for fit in fits(load)]
+        tried = [replace(fit, slots=min(fit.slots, options.users)) for fit in fillings(load)]
         if options.row_tokens:
             tried = [Fit(options.users, options.row_tokens, min(load.sequences, 8))]
-        choices = [fit for fit in tried if fit.slots * fit.row_tokens <= room] or tried[-1:]
+        choices = [fit for fit in tried if fits(base, RANK, fit.slots, fit.row_tokens)] or tried[-1:]
         run = partial(measure, base, shape, load, others, options, budget)
         if fit := first_that_fits(choices, run):
-            fitted = fit[0].slots * fit[0].row_tokens
-            room = fitted if room == math.inf else max(room, fitted)
             kept[tokens] = fit[1]
         measuring.release()
     return dict(sorted(kept.items()))

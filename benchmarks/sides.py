@@ -22,6 +22,9 @@ from lora_core.curriculum import Learner
 from lora_core.data.packing import Row, pack
 from lora_core.data.rendering import IGNORED, Rendered
 from lora_core.forward import Batch, stack, token_losses
+from lora_core.memory import predict
+from lora_core.methods import LoraSpec
+from lora_core.planner import free_bytes
 from lora_core.products import QUICK
 from lora_core.recipe import Recipe, make_recipe
 from lora_core.train import Compute, train
@@ -271,6 +274,13 @@ def run_flat(base: BaseModel, micro_steps: Iterable[Sequence[Row]], micro: int, 
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             optimiser.zero_grad()
+
+
+def fits(base: BaseModel, rank: int, slots: int, row_tokens: int, forgets: bool = False) -> bool:
+    """Whether packed training has room, by the memory law: trying costs a GPU many seconds."""
+    free = free_bytes(base.model.device)
+    spec = LoraSpec(rank=rank)
+    return free is None or predict(base, make_bank(base, [spec]), slots, row_tokens, False, forgets) <= free
 
 
 def adapter_width(base: BaseModel, rank: int) -> int:

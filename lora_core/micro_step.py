@@ -1,6 +1,6 @@
 """One micro-step on the device: K rows of T tokens read forward and backward, gradients added up in the cohort matrix.
 
-On a GPU it is recorded once as a CUDA graph and played again: the batch never changes its shape, whoever sits where.
+On a GPU it can be recorded once as a CUDA graph and played again: whoever sits where, its shapes never change.
 """
 
 import logging

@@ -6,6 +6,7 @@ K slots, P numbers a user.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -53,14 +54,14 @@ def gradient_norms(cohort: Cohort) -> Tensor:
 def step_rows(cohort: Cohort, due: Sequence[RowStep | None], norms: Sequence[float]) -> None:
     """One AdamW step (Loshchilov & Hutter, 2019) of the rows that are due, in place, each under its own settings.
 
-    Gradients of the rows that stepped are zero afterwards; those of the others are kept to accumulate.
+    On a GPU all rows of one rate step at once.  Gradients of the rows that stepped are zero afterwards; those of the
+    others are kept to accumulate.
     """
     stepping = {slot: row for slot, row in enumerate(due) if row}
-    if cohort.weights_KP.is_cuda:
-        from lora_core.row_kernel import step_due  # here: only torch for a GPU brings Triton
+    if cohort.weights_KP.is_cuda and find_spec("triton"):
+        from lora_core.row_kernel import step_due  # here: not every torch brings Triton
 
-        plain = {slot: _settings(row, norms[slot]) for slot, row in stepping.items() if not row.stretches}
-        step_due(cohort, plain)
+        step_due(cohort, {slot: _settings(row, norms[slot]) for slot, row in stepping.items() if not row.stretches})
         stepping = {slot: row for slot, row in stepping.items() if row.stretches}
     _step_by_torch(cohort, stepping, norms)
 

@@ -21,6 +21,8 @@ def step_due(cohort: Cohort, settings: Mapping[int, Sequence[float]]) -> None:
     A slot's settings: the step size, what decay leaves of a weight, beta1, beta2, the square root of the second
     moment's correction, epsilon, and what divides the gradient.
     """
+    if not settings:  # a grid of nothing cannot be launched
+        return
     slots_N = torch.tensor(list(settings), dtype=torch.int64).to(cohort.weights_KP.device)
     settings_N7 = torch.tensor(list(settings.values()), dtype=torch.float32).to(cohort.weights_KP.device)
     matrices = cohort.weights_KP, cohort.working_KP, cohort.gradient_KP, cohort.first_KP, cohort.second_KP

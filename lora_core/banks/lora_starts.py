@@ -5,6 +5,7 @@ I inputs and O outputs of a site, R a user's rank.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,14 @@ class Principals:
     def __init__(self, linears: Mapping[str, nn.Module], most: int) -> None:
         self._linears, self._most = linears, most
         self._found: dict[str, Principal] = {}
+        self._lock = Lock()  # starts are drawn by several threads
 
     def factors(self, name: str, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """down R I and up R O of a linear: scale times their product is the weight's principal part, as in PEFT."""
-        if name not in self._found:
-            self._found[name] = _principal(_weight(self._linears[name]), self._most)
-        found = self._found[name]
+        with self._lock:
+            if name not in self._found:
+                self._found[name] = _principal(_weight(self._linears[name]), self._most)
+            found = self._found[name]
         roots_R1 = (found.values_R[:rank, None] / scale).sqrt()
         return roots_R1 * found.right_RI[:rank], roots_R1 * found.left_RO[:rank]
 

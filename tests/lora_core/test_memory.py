@@ -1,17 +1,20 @@
 """The memory law: what a pack will take is known before its first step."""
 
 import random
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from benchmarks.memory_law import Setting, error_of, make_base, measured, random_setting
 from benchmarks.memory_law import compare as compare_peaks
+from lora_core.banks import lora_sites
 from lora_core.banks.lora import lora_bank
+from lora_core.banks.lora_products import sums
 from lora_core.base_model import BaseModel
 from lora_core.layers import checkpointed, decoder_layers
 from lora_core.memory import predict
-from lora_core.train import train
+from lora_core.train import Pace, train
 from tests.lora_core.conftest import T, learner, lora_of, recipe
 
 
@@ -45,6 +48,20 @@ def test_checkpointing_takes_less_memory_where_layers_are_many(llama_base: BaseM
     bank = lora_bank(base, [plain.spec])
 
     assert measured(base, bank, forgetful) < 0.6 * measured(base, bank, plain)
+
+
+def test_a_checkpointed_layer_is_not_computed_again_to_its_end(
+    llama_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last wide products of a layer are needed by nobody in the backward pass: four groups, then three again."""
+    micro_steps: list[Pace] = []
+    counted = Mock(side_effect=sums)
+    monkeypatch.setattr(lora_sites, "sums", counted)
+
+    with checkpointed(llama_base):
+        list(train(llama_base, [learner(1, held_out=0, patience=None)], 1, T, watch=micro_steps.append))
+
+    assert counted.call_count == 7 * len(decoder_layers(llama_base)) * len(micro_steps)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -97,6 +97,7 @@ def test_a_rows_bits_depend_on_nobody_and_no_place(step_due: Step) -> None:
         now_KP[0] = then_KP[3]
 
     step_due(together, settings)
+    step_due(together, {})  # nobody
     step_due(alone, {0: settings[3]})
 
     for one_KP, other_KP, then_KP in zip(matrices(alone), matrices(together), before, strict=True):
