@@ -83,7 +83,7 @@ def test_settings_say_what_compose_says() -> None:
     """No setting of the compose file is forgotten; what is secret is no setting."""
     settings = manifests("settings.yaml")[0]["data"]
     elsewhere = {"LORA_DATABASE_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"}
-    optional = {"LORA_COMPILE"}
+    optional = {"LORA_COMPILE", "LORA_CUDA_GRAPH"}
 
     assert set(SERVICES["worker"]["environment"]) - elsewhere - optional <= set(settings)
     assert settings["LORA_SECRETS"] == "/run/secrets/lora"
