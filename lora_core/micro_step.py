@@ -50,13 +50,15 @@ def hand_over(
 
 
 def _read(base: BaseModel, fields_4KT: Tensor, weight_K: Tensor, lessons: Sequence[Lesson | None]) -> Tensor:
-    """Answers K x N; on the device alone, unless there are pairs."""
-    learns = _learns(lessons)  # else all are only examined: there is nothing to add
-    with torch.set_grad_enabled(learns):
-        loss_KT, _ = token_losses(base, as_batch(fields_4KT, base.model.dtype))
-        loss_K, answers_KN = lesson_losses(loss_KT, [lesson.pairs if lesson else None for lesson in lessons])
-        if learns:
-            (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
+    """Answers K x N; on the device alone, unless there are pairs.
+
+    Gradients are asked for even where all are only examined: a program without them rounds otherwise, and no loss may
+    depend on whether a neighbour learns.
+    """
+    loss_KT, _ = token_losses(base, as_batch(fields_4KT, base.model.dtype))
+    loss_K, answers_KN = lesson_losses(loss_KT, [lesson.pairs if lesson else None for lesson in lessons])
+    if _learns(lessons):  # else there is nothing to add
+        (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
     return answers_KN.detach()
 
 

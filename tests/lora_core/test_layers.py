@@ -1,18 +1,23 @@
 """Compiled layers: what the others learn, up to rounding, and to the bit whoever shares the cohort."""
 
+import copy
 import hashlib
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
-from lora_core.base_model import BaseModel
-from lora_core.curriculum import Learner, Trained
+from lora_core.base_model import BaseModel, freeze
+from lora_core.cohort import Cohort
+from lora_core.curriculum import Learner, Lesson, Trained
+from lora_core.data.packing import pack
 from lora_core.errors import TrainingError
 from lora_core.layers import checkpointed, compiled, decoder_layers
+from lora_core.micro_step import read_rows
 from lora_core.train import train
 from tests.lora_core.conftest import T, learner
 
@@ -67,3 +72,22 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(
 
     with pytest.raises(TrainingError, match="cannot be compiled.*unset LORA_COMPILE"), compiled(llama_base):
         trained(llama_base, [learner(1)], make_bank(llama_base, [learner(1).recipe.method]))
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_an_examined_rows_loss_has_the_same_bits_whether_its_neighbours_learn(
+    llama_base: BaseModel, compiles: bool
+) -> None:
+    """In bf16, where a graph for no gradient rounds otherwise than one for some."""
+    base = freeze(copy.deepcopy(llama_base.model).to(torch.bfloat16), llama_base.tokenizer)
+    examined = [Lesson(pack([(0, one)], T)[0], 0.0, 0.0, 0) for one in learner(1, count=16).train]
+    bank = make_bank(base, [learner(1).recipe.method])
+    cohort = Cohort(2, bank.width, base.model.device, base.model.dtype)
+    cohort.admit(0, torch.randn(bank.width, generator=torch.Generator().manual_seed(1)) / 10, 2.0)
+
+    with compiled(base, compiles), bank.attached(base, cohort):
+        for one in examined:
+            (beside_idle, _), (beside_learner, _) = (
+                read_rows(base, cohort, [one, other], T) for other in (None, replace(one, weight=1.0))
+            )
+            assert beside_idle == beside_learner
