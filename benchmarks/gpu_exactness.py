@@ -127,8 +127,7 @@ def digests(base: BaseModel, setting: Setting, cohort: Sequence[Learner], packs:
     try:
         for where, company in companies(cohort).items():
             found[where] = row_digest(base, setting, cohort[0].name, company)
-        if torch.cuda.is_available():
-            found["by CUDA graph"] = row_digest(base, setting, cohort[0].name, cohort, Replay())
+        found["by CUDA graph"] = row_digest(base, setting, cohort[0].name, cohort, Replay())
         for number in range(packs):
             if not budget.spent:
                 company = random_company(base, cohort, number)

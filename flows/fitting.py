@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from flows.candidates import Candidate, plan_training
 from flows.factory import Factory
 from flows.settings import FactorySettings
@@ -56,8 +54,8 @@ def usual_plan(settings: FactorySettings, seats: int, recipe: Recipe, quantised:
     Quantised layers cannot be compiled, and train as they are whatever the setting says.
     """
     slots = min(settings.slots, 1 << math.ceil(math.log2(seats)))
-    on_gpu = settings.cuda_graph and torch.cuda.is_available()
-    return Plan(slots, recipe.row_tokens, compiled=settings.compile and not quantised, recorded=on_gpu)
+    compiled = settings.compile and not quantised
+    return Plan(slots, recipe.row_tokens, compiled=compiled, recorded=settings.cuda_graph)
 
 
 def seats_for_more(settings: FactorySettings, seats: int, base: BaseModel) -> int:

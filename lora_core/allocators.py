@@ -18,7 +18,7 @@ def tighten(device: torch.device) -> None:
     clears their pages again at the next step.
     """
     if device.type == "cuda":
-        renamed = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # in torch 2.10
+        renamed = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # where torch warns of the older name
         (renamed or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
     elif device.type == "cpu" and sys.platform == "linux":
         library = ctypes.CDLL(None)

@@ -7,6 +7,8 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,13 +91,12 @@ Kind = tuple[bool, bool]  # whether anybody learns, and whether any slot drops i
 class Replay:
     """`read_rows` for one training on a GPU: the same kernels in the same order, launched as one.
 
-    Where a base or a bank cannot be recorded, or somebody learns from pairs, all runs as it is.
+    Where a base or a bank cannot be recorded, on a CPU, or where somebody learns from pairs, all runs as it is.
     """
 
     def __init__(self) -> None:
         self._recorded: dict[Kind, Recorded] = {}
         self._warm: Counter[Kind] = Counter()
-        self._pool = torch.cuda.graph_pool_handle()  # one for all: no two play at once
         self._refused = False
 
     def __call__(self, base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
@@ -117,8 +118,9 @@ class Replay:
     def _record(
         self, kind: Kind, base: BaseModel, fields_4KT: Tensor, weight_K: Tensor, lessons: Sequence[Lesson | None]
     ) -> None:
-        if base.quantised or len({tensor.device for tensor in base.frozen}) > 1:
-            self._refuse()  # nobody has tried
+        devices = {tensor.device for tensor in base.frozen}
+        if base.quantised or len(devices) > 1 or devices.pop().type != "cuda":  # the first two nobody has tried
+            self._refuse()
             return
         graph, fields_4KT, weight_K = torch.cuda.CUDAGraph(), fields_4KT.clone(), weight_K.clone()
         torch.cuda.empty_cache()  # a graph's memory is its own: what the warm micro-steps used must make room for it
@@ -130,6 +132,11 @@ class Replay:
             self._refuse()
             return
         self._recorded[kind] = Recorded(graph, fields_4KT, weight_K, answers_KN)
+
+    @cached_property
+    def _pool(self) -> Any:  # torch's handle
+        """One for all graphs: no two play at once."""
+        return torch.cuda.graph_pool_handle()
 
     def _refuse(self) -> None:
         """Record nothing more, and give back the memory of what is recorded."""

@@ -37,7 +37,7 @@ class Plan:
     checkpointed: bool = False  # layers forget their activations
     predicted_bytes: int = 0
     compiled: bool = False
-    recorded: bool = False  # micro-steps as CUDA graphs
+    recorded: bool = False  # micro-steps as CUDA graphs, on a GPU
 
     def smaller(self) -> "Plan | None":
         """What to try when this did not fit: checkpointing, which changes nobody's bytes; then half the slots."""

@@ -13,7 +13,7 @@ from lora_core.cohort import Cohort
 from lora_core.curriculum import Answers, Learner, Lesson, Trained
 from lora_core.errors import MemoryTooSmall
 from lora_core.memory import predict
-from lora_core.micro_step import read_rows
+from lora_core.micro_step import Replay, read_rows
 from lora_core.planner import Plan, plan, train_planned
 from lora_core.train import Compute, Pace, train
 from tests.lora_core.conftest import T, learner, lora_of, recipe
@@ -173,3 +173,20 @@ def test_the_first_cohort_is_gone_before_the_next_is_made(llama_base: BaseModel)
     assert len([*train_planned(llama_base, learners, Plan(2, T), bank, compute=compute)]) == 2
     assert len(met) == 3
     assert set(alive) == {1}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: test_gpu.py")
+def test_where_nothing_can_be_recorded_all_runs_as_it_is(llama_base: BaseModel) -> None:
+    """The setting may be on for a worker whose base is on a CPU, or whose cohort learns from pairs."""
+    learners = [learner(seed, held_out=2, patience=2, dropout=0.1) for seed in (1, 2, 3)]
+    bank = lora_bank(llama_base, [lora_of(learners[0].recipe)])
+    replay = Replay()
+
+    plain = {one.name: one.row_P for one in train(llama_base, learners, 2, T, bank)}
+    asked = {one.name: one.row_P for one in train(llama_base, learners, 2, T, bank, compute=replay)}
+    ways = [one.row_P for one, _ in train_planned(llama_base, learners, Plan(2, T, recorded=True), bank)]
+
+    assert replay._refused
+    assert all(torch.equal(asked[name], row_P) for name, row_P in plain.items())
+    assert len(ways) == 3
+    assert all(any(torch.equal(one_P, row_P) for row_P in plain.values()) for one_P in ways)
