@@ -35,9 +35,9 @@ from benchmarks.sides import (
     twin,
 )
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Answers
 from lora_core.layers import checkpointed, compiled
 from lora_core.micro_step import Replay, read_rows
+from lora_core.referee import Answers
 from lora_core.train import Compute
 
 GOALS = {"8B": 0.93, "4B": 0.90, "1B": 0.87, "0.5B": 0.78}

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_core.base_files import WEIGHTS, check_quantise, fingerprint, locate
 from lora_core.errors import BaseModelError, DeviceMissing
-from lora_core.products import quicken
+from lora_core.products import quick_product, quicken
 from lora_core.quantised import QuantisedLinear, quantisation, unpack_on_use
 
 SHARDED = "auto"  # the device that means all GPUs: layers lie on one after another
@@ -206,7 +206,7 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
     tokens = _few_tokens(model)
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.to(head.weight.device)
     logits = model(input_ids=tokens, use_cache=False).logits.to(head.weight.device)
-    return torch.equal(hidden @ head.weight.mT, logits)
+    return torch.equal(quick_product(hidden, head.weight.mT), logits)
 
 
 def adaptable(model: PreTrainedModel) -> dict[str, nn.Module]:

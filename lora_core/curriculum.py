@@ -21,7 +21,7 @@ from lora_core.errors import LoraError
 from lora_core.optim import RowStep, rate_at
 from lora_core.preference import Pairs, Reference
 from lora_core.recipe import Recipe
-from lora_core.referee import Dropped, Referee
+from lora_core.referee import Answers, Dropped, Referee
 
 BASE_READS = 64  # rows that the base is given at once: enough for any number of free slots
 Outcome = Literal["finished", "stopped early", "dropped", "retired", "dismissed"]
@@ -71,7 +71,7 @@ class Assignment:
     lessons: tuple[Lesson, ...]
     step: RowStep | None = None
     of_base: bool = False  # they are read by the row of zeros, whatever the learner's own row is
-    question: Callable[[], bool | None] | None = None
+    question: Callable[[], bool | Answers | None] | None = None
 
 
 @dataclass
@@ -100,9 +100,8 @@ class NotFinite(LoraError):
         return "{} is not finite after step {}; lower learning_rate or look for odd rows in the data".format(*self.args)
 
 
-# Each lesson's summed loss, or of each of its pairs the gain over the base; or a question's one answer, alone.
-Answers = list[list[float]]
-Heard = tuple[Answers, float]  # and the norm of the gradient that the lessons gave together
+# What came of an assignment's lessons, or of its question, and the norm of the gradient that the lessons gave together.
+Heard = tuple[Answers, float]
 Stream = Generator[Assignment, Heard, Trained]
 
 
@@ -119,6 +118,7 @@ class Student:
         self.best = math.inf
         self.lessons = 0  # given so far of those that dropout masks are told apart by
         self.base_reads = 0  # rows that the base has read for it
+        self.shares = 0  # assignments so far that are, or could be, read once for all rivals
         self.reference = Reference(self.recipe.objective)
         self.planned = self._planned_steps()
 
@@ -157,7 +157,7 @@ class Student:
         return self.result
 
     def _epochs(self) -> Generator[Assignment, Heard, None]:
-        yield from self._examine()
+        yield from self._examine(first=True)
         for epoch in range(self.recipe.epochs):
             yield from self._epoch(epoch)
             yield from self._examine()
@@ -207,7 +207,7 @@ class Student:
         for trains, rows in ((True, self._dense_rows), (False, self._held_out_rows)):
             for start in range(0, len(rows), BASE_READS):
                 part = [rows[number] for number in range(start, min(start + BASE_READS, len(rows)))]
-                answers = yield from self._read(Assignment(self._lessons(part, trains), of_base=True))
+                answers = yield from self._read_once(Assignment(self._lessons(part, trains), of_base=True))
                 self.base_reads += len(part)
                 self.reference.hear(part, trains, answers)
 
@@ -265,20 +265,20 @@ class Student:
         self.result.steps = step
         self.result.losses.append((step, total * share))
 
-    def _examine(self) -> Generator[Assignment, Heard, None]:
+    def _examine(self, first: bool = False) -> Generator[Assignment, Heard, None]:
         """Held-out loss of the row as it is now; the best row is kept."""
         if not self._held_out_rows or self.recipe.patience is None:
             return
-        loss = yield from self._measure()
+        loss = yield from self._measure(first)
         self.lessons += len(self._held_out_rows)
         self.result.held_out.append((self.result.steps, loss))
         if loss < self.best:
             self.best, self.result.row_P, self.result.best_step = loss, self.row_now(), self.result.steps
 
-    def _measure(self) -> Generator[Assignment, Heard, float]:
+    def _measure(self, first: bool = False) -> Generator[Assignment, Heard, float]:
         """Held-out loss of the row as it is now.  Nothing of what comes later depends on it: no lesson is counted."""
-        rows = self._held_out_rows
-        answers = yield from self._read(Assignment(self._lessons(rows, False)))
+        rows, read = self._held_out_rows, self._read_once if first else self._read
+        answers = yield from read(Assignment(self._lessons(rows, False)))
         return self.reference.total(answers) / max(1, self.reference.counted(rows))
 
     def _learn(self, rows: Sequence[Row], share: float, step: RowStep) -> Generator[Assignment, Heard, float]:
@@ -298,9 +298,25 @@ class Student:
             for row, key in zip(rows, keys or [0] * len(rows), strict=True)
         )
 
-    def _read(self, assignment: Assignment) -> Generator[Assignment, Heard, Answers]:
+    def _read_once(self, assignment: Assignment) -> Generator[Assignment, Heard, Answers]:
+        """Have lessons read before the first step: once for all rivals to whom they would say the same."""
+        referee, name, self.shares = self.learner.referee, self.learner.name, self.shares + 1
+        if not referee:
+            return (yield from self._read(assignment))
+        reader = referee.reader(name, assignment.of_base)
+        if reader != name:
+            question = partial(referee.shared, reader, self.shares)
+            return (yield from self._read(Assignment((), question=question)))
+        tell = partial(referee.share, name, self.shares)
+        return (yield from self._read(assignment, tell))
+
+    def _read(
+        self, assignment: Assignment, tell: Callable[[Answers], None] | None = None
+    ) -> Generator[Assignment, Heard, Answers]:
         """Have an assignment's lessons read; their answers.  Raises NotFinite."""
         answers, norm = yield assignment
+        if tell:
+            tell(answers)
         if not all(map(math.isfinite, chain(*answers))):
             raise NotFinite("the loss", self.result.steps)
         if not math.isfinite(norm):

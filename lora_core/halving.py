@@ -14,6 +14,7 @@ from lora_core.curriculum import Learner, Trained
 from lora_core.errors import RecipeError, TrainingError
 from lora_core.methods import AnyMethod, LoraSpec
 from lora_core.recipe import Recipe
+from lora_core.referee import Answers
 from lora_core.search import SearchSpec
 
 
@@ -46,6 +47,10 @@ class Halving:
         self.trials = {name: replace(learner, name=name, recipe=recipe, referee=self)
                        for name, recipe in _named(learner.name, learner.recipe, self.spec)}  # fmt: skip
         self._sizes = {name: size(trial.recipe.method) for name, trial in self.trials.items()}
+        firsts: dict[str, str] = {}  # of those that differ in the rate alone: they start from the same row
+        self._readers = {name: firsts.setdefault(trial.recipe.model_dump_json(exclude={"learning_rate"}), name)
+                         for name, trial in self.trials.items()}  # fmt: skip
+        self._shared: dict[tuple[str, int], Answers] = {}
         self._told: list[dict[str, float]] = [{} for _ in self.spec.rungs]
         self._ended: dict[str, float] = {}
         self._verdicts: list[frozenset[str]] = []
@@ -58,6 +63,18 @@ class Halving:
     def rungs(self, planned: int) -> Sequence[int]:
         """The steps, of so many, after which trials are compared."""
         return [max(1, round(share * planned)) for share in self.spec.rungs]
+
+    def reader(self, name: str, of_base: bool) -> str:
+        """The first trial for all where the base reads; else the first of those with the same start row."""
+        return next(iter(self.trials)) if of_base else self._readers[name]
+
+    def share(self, name: str, number: int, answers: Answers) -> None:
+        """What a reader heard."""
+        self._shared[name, number] = answers
+
+    def shared(self, name: str, number: int) -> Answers | None:
+        """The same again; None while it is not known."""
+        return self._shared.get((name, number))
 
     def tell(self, name: str, rung: int, loss: float) -> None:
         """How good a trial is at a rung."""

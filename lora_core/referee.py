@@ -1,9 +1,11 @@
-"""Who may stop a learner half-way: what a curriculum and its judge say to each other."""
+"""Who may stop a learner half-way: what a curriculum and its judge say to each other, and rivals to one another."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 from lora_core.errors import LoraError
+
+Answers = list[list[float]]  # each lesson's summed loss, or of each of its pairs the gain over the base
 
 
 class Referee(Protocol):
@@ -21,6 +23,15 @@ class Referee(Protocol):
 
     def tell(self, name: str, rung: int, loss: float) -> None:
         """How good a learner is at a rung."""
+
+    def reader(self, name: str, of_base: bool) -> str:
+        """Who reads, before the first step, for a learner: itself, or a rival whose row, or base, is the same then."""
+
+    def share(self, name: str, number: int, answers: Answers) -> None:
+        """What a reader heard, to the so-manieth thing it read for its rivals."""
+
+    def shared(self, name: str, number: int) -> Answers | None:
+        """The same again; None while it is not known."""
 
     def tell_end(self, name: str, loss: float | None) -> None:
         """A learner has come to an end: how good its result is; None where it has none."""

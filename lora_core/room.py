@@ -15,8 +15,9 @@ from torch import Tensor
 from lora_core import seating
 from lora_core.banks.bank import Bank
 from lora_core.cohort import Aside, Cohort
-from lora_core.curriculum import Answers, Assignment, Heard, Learner, Lesson, Student, Trained
+from lora_core.curriculum import Assignment, Heard, Learner, Lesson, Student, Trained
 from lora_core.optim import RowStep, Stretch, clear_fixed, gradient_norms, step_rows
+from lora_core.referee import Answers
 from lora_core.saves import Progress, Saves
 from lora_core.seating import Standing
 
@@ -79,10 +80,10 @@ class Seat:
         """Whether it can only go on with an answer: it needs no slot till then."""
         return self.assignment.question is not None
 
-    def answer(self) -> float | None:
+    def answer(self) -> Answers | None:
         """The answer to its question; None while there is none, or no question."""
         answer = self.assignment.question and self.assignment.question()
-        return None if answer is None else float(answer)
+        return [[float(answer)]] if isinstance(answer, bool) else answer
 
     def hear(self, norm: float) -> Trained | None:
         """Answer the assignment and go to the next; the result once there is no next."""
@@ -144,7 +145,7 @@ class Room:
     def places(self) -> int:
         """How many more could sit down now or in a moment: free slots and those of users of a few rows."""
         soon = sum(seat.standing(self.clock).few for seat in self._seated.values())
-        due = sum(not seat.asks for seat in self._waiting)
+        due = sum(not seat.asks or not seat.heard for seat in self._waiting)
         return max(0, self.cohort.slots - len(self._seated) + soon - due)
 
     def enter(self, learners: Iterable[Learner]) -> bool:
@@ -230,7 +231,7 @@ class Room:
         """Give everybody who asks the answer, if there is one by now."""
         for seat in [seat for seat in (*self._seated.values(), *self._waiting) if seat.asks]:
             if (answer := seat.answer()) is not None:
-                seat.answers = [[answer]]
+                seat.answers = answer
                 if seat.slot < 0:
                     seat.since = self.clock  # only from now on does it wait for a slot
                 if trained := seat.hear(0.0):

@@ -25,12 +25,12 @@ from flows.work import run_cohort
 from lora_core import train
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort as Slots
-from lora_core.curriculum import Answers
 from lora_core.evaluate import Scores, evaluate_all
 from lora_core.intake import read_artifact
 from lora_core.micro_step import read_rows
 from lora_core.planner import Plan
 from lora_core.recipe import load_recipe
+from lora_core.referee import Answers
 from registry import jobs, queries, queue
 from registry.errors import LeaseLost, SignatureRefused, StoreUnavailable
 from registry.models import Job

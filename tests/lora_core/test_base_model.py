@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -147,3 +149,13 @@ def test_losses_are_the_models_own_whatever_its_head_does(make: Callable[[], Pre
     expected = cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none")
     torch.testing.assert_close(losses_KT[0, : len(expected)], expected, atol=1e-5, rtol=1e-4)
     assert base.plain_head == (make in ARCHITECTURES.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 256])
+def test_a_head_is_plain_at_every_width(width: int, dtype: torch.dtype) -> None:
+    """Two libraries' products differ in their last bits where rows are long: that is no scale or cap."""
+    sizes = SMALL | {"vocab_size": 4096, "hidden_size": width, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=dtype)
+
+    assert freeze(model, None).plain_head

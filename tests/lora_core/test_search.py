@@ -13,11 +13,15 @@ import torch
 
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Learner, Trained
+from lora_core.cohort import Cohort
+from lora_core.curriculum import Learner, Lesson, Trained
+from lora_core.data.packing import pack
 from lora_core.errors import RecipeError, TrainingError
 from lora_core.halving import Halving, Report, around, trials
 from lora_core.methods import AnyMethod, LoraSpec
+from lora_core.micro_step import read_rows
 from lora_core.recipe import Recipe, make_recipe
+from lora_core.referee import Answers
 from lora_core.saves import Saves
 from lora_core.train import train
 from tests.lora_core.conftest import T, examples, learner, lora_of, recipe
@@ -93,17 +97,41 @@ def test_neighbours_change_neither_bytes_nor_verdicts(llama_base: BaseModel, see
         assert (found.won, found.rung, found.loss) == (expected.won, expected.rung, expected.loss)
 
 
-@pytest.mark.parametrize("steps", [3, 12, 20])
-def test_a_search_that_was_killed_ends_the_same(llama_base: BaseModel, tmp_path: Path, steps: int) -> None:
-    """Verdicts that were heard stay; those that were not are found again."""
+@pytest.mark.parametrize(("steps", "patience"), [(3, None), (12, None), (20, None), (1, 3), (3, 3), (30, 3)])
+def test_a_search_that_was_killed_ends_the_same(
+    llama_base: BaseModel, tmp_path: Path, steps: int, patience: int | None
+) -> None:
+    """Verdicts and rivals' readings that were heard stay; those that were not are found again."""
+    of = searcher(patience=patience)
     with pytest.raises(Killed):
-        run(llama_base, list(halving(searcher()).trials.values()), saves=doomed(tmp_path, steps))
-    again = halving(searcher())
+        run(llama_base, list(halving(of).trials.values()), saves=doomed(tmp_path, steps))
+    again = halving(of)
     found_again = again.reports(run(llama_base, list(again.trials.values()), saves=resumed(tmp_path)))
 
-    for found, expected in zip(found_again, searched(llama_base, searcher()), strict=True):
+    for found, expected in zip(found_again, searched(llama_base, of), strict=True):
         assert torch.equal(found.trained.row_P, expected.trained.row_P)
+        assert found.trained.held_out == expected.trained.held_out
         assert (found.won, found.rung, found.loss) == (expected.won, expected.rung, expected.loss)
+
+
+def test_rivals_that_start_from_one_row_have_it_examined_once(llama_base: BaseModel) -> None:
+    """Of the grid's twelve four start alike: they differ in rank and layers, the others in the rate alone."""
+    of = searcher(patience=3)
+    rows = len(pack(list(enumerate(of.held_out)), T))
+    examined = 0
+
+    def count(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
+        nonlocal examined
+        examined += sum(lesson is not None and not lesson.weight for lesson in lessons)
+        return read_rows(base, cohort, lessons, row_tokens)
+
+    search = halving(of)
+    bank = LoraBank(llama_base.sites, 8)
+    trained = list(train(llama_base, search.trials.values(), K, T, bank, compute=count))
+    reports = search.reports({one.name: one for one in trained})
+
+    assert examined == rows * (4 + sum(report.rung + len(report.trained.held_out) - 1 for report in reports))
+    assert all(report.trained.held_out[0][0] == 0 for report in reports)
 
 
 def test_a_save_of_another_search_is_not_used(tmp_path: Path) -> None:
