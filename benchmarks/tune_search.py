@@ -1,21 +1,25 @@
 """What a search by successive halving finds, and what it costs, over the same grid trained to the end.
 
-For each of the demo's users the grid that `lora tune` searches by default, on the demo's base: halved, in full with
-the same slots, and in full by a plain PEFT loop, one trial after the other, with the same batches, schedule,
-examinations and early stop.  With --together, all users' searches in one cohort, as a worker trains those who wait,
-against the loops of all, in rounds.  Gap: how far the best held-out loss that halving found lies above the full grid's.
-Tokens: of examples trained on, over the full grid's.  Seconds: the three take turns, user by user; a short turn of
-each warms up.  Processor seconds are kept too: with OMP_NUM_THREADS=1 they hold beside other work.  Absolute times
-are not for comparing machines.
+For each of the demo's users the grid that `lora tune` searches by default, on the demo's base (--set search.rank and
+so on: another grid; --texts: users of plain English): halved, in full with the same slots, and in full by a plain PEFT
+loop, one trial after the other, with the same batches, schedule, examinations and early stop.  With --together, all
+users' searches in one cohort, as a worker trains those who wait, against the loops of all, in rounds.  Gap: how far the
+best held-out loss that halving found lies above the full grid's.  Tokens: of examples trained on, over the full grid's.
+Seconds: the three take turns, user by user; a short turn of each warms up.  Processor seconds are kept too: with
+OMP_NUM_THREADS=1 they hold beside other work.  Absolute times are not for comparing machines.
 """
 
 import argparse
+import json
 import math
+import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pydoc_data.topics import topics
+from textwrap import wrap
 
 import torch
 
@@ -35,6 +39,7 @@ from lora_core.recipe import Recipe, load_recipe
 from lora_core.train import train
 
 CPU = torch.device("cpu")
+PASSAGE, PASSAGES = 60, 110  # characters, at most; how many a user has
 GOALS = {"gap": 0.005, "tokens": 0.40, "speed": 5.0}
 
 
@@ -121,17 +126,32 @@ def best(trained: Trained) -> float:
     return min(loss for _, loss in trained.held_out)
 
 
-def users(base: BaseModel, recipe: Recipe, home: Path, seed: int = 0) -> list[Learner]:
-    """The demo's; another seed is other examples of the same habits."""
-    snapshots = [(one.user, take_snapshot([str(one.file)], SkipPolicy(0.1))[0]) for one in write_people(home, seed)]
-    return [make_candidate(name, recipe, snapshot, base).learner for name, snapshot in snapshots]
+def users(base: BaseModel, recipe: Recipe, files: Mapping[str, Path]) -> list[Learner]:
+    """As a cohort would make them from these files."""
+    snapshots = {name: take_snapshot([str(file)], SkipPolicy(0.1))[0] for name, file in files.items()}
+    return [make_candidate(name, recipe, snapshot, base).learner for name, snapshot in snapshots.items()]
+
+
+def write_texts(home: Path, seed: int) -> dict[str, Path]:
+    """Eight users of plain English: passages of Python's own help, a long topic each; file by topic.
+
+    What such text says next is open, unlike the demo's answers: losses are nats, not hundredths of one.
+    """
+    home.mkdir()
+    files = {}
+    for topic in sorted(topics, key=lambda name: -len(topics[name]))[:8]:
+        passages = [passage for passage in wrap(topics[topic], PASSAGE) if len(passage) > PASSAGE // 2]
+        chosen = random.Random(f"{seed}/{topic}").sample(passages, PASSAGES)
+        files[topic] = home / f"{topic}.jsonl"
+        files[topic].write_text("".join(json.dumps({"text": passage}) + "\n" for passage in chosen))
+    return files
 
 
 def show(result: Measured) -> str:
     """One line of the table."""
     losses = " ".join(f"{result.losses[name]:>8.5f}" for name in ("grid", "halving", "peft"))
     times = " ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-    return f"{result.user:>6} {losses} {result.gap:>7.2%} {result.share:>7.1%}   {times}"
+    return f"{result.user:>15} {losses} {result.gap:>7.2%} {result.share:>7.1%}   {times}"
 
 
 def summary(results: Sequence[Measured]) -> str:
@@ -157,6 +177,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--together", type=int, metavar="ROUNDS", default=0, help="all users in one cohort of 4x slots")
+    parser.add_argument("--texts", action="store_true", help="users of plain English instead of the demo's")
     parser.add_argument("--seed", type=int, default=0, help="of the users' examples")
     parser.add_argument("--without-peft", action="store_true", help="only what is found and what it reads")
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys other than the demo's")
@@ -168,7 +189,13 @@ def main() -> None:
         base = load_base(str(options.base or make_base(Path(home) / "base")), None, "cpu")
         asked = load_recipe(None, options.set).model_dump(exclude_unset=True)
         recipe = around(Recipe.model_validate(demo_recipe().model_dump() | asked))
-        chosen = users(base, recipe, Path(home) / "people", options.seed)[: options.users]
+        people = Path(home) / "people"
+        files = (
+            write_texts(people, options.seed)
+            if options.texts
+            else {one.user: one.file for one in write_people(people, options.seed)}
+        )
+        chosen = users(base, recipe, files)[: options.users]
     if options.together:
         seconds = measure_together(base, chosen, 4 * options.slots, options.together)
         over = ratios(seconds["peft"], seconds["halving"])
@@ -178,7 +205,7 @@ def main() -> None:
         return
     short = chosen[0].recipe.model_copy(update={"epochs": 1, "max_steps": 8})
     measure(base, replace(chosen[0], recipe=short), options.slots, not options.without_peft)  # warms up
-    say(f"{'user':>6} {'grid':>8} {'halving':>8} {'peft':>8} {'gap':>7} {'tokens':>7}")
+    say(f"{'user':>15} {'grid':>8} {'halving':>8} {'peft':>8} {'gap':>7} {'tokens':>7}")
     results = []
     for user in chosen:
         results.append(measure(base, user, options.slots, not options.without_peft))
