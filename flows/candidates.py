@@ -81,8 +81,8 @@ class Candidate:
 
     @property
     def seats(self) -> int:
-        """How many slots it makes good use of: as many as go on after a search's first rung."""
-        return self.search.spec.places(len(self.learners)) if self.search else 1
+        """How many slots it makes good use of: as many as go on to a search's end; before that, trials take turns."""
+        return self.search.spec.last if self.search else 1
 
     def slim(self) -> None:
         """Forget examples and weights: what it came to is safe elsewhere, and many come after it."""

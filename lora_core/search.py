@@ -4,6 +4,7 @@ Which trials that makes and who goes on is in `halving.py`.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import pairwise
 from math import ceil, prod
 from typing import Annotated
@@ -37,8 +38,8 @@ class SearchSpec(BaseModel):
                 raise ValueError(f"{name} names a value twice; keep one of each")
         if () in self.layers:
             raise ValueError("layers has an empty range; use null for every layer")
-        if (count := prod(len(axis) or 1 for axis in self.axes.values())) > MOST_TRIALS:
-            raise ValueError(f"it makes {count} trials and may make {MOST_TRIALS}; take values away")
+        if self.points > MOST_TRIALS:
+            raise ValueError(f"it makes {self.points} trials and may make {MOST_TRIALS}; take values away")
         if any(late <= early for early, late in pairwise(self.rungs)):
             raise ValueError(f"rungs {self.rungs} do not rise; sort them")
         return self
@@ -47,6 +48,16 @@ class SearchSpec(BaseModel):
     def axes(self) -> dict[str, Sequence[object]]:
         """What may vary, by name."""
         return {"rank": self.rank, "learning_rate": self.learning_rate, "layers": self.layers}
+
+    @property
+    def points(self) -> int:
+        """How many points the grid has."""
+        return prod(len(axis) or 1 for axis in self.axes.values())
+
+    @property
+    def last(self) -> int:
+        """How many of them go on after the last rung."""
+        return reduce(lambda trials, _: self.places(trials), self.rungs, self.points)
 
     def places(self, trials: int) -> int:
         """How many of so many trials go on after a rung."""

@@ -144,12 +144,16 @@ def test_a_save_of_another_search_is_not_used(tmp_path: Path) -> None:
 
 def test_the_lowest_losses_go_on_and_the_tokens_are_few(llama_base: BaseModel) -> None:
     """Twelve, then four, then three; together at most two fifths of what the grid would read."""
-    reports = searched(llama_base, searcher())
+    of = searcher()
+    spec = of.recipe.search
+    assert spec
+
+    reports = searched(llama_base, of)
 
     planned = 12 * max(report.trained.tokens for report in reports)
     assert sum(report.trained.tokens for report in reports) <= 0.4 * planned
     assert sorted(report.rung for report in reports) == [1] * 8 + [2] * 4
-    assert sum(report.ended for report in reports) == 3
+    assert (spec.points, spec.last) == (len(reports), sum(report.ended for report in reports)) == (12, 3)
     assert (
         max(report.loss for report in reports if report.rung == 2)
         <= min(report.loss for report in reports if report.rung == 1) + 0.05
