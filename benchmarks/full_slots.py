@@ -20,9 +20,9 @@ from lora_core import seating
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner, Lesson, Trained
 from lora_core.data.rendering import Rendered
 from lora_core.door import Door
+from lora_core.learner import Learner, Lesson, Trained
 from lora_core.recipe import make_recipe
 from lora_core.referee import Answers
 from lora_core.train import Pace, train

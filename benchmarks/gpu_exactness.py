@@ -29,7 +29,7 @@ from benchmarks.sides import SHAPES, Load, Shape, chosen_shape, learners, random
 from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Learner
+from lora_core.learner import Learner
 from lora_core.methods import LoraSpec
 from lora_core.micro_step import Replay
 from lora_core.train import Compute, train

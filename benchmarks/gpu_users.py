@@ -45,8 +45,8 @@ from benchmarks.sides import (
     step_floor,
 )
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Learner
 from lora_core.layers import compiled
+from lora_core.learner import Learner
 
 GOALS = {"0.5B": 10.0, "1B": 5.0, "4B": 2.5}  # least packed / PEFT loop
 FAR_GOAL = 1.15  # least packed / PEFT loop at 16k tokens a user and step

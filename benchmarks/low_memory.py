@@ -29,11 +29,11 @@ from benchmarks.sides import SHAPES
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Lesson
 from lora_core.data.packing import pack
 from lora_core.data.rendering import Rendered
 from lora_core.full_tuning import adamw, backward, predict_full, step_all, trainable
 from lora_core.layers import checkpointed
+from lora_core.learner import Lesson
 from lora_core.memory import predict
 from lora_core.methods import LoraSpec
 from lora_core.micro_step import read_rows

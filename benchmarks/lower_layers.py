@@ -34,8 +34,8 @@ from benchmarks.measuring import processor
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner, Lesson
 from lora_core.data.rendering import Rendered
+from lora_core.learner import Learner, Lesson
 from lora_core.lower_layers import LowerLayers
 from lora_core.micro_step import read_rows
 from lora_core.recipe import make_recipe

@@ -30,11 +30,11 @@ from lora_core.banks.bank import Bank
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Lesson
 from lora_core.data.packing import pack
 from lora_core.data.rendering import Rendered
 from lora_core.errors import MemoryTooSmall
 from lora_core.layers import checkpointed
+from lora_core.learner import Lesson
 from lora_core.memory import predict, workspace_bytes
 from lora_core.methods import LoraSpec
 from lora_core.micro_step import read_rows

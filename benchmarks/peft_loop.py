@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from benchmarks.sides import stock
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Learner
 from lora_core.data.packing import epoch_batches
 from lora_core.data.rendering import IGNORED, Rendered
+from lora_core.learner import Learner
 from lora_core.methods import LoraSpec
 from lora_core.optim import rate_at
 

@@ -31,9 +31,9 @@ from flows.demo.run import recipe as demo_recipe
 from flows.demo.tiny_base import make_base
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, load_base
-from lora_core.curriculum import Learner, Trained
 from lora_core.data.snapshot import SkipPolicy, take_snapshot
 from lora_core.halving import Halving, around
+from lora_core.learner import Learner, Trained
 from lora_core.methods import AnyMethod
 from lora_core.recipe import Recipe, load_recipe
 from lora_core.train import train

@@ -15,7 +15,6 @@ from torch import Tensor
 from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Learner, Trained
 from lora_core.data.examples import Example, Preference
 from lora_core.data.rendering import AnyRendered, render, render_prompt
 from lora_core.data.snapshot import Snapshot
@@ -26,6 +25,7 @@ from lora_core.gate import Verdict, judge
 from lora_core.generate import TaskScore, generate, task_score
 from lora_core.halving import Halving, Report
 from lora_core.intake import AdapterFiles
+from lora_core.learner import Learner, Trained
 from lora_core.methods import AnyMethod
 from lora_core.objectives import ObjectiveSpec
 from lora_core.pair_scores import as_judged

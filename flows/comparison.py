@@ -8,8 +8,8 @@ from flows.factory import Factory, pin_base, read_data
 from flows.tune import newest_snapshot
 from lora_core.base_model import BaseModel, load_base
 from lora_core.compare import CONTENDERS, Compared
-from lora_core.curriculum import Learner
 from lora_core.data.snapshot import Snapshot
+from lora_core.learner import Learner
 from lora_core.recipe import Recipe
 from registry.names import Reference
 

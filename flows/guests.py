@@ -5,9 +5,9 @@ from typing import Protocol
 
 from flows.candidates import Candidate, training_bank
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Learner, Trained
 from lora_core.door import Door
 from lora_core.errors import TrainingError
+from lora_core.learner import Learner, Trained
 from lora_core.lower_layers import LowerLayers
 from lora_core.planner import Plan, train_planned
 from lora_core.row_store import RowStore

@@ -13,10 +13,10 @@ from functools import partial
 from lora_core.artifact import safetensors_bytes
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Learner, Trained
 from lora_core.errors import TrainingError
 from lora_core.evaluate import Asked, Scores, evaluate_all
 from lora_core.full_tuning import tune_fully
+from lora_core.learner import Learner, Trained
 from lora_core.memory import predict
 from lora_core.methods import AnyMethod, BottleneckSpec, LoraSpec, PrefixSpec, PromptSpec
 from lora_core.recipe import Recipe

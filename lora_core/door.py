@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from lora_core.curriculum import Learner
+from lora_core.learner import Learner
 
 
 class Door:

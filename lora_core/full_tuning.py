@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Assignment, Heard, Learner, Lesson, Student, Trained
+from lora_core.curriculum import Student
 from lora_core.data.packing import empty_row
 from lora_core.errors import TrainingError
 from lora_core.forward import stack, token_losses
 from lora_core.layers import checkpointed
+from lora_core.learner import Assignment, Heard, Learner, Lesson, Trained
 from lora_core.memory import LiveBytes, workspace_bytes
 from lora_core.optim import RowStep
 from lora_core.recipe import Recipe

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from lora_core.curriculum import Learner, Trained
 from lora_core.errors import RecipeError, TrainingError
+from lora_core.learner import Learner, Trained
 from lora_core.methods import AnyMethod, LoraSpec
 from lora_core.recipe import Recipe
 from lora_core.referee import Answers

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Lesson
 from lora_core.data.packing import Row, empty_row, pack
 from lora_core.data.rendering import Rendered
 from lora_core.forward import stack
 from lora_core.layers import wrapped
+from lora_core.learner import Lesson
 from lora_core.micro_step import read_rows
 from lora_core.referee import Answers
 from lora_core.row_store import RowStore

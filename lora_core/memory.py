@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Lesson
 from lora_core.data.packing import empty_row
 from lora_core.layers import checkpointed
+from lora_core.learner import Lesson
 from lora_core.micro_step import backward_rows
 from lora_core.optim import RowStep, gradient_norms, step_rows
 from lora_core.recipe import Recipe

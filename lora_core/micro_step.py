@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Lesson
 from lora_core.data.packing import empty_row
 from lora_core.forward import as_batch, fields_of, token_losses
+from lora_core.learner import Lesson
 from lora_core.preference import lesson_losses
 from lora_core.referee import Answers
 

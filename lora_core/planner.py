@@ -13,10 +13,10 @@ from lora_core.allocators import release
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.budget import Weights, fewer_bits
-from lora_core.curriculum import Learner, Trained
 from lora_core.door import SHUT, Door
 from lora_core.errors import MemoryTooSmall
 from lora_core.layers import checkpointed, compiled, decoder_layers
+from lora_core.learner import Learner, Trained
 from lora_core.memory import predict
 from lora_core.micro_step import Replay
 from lora_core.saves import Saves

@@ -15,7 +15,8 @@ from torch import Tensor
 from lora_core import seating
 from lora_core.banks.bank import Bank
 from lora_core.cohort import Aside, Cohort
-from lora_core.curriculum import Assignment, Heard, Learner, Lesson, Student, Trained
+from lora_core.curriculum import Student
+from lora_core.learner import Assignment, Heard, Learner, Lesson, Trained
 from lora_core.optim import RowStep, Stretch, clear_fixed, gradient_norms, step_rows
 from lora_core.referee import Answers
 from lora_core.saves import Progress, Saves

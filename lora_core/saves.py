@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_core.cohort import Aside
-from lora_core.curriculum import Heard, Learner
+from lora_core.learner import Heard, Learner
 from lora_core.referee import Answers
 
 

@@ -12,8 +12,8 @@ from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner, Lesson, Trained
 from lora_core.door import SHUT, Door
+from lora_core.learner import Learner, Lesson, Trained
 from lora_core.micro_step import read_rows
 from lora_core.referee import Answers
 from lora_core.room import Room

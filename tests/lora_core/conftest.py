@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora_core.base_model import BaseModel, freeze
-from lora_core.curriculum import Learner
 from lora_core.data.rendering import Rendered, RenderedPair
+from lora_core.learner import Learner
 from lora_core.methods import LoraSpec
 from lora_core.recipe import Recipe, make_recipe
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
-from lora_core.curriculum import Learner
 from lora_core.door import Door
+from lora_core.learner import Learner
 
 
 class OneByOne(Door):

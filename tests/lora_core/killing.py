@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Learner, Trained
+from lora_core.learner import Learner, Trained
 from lora_core.saves import Saves
 from lora_core.train import train
 

@@ -18,11 +18,11 @@ from lora_core.banks.bottleneck import BottleneckBank, bottleneck_bank
 from lora_core.banks.residuals import residual_places
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner
 from lora_core.data.packing import epoch_batches
 from lora_core.data.rendering import Rendered
 from lora_core.errors import TrainingError
 from lora_core.layers import checkpointed, compiled
+from lora_core.learner import Learner
 from lora_core.lower_layers import LowerLayers
 from lora_core.memory import predict
 from lora_core.methods import BottleneckSpec

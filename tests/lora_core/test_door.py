@@ -8,8 +8,8 @@ import torch
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner, Trained
 from lora_core.door import Door
+from lora_core.learner import Learner, Trained
 from lora_core.micro_step import read_rows
 from lora_core.planner import Plan, train_planned
 from lora_core.saves import Saves

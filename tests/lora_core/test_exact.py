@@ -10,8 +10,8 @@ import torch
 from lora_core.banks.bank import Bank
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel, freeze
-from lora_core.curriculum import Learner, Trained
 from lora_core.data.rendering import AnyRendered
+from lora_core.learner import Learner, Trained
 from lora_core.objectives import ObjectiveSpec
 from lora_core.train import train
 from tests.lora_core.conftest import examples, gpt2, llama, lora_of, pairs, recipe

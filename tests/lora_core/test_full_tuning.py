@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.measuring import profiled_peak
 from lora_core.base_model import BaseModel, freeze
-from lora_core.curriculum import Learner, Lesson
 from lora_core.data.packing import epoch_batches, pack
 from lora_core.errors import TrainingError
 from lora_core.full_tuning import adamw, backward, predict_full, step_all, trainable, tune_fully
+from lora_core.learner import Learner, Lesson
 from lora_core.optim import RowStep, rate_at
 from lora_core.recipe import Recipe
 from lora_core.train import train

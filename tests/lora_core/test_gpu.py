@@ -8,7 +8,7 @@ import torch
 
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
-from lora_core.curriculum import Learner
+from lora_core.learner import Learner
 from lora_core.memory import predict
 from lora_core.micro_step import Replay, read_rows
 from lora_core.train import Compute, train

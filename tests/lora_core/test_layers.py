@@ -13,10 +13,10 @@ from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner, Lesson, Trained
 from lora_core.data.packing import pack
 from lora_core.errors import TrainingError
 from lora_core.layers import checkpointed, compiled, decoder_layers
+from lora_core.learner import Learner, Lesson, Trained
 from lora_core.micro_step import read_rows
 from lora_core.train import train
 from tests.lora_core.conftest import T, learner

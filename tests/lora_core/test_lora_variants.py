@@ -15,9 +15,9 @@ from lora_core.artifact import write_artifact
 from lora_core.banks.lora import lora_bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
-from lora_core.curriculum import Learner, Trained
 from lora_core.errors import ArtifactRefused, RecipeError, TrainingError
 from lora_core.intake import AdapterFiles, read_artifact
+from lora_core.learner import Learner, Trained
 from lora_core.methods import LoraSpec
 from lora_core.recipe import Recipe, make_recipe
 from tests.lora_core.conftest import ARCHITECTURES, examples, learner, lora_of, recipe

@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
-from lora_core.curriculum import Learner, Trained
 from lora_core.data.packing import DenseRows
+from lora_core.learner import Learner, Trained
 from lora_core.lower_layers import LowerLayers
 from lora_core.row_store import RowFolder, RowMemory, RowStore
 from lora_core.train import train

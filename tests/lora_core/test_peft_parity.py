@@ -16,10 +16,10 @@ from lora_core.banks.bank import Bank
 from lora_core.banks.lora import PREFIX, LoraBank, lora_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner
 from lora_core.data.packing import epoch_batches
 from lora_core.data.rendering import Rendered
 from lora_core.intake import read_artifact
+from lora_core.learner import Learner
 from lora_core.methods import LoraSpec
 from lora_core.optim import rate_at
 from lora_core.recipe import Recipe

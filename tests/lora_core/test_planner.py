@@ -10,8 +10,8 @@ from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
 from lora_core.budget import Weights, fewer_bits
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner, Lesson, Trained
 from lora_core.errors import MemoryTooSmall
+from lora_core.learner import Learner, Lesson, Trained
 from lora_core.memory import predict
 from lora_core.micro_step import Replay, read_rows
 from lora_core.planner import Plan, plan, train_planned

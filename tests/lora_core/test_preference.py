@@ -18,12 +18,12 @@ from lora_core.banks.bank import Bank
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
-from lora_core.curriculum import Learner, Trained
 from lora_core.data.packing import empty_row, epoch_batches, pack
 from lora_core.data.rendering import RenderedPair
 from lora_core.evaluate import Trial, evaluate
 from lora_core.gate import judge
 from lora_core.halving import Halving
+from lora_core.learner import Learner, Trained
 from lora_core.lower_layers import LowerLayers
 from lora_core.objectives import ObjectiveSpec
 from lora_core.optim import rate_at

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, PreTrainedModel
 from lora_core.artifact import write_artifact
 from lora_core.banks.prefix import PREFIX, PrefixBank, keys_of
 from lora_core.base_model import BaseModel, freeze
-from lora_core.curriculum import Learner
 from lora_core.errors import TrainingError
 from lora_core.intake import read_artifact
 from lora_core.layers import compiled
+from lora_core.learner import Learner
 from lora_core.methods import PrefixSpec
 from lora_core.recipe import Recipe
 from lora_core.train import train

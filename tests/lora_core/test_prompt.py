@@ -12,9 +12,9 @@ from lora_core.artifact import write_artifact
 from lora_core.banks.prompt import PROMPT
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
-from lora_core.curriculum import Learner
 from lora_core.errors import TrainingError
 from lora_core.intake import read_artifact
+from lora_core.learner import Learner
 from lora_core.methods import PromptSpec
 from lora_core.train import train
 from tests.lora_core.conftest import ARCHITECTURES, T, examples, llama, make_tokenizer

@@ -16,10 +16,10 @@ from lora_core.banks.lora_sites import Link, LoraGroup, LoraSite, Lows, Sums
 from lora_core.base_files import fingerprint
 from lora_core.base_model import BaseModel, check_device, load_base
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner
 from lora_core.data.packing import pack
 from lora_core.errors import BaseModelError
 from lora_core.forward import stack, token_losses
+from lora_core.learner import Learner
 from lora_core.quantised import quantisation
 from lora_core.train import train
 from tests.lora_core.conftest import CHATML, WORDS, T, examples, learner, lora_of, make_tokenizer, recipe

@@ -14,10 +14,10 @@ import torch
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.curriculum import Learner, Lesson, Trained
 from lora_core.data.packing import pack
 from lora_core.errors import RecipeError, TrainingError
 from lora_core.halving import Halving, Report, around, trials
+from lora_core.learner import Learner, Lesson, Trained
 from lora_core.methods import AnyMethod, LoraSpec
 from lora_core.micro_step import read_rows
 from lora_core.recipe import Recipe, make_recipe

@@ -13,8 +13,8 @@ from lora_core.banks.bank import Bank
 from lora_core.banks.lora import LoraBank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
-from lora_core.curriculum import Learner, Trained
 from lora_core.data.splits import newest
+from lora_core.learner import Learner, Trained
 from lora_core.train import Pace, train
 from tests.lora_core.conftest import T, examples, learner, lora_of, recipe
 
