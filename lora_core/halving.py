@@ -1,7 +1,8 @@
 """Successive halving of one user's trials (Jamieson & Talwalkar, "Non-stochastic best arm identification", 2016).
 
 Every trial is a learner with a plain recipe of its own.  At each rung those with the lowest held-out loss go on from
-where they are; the others stop.  What a trial learns depends on nobody; whether it goes on, on its rivals alone.
+where they are, at the first rung those of several rates; the others stop.  What a trial learns depends on nobody;
+whether it goes on, on its rivals alone.
 """
 
 import math
@@ -57,8 +58,8 @@ class Halving:
 
     @property
     def digest(self) -> str:
-        """The search as it was asked for: which rivals there are, and when they are compared."""
-        return self.spec.model_dump_json()
+        """The search as it was asked for: which rivals there are, when they are compared, and by which rule."""
+        return f"rates apart {self.spec.model_dump_json()}"
 
     def rungs(self, planned: int) -> Sequence[int]:
         """The steps, of so many, after which trials are compared."""
@@ -93,13 +94,28 @@ class Halving:
         return name in self._verdicts[rung]
 
     def _verdict(self, rung: int) -> frozenset[str] | None:
-        """Who goes on after a rung: the lowest losses; among equals the fewest bytes, then the order of the grid."""
+        """Who goes on after a rung: the lowest losses, of several rates at first.
+
+        Among equals the fewest bytes, then the order of the grid.
+        """
         rivals = [name for name in self.trials if rung == 0 or name in self._verdicts[rung - 1]]
         losses = self._ended | self._told[rung]
         if not all(name in losses for name in rivals):
             return None
         order = sorted((name for name in rivals if math.isfinite(losses[name])), key=lambda n: self._rank(n, losses))
-        return frozenset(order[: self.spec.places(len(rivals))])
+        return frozenset((order if rung else self._varied(order))[: self.spec.places(len(rivals))])
+
+    def _varied(self, order: Sequence[str]) -> list[str]:
+        """The best of as many rates as go on to the end, then all others.
+
+        After few steps a rate looks better or worse than it will be (Wu et al., "Understanding short-horizon bias",
+        2018), and its ranks look alike: by loss alone all who go on may have one rate, and it the wrong one.
+        """
+        best: dict[float, str] = {}
+        for name in order:
+            best.setdefault(self.trials[name].recipe.learning_rate, name)
+        first = [*best.values()][: self.spec.last]
+        return [*first, *(name for name in order if name not in first)]
 
     def _rank(self, name: str, losses: Mapping[str, float]) -> tuple[float, int]:
         return losses[name], self._sizes[name]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -193,10 +192,15 @@ def test_verdicts_do_not_depend_on_the_order_of_what_is_told(seed: int) -> None:
 
     verdicts = [search.goes_on(name, 0) for name in search.trials]
     assert verdicts == [shuffled.goes_on(name, 0) for name in search.trials]
-    kept = [loss for (_, what, loss), goes in zip(news, verdicts, strict=True) if goes]
-    lost = [loss for (_, what, loss), goes in zip(news, verdicts, strict=True) if not goes and what != "failed"]
-    assert len(kept) == min(4, sum(what != "failed" for _, what, _ in news))
-    assert max(kept) <= min(lost, default=math.inf)
+    losses = {name: loss for name, what, loss in news if what != "failed"}
+    rates = {name: trial.recipe.learning_rate for name, trial in search.trials.items()}
+    kept = [name for name, goes in zip(search.trials, verdicts, strict=True) if goes]
+    best = {rate: min(losses[name] for name in losses if rates[name] == rate) for rate in map(rates.get, losses)}
+    assert len(kept) == min(4, len(losses))
+    assert {rates[name] for name in kept} == set(best)  # there are three, and three go on to the end
+    for name in kept:
+        beaten = [other for other in losses if other not in kept and losses[other] < losses[name]]
+        assert not beaten or losses[name] == best[rates[name]]
 
 
 def test_the_winner_has_the_fewest_bytes_of_those_near_the_best(llama_base: BaseModel) -> None:
