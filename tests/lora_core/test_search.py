@@ -96,7 +96,7 @@ def test_neighbours_change_neither_bytes_nor_verdicts(llama_base: BaseModel, see
         assert (found.won, found.rung, found.loss) == (expected.won, expected.rung, expected.loss)
 
 
-@pytest.mark.parametrize(("steps", "patience"), [(3, None), (12, None), (20, None), (1, 3), (3, 3), (30, 3)])
+@pytest.mark.parametrize(("steps", "patience"), [(3, None), (20, None), (1, 3), (30, 3)])
 def test_a_search_that_was_killed_ends_the_same(
     llama_base: BaseModel, tmp_path: Path, steps: int, patience: int | None
 ) -> None:
