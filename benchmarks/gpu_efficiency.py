@@ -89,9 +89,8 @@ def measure(
     """Blocks of packed steps and of the frozen base's, in turn."""
     device, load, peak = base.model.device, Load(1, row_tokens, row_tokens), 0
     block, rounds = options.block, options.rounds
-    steps = (1 + options.recorded) * block * (
-        rounds + 1
-    ) + 1  # one more than is timed: nobody is copied out on the clock
+    blocks = (1 + options.recorded) * (rounds + 1)
+    steps = blocks * block + 1  # one more than is timed: nobody is copied out on the clock
     users = [load.examples(steps, shape.vocabulary, seed) for seed in range(slots)]
     frozen, batches = twin(base), list(packed_batches(base, users, load, row_tokens, block))
     others = {"frozen": partial(run_frozen, frozen, batches)}

@@ -132,6 +132,11 @@ def users(base: BaseModel, recipe: Recipe, files: Mapping[str, Path]) -> list[Le
     return [make_candidate(name, recipe, snapshot, base).learner for name, snapshot in snapshots.items()]
 
 
+def write_habits(home: Path, seed: int) -> dict[str, Path]:
+    """The demo's users; another seed is other examples of the same habits."""
+    return {one.user: one.file for one in write_people(home, seed)}
+
+
 def write_texts(home: Path, seed: int) -> dict[str, Path]:
     """Eight users of plain English: passages of Python's own help, a long topic each; file by topic.
 
@@ -189,12 +194,7 @@ def main() -> None:
         base = load_base(str(options.base or make_base(Path(home) / "base")), None, "cpu")
         asked = load_recipe(None, options.set).model_dump(exclude_unset=True)
         recipe = around(Recipe.model_validate(demo_recipe().model_dump() | asked))
-        people = Path(home) / "people"
-        files = (
-            write_texts(people, options.seed)
-            if options.texts
-            else {one.user: one.file for one in write_people(people, options.seed)}
-        )
+        files = (write_texts if options.texts else write_habits)(Path(home) / "people", options.seed)
         chosen = users(base, recipe, files)[: options.users]
     if options.together:
         seconds = measure_together(base, chosen, 4 * options.slots, options.together)

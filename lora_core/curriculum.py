@@ -234,16 +234,16 @@ class Student:
         if reader != name:
             question = partial(referee.shared, reader, self.shares)
             return (yield from self._read(Assignment((), question=question)))
-        tell = partial(referee.share, name, self.shares)
-        return (yield from self._read(assignment, tell))
+        heard = yield assignment
+        referee.share(name, self.shares, heard[0])  # whatever it is: what is not finite stops all who share it
+        return self._finite(heard)
 
-    def _read(
-        self, assignment: Assignment, tell: Callable[[Answers], None] | None = None
-    ) -> Generator[Assignment, Heard, Answers]:
+    def _read(self, assignment: Assignment) -> Generator[Assignment, Heard, Answers]:
         """Have an assignment's lessons read; their answers.  Raises NotFinite."""
-        answers, norm = yield assignment
-        if tell:
-            tell(answers)
+        return self._finite((yield assignment))
+
+    def _finite(self, heard: Heard) -> Answers:
+        answers, norm = heard
         if not all(map(math.isfinite, chain(*answers))):
             raise NotFinite("the loss", self.result.steps)
         if not math.isfinite(norm):

@@ -14,6 +14,7 @@ from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.data.packing import pack
+from lora_core.door import Door
 from lora_core.errors import RecipeError, TrainingError
 from lora_core.halving import Halving, Report, around, trials
 from lora_core.learner import Learner, Lesson, Trained
@@ -131,6 +132,27 @@ def test_rivals_that_start_from_one_row_have_it_examined_once(llama_base: BaseMo
 
     assert examined == rows * (4 + sum(report.rung + len(report.trained.held_out) - 1 for report in reports))
     assert all(report.trained.held_out[0][0] == 0 for report in reports)
+
+
+class Counting(Door):
+    """Lets nobody in; how many would have been."""
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+
+    def arrivals(self, places: int) -> list[Learner]:
+        """Nobody."""
+        self.places.append(places)
+        return []
+
+
+def test_who_waits_for_a_rivals_examination_keeps_a_place(llama_base: BaseModel) -> None:
+    """Four of twelve trials read, the others come next: of 16 slots four are left for newcomers."""
+    door, of = Counting(), replace(searcher(patience=3), held_out=examples(1001, 40))
+
+    list(train(llama_base, halving(of).trials.values(), 16, T, LoraBank(llama_base.sites, 8), door=door))
+
+    assert door.places[0] == 4
 
 
 def test_a_save_of_another_search_is_not_used(tmp_path: Path) -> None:
