@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -125,7 +125,7 @@ def measured(base: BaseModel, bank: Bank, setting: Setting) -> int:
 
 
 def train_twice(base: BaseModel, bank: Bank, setting: Setting) -> None:
-    """Two micro-steps of every slot, and an optimiser step of everybody."""
+    """Two micro-steps of every slot, an optimiser step of everybody, and one's examination in all slots."""
     cohort = Cohort(setting.slots, bank.width, base.model.device, base.model.dtype)
     lessons = [_lesson(setting, slot) for slot in range(setting.slots)]
     with checkpointed(base, setting.checkpointed), bank.attached(base, cohort):
@@ -133,6 +133,10 @@ def train_twice(base: BaseModel, bank: Bank, setting: Setting) -> None:
             read_rows(base, cohort, lessons, setting.row_tokens)
         norms = gradient_norms(cohort).tolist()
         step_rows(cohort, [RowStep(1, 1e-3, Recipe())] * setting.slots, norms)
+        for lane in range(1, setting.slots):
+            cohort.borrow(0, lane)
+        measuring = [replace(lesson, weight=0.0, dropout=0.0) for lesson in lessons]
+        read_rows(base, cohort, measuring, setting.row_tokens)
 
 
 def _lesson(setting: Setting, slot: int) -> Lesson:

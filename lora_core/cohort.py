@@ -47,6 +47,7 @@ class Cohort:
         self.dropout_K = torch.zeros(slots, device=device)
         self.key_K = torch.zeros(slots, device=device, dtype=torch.int64)
         self.drops = False  # whether any slot drops inputs now; then every slot computes a mask
+        self._borrowed: dict[int, tuple[Tensor | None, Tensor]] = {}  # by slot: its row, where that is its only copy, and its scale
 
     @property
     def slots(self) -> int:
@@ -96,6 +97,20 @@ class Cohort:
         """Add what a lent slot learnt to the user's own gradient."""
         self.gradient_KP[home] += self.gradient_KP[lane]
         self.gradient_KP[lane] = 0
+
+    def borrow(self, home: int, lane: int) -> None:
+        """Make another user's slot read as a user's own does, until it is given back; nobody learns meanwhile."""
+        row_P = self.working_KP[lane].clone() if self.working_KP is self.weights_KP else None
+        self._borrowed[lane] = row_P, self.scale_K11[lane].clone()
+        self.working_KP[lane] = self.working_KP[home]
+        self.scale_K11[lane] = self.scale_K11[home]
+
+    def give_back(self) -> None:
+        """Every borrowed slot reads as it did."""
+        for lane, (row_P, scale_11) in self._borrowed.items():
+            self.working_KP[lane] = self.weights_KP[lane] if row_P is None else row_P
+            self.scale_K11[lane] = scale_11
+        self._borrowed.clear()
 
     def row(self, slot: int) -> Tensor:
         """A copy of a user's row, on the CPU, shape P."""

@@ -6,12 +6,14 @@ On a GPU it can be recorded once as a CUDA graph and played again: whoever sits 
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
@@ -55,14 +57,20 @@ def hand_over(
 def _read(base: BaseModel, fields_4KT: Tensor, weight_K: Tensor, lessons: Sequence[Lesson | None]) -> Tensor:
     """Answers K x N; on the device alone, unless there are pairs.
 
-    Gradients are asked for even where all are only examined: a program without them rounds otherwise, and no loss may
-    depend on whether a neighbour learns.
+    Where all are only examined the same kernels run, as if a backward pass were to come: without gradients some round
+    otherwise, and no loss may depend on whether a neighbour learns.  But nothing is kept for it.
     """
-    loss_KT, _ = token_losses(base, as_batch(fields_4KT, base.model.dtype))
+    learns = _learns(lessons)
+    with nullcontext() if learns else saved_tensors_hooks(_forget, _forget):
+        loss_KT, _ = token_losses(base, as_batch(fields_4KT, base.model.dtype), learns)
     loss_K, answers_KN = lesson_losses(loss_KT, [lesson.pairs if lesson else None for lesson in lessons])
-    if _learns(lessons):  # else there is nothing to add
+    if learns:  # else there is nothing to add
         (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
     return answers_KN.detach()
+
+
+def _forget(_: Tensor) -> None:
+    """Keep nothing of a tensor that a backward pass would read."""
 
 
 def _learns(lessons: Sequence[Lesson | None]) -> bool:

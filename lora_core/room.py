@@ -113,6 +113,7 @@ class Room:
         self._waiting: list[Seat] = []
         self._seated: dict[int, Seat] = {}  # by slot
         self._lent: dict[int, Lent] = {}  # what a further slot holds
+        self._examining = 0  # micro-steps in a row that learners have left to examinations
         self._names: set[str] = set()
 
     @property
@@ -196,24 +197,43 @@ class Room:
                 self._sit(slot, comers[comer])
 
     def deal(self) -> list[Lesson | None]:
-        """What each slot reads in this micro-step: each user's next lesson in its own, further ones in free slots."""
+        """What each slot reads in this micro-step: each user's next lesson in its own, further ones in free slots.
+
+        Examinations that fill all slots are read in all of them, in one forward pass, while whoever learns waits.
+        """
         dealt: list[Lesson | None] = [None] * self.cohort.slots
+        readers = self._readers()
         free = [slot for slot in range(self.cohort.slots) if slot not in self._seated]
-        seats = list(self._seated.values())
-        left = [seat.student.rows_left for seat in seats]
-        for seat, further in zip(seats, seating.lanes([s.pending for s in seats], left, len(free)), strict=True):
+        free += [slot for slot, seat in self._seated.items() if seat not in readers]
+        left = [seat.student.rows_left for seat in readers]
+        for seat, further in zip(readers, seating.lanes([s.pending for s in readers], left, len(free)), strict=True):
             seat.slots = [seat.slot, *(self._lend(seat, free) for _ in range(further))]
             for number, slot in enumerate(seat.slots[: seat.pending]):
                 dealt[slot] = seat.assignment.lessons[len(seat.answers) + number]
         return dealt
 
+    def _readers(self) -> list[Seat]:
+        """Who reads in this micro-step: all who sit, or those alone who are examined."""
+        seats = list(self._seated.values())
+        examined = [seat for seat in seats if not seat.assignment.step]
+        learners = len(seats) - len(examined)
+        slots = self.cohort.slots
+        if not seating.examines([seat.pending for seat in examined], learners, slots, self._examining):
+            self._examining = 0
+            return seats
+        self._examining += bool(learners)
+        for seat in seats:
+            seat.slots = []
+        return examined
+
     def take_in(self, answers: Answers) -> Iterator[Trained]:
         """Hand out the answers: whoever has read an assignment to its end steps, and goes to the next."""
         self.clock += 1
+        self.cohort.give_back()
         for seat in self._seated.values():
             for slot in seat.slots[: seat.pending]:
                 seat.answers.append(answers[slot])
-                if slot != seat.slot:
+                if slot not in self._seated:
                     self.cohort.fold(slot, seat.slot)
         ready = [seat for seat in self._seated.values() if not seat.pending]
         norms = self._step(ready)
@@ -303,11 +323,13 @@ class Room:
         self._waiting.append(seat)
 
     def _lend(self, seat: Seat, free: list[int]) -> int:
-        """A free slot that reads as the seat's own does; one that does already if there is one."""
+        """A free slot, or a learner's for this micro-step, that reads as the seat's own does; one that does already, if any."""
         version = (seat, seat.student.result.steps, seat.assignment.of_base)
         slot = next((slot for slot in free if self._lent.get(slot) == version), free[0])
         free.remove(slot)
-        if self._lent.get(slot) != version:
+        if slot in self._seated:
+            self.cohort.borrow(seat.slot, slot)
+        elif self._lent.get(slot) != version:
             self.cohort.lend(seat.slot, slot)
             self._lent[slot] = version
         return slot

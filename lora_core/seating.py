@@ -14,6 +14,7 @@ from dataclasses import dataclass
 FEW = 8  # rows: a user who needs no more is seated at once
 STARVED = 64 * FEW  # micro-steps: who has waited that long goes before users of a few rows, and keeps its slot ...
 HOLD = 2 * FEW  # ... for so many micro-steps
+EXAMINED = 3  # micro-steps in a row that learners leave to examinations: without a backward pass, about one of theirs
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,11 @@ def lanes(pending: Sequence[int], rows_left: Sequence[int], free: int) -> list[i
         lent[number] = min(max(0, pending[number] - 1), free)
         free -= lent[number]
     return lent
+
+
+def examines(pending: Sequence[int], learners: int, slots: int, before: int) -> bool:
+    """Whether all slots read examinations alone, which need no backward pass: they fill them, or nobody learns.
+
+    `pending` counts the rows of each who is examined; `before` such micro-steps came just before this one.
+    """
+    return not learners or (sum(pending) >= slots and before < EXAMINED)

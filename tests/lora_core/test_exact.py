@@ -52,7 +52,7 @@ def random_learner(generator: random.Random, name: str, base: BaseModel) -> Lear
     if generator.random() < 0.25:
         some, objective = pairs, ObjectiveSpec(name="dpo", beta=generator.choice([0.05, 0.5]))
         settings = settings.model_copy(update={"objective": objective})
-    held_out = some(generator.randrange(10**6), generator.randrange(0, 5))
+    held_out = some(generator.randrange(10**6), generator.choice([0, 1, 3, 12]))
     size = generator.choice([1, 3, 9, 20])
     return Learner(name, settings, some(generator.randrange(10**6), size), held_out, priority=generator.randrange(2))
 
