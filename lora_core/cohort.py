@@ -47,7 +47,9 @@ class Cohort:
         self.dropout_K = torch.zeros(slots, device=device)
         self.key_K = torch.zeros(slots, device=device, dtype=torch.int64)
         self.drops = False  # whether any slot drops inputs now; then every slot computes a mask
-        self._borrowed: dict[int, tuple[Tensor | None, Tensor]] = {}  # by slot: its row, where that is its only copy, and its scale
+        self._borrowed: dict[
+            int, tuple[Tensor | None, Tensor]
+        ] = {}  # by slot: its row, where that is its only copy, and its scale
 
     @property
     def slots(self) -> int:
@@ -99,7 +101,7 @@ class Cohort:
         self.gradient_KP[lane] = 0
 
     def borrow(self, home: int, lane: int) -> None:
-        """Make another user's slot read as a user's own does, until it is given back; nobody learns meanwhile."""
+        """Make another user's slot read as a user's own does, until it is given back; its gradient stays as it is."""
         row_P = self.working_KP[lane].clone() if self.working_KP is self.weights_KP else None
         self._borrowed[lane] = row_P, self.scale_K11[lane].clone()
         self.working_KP[lane] = self.working_KP[home]

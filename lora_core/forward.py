@@ -62,16 +62,13 @@ def stack(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
     return as_batch(fields_of(rows, model.device), model.dtype)
 
 
-def token_losses(base: BaseModel, batch: Batch, learns: bool = True) -> tuple[Tensor, Tensor]:
-    """Each token's next-token loss in nats (0 where it does not count), and whether the first guess was right; K T.
-
-    Where nobody `learns`, the same losses to the bit, and no backward pass may follow.
-    """
+def token_losses(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Each token's next-token loss in nats (0 where it does not count), and whether the first guess was right; K T."""
     if base.plain_head:
         head_VD = base.model.get_output_embeddings().weight
         hidden_KTD = base.model.base_model(**batch.inputs).last_hidden_state.to(head_VD.device)
         targets_KT = batch.targets_KT.to(head_VD.device)  # the last of several GPUs may hold the head
-        loss_KT, right_KT = _HeadLoss.apply(hidden_KTD, head_VD, targets_KT, learns)  # type: ignore[no-untyped-call]  # torch's
+        loss_KT, right_KT = _HeadLoss.apply(hidden_KTD, head_VD, targets_KT)  # type: ignore[no-untyped-call]  # torch's
         return loss_KT.to(batch.targets_KT.device), right_KT.to(batch.targets_KT.device)
     logits_KTV = base.model(**batch.inputs).logits.float()
     loss_KT = F.cross_entropy(logits_KTV.mT, batch.targets_KT, ignore_index=IGNORED, reduction="none")
@@ -86,15 +83,12 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_KTD: Tensor, head_VD: Tensor, targets_KT: Tensor, learns: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden_KTD: Tensor, head_VD: Tensor, targets_KT: Tensor) -> tuple[Tensor, Tensor]:
         piece = max(LEAST_PIECE, PIECE_LOGITS // len(head_VD))  # of the shapes alone: the same bytes whoever is in it
         halves = zip(hidden_KTD.flatten(0, 1).split(piece), targets_KT.flatten().split(piece), strict=True)
-        learns = learns and ctx.needs_input_grad[0]
-        pieces = [_piece_loss(h_ND, head_VD, t_N, learns) for h_ND, t_N in halves]
+        pieces = [_piece_loss(h_ND, head_VD, t_N, ctx.needs_input_grad[0]) for h_ND, t_N in halves]
         loss_N, right_N, gradient_ND = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        ctx.save_for_backward(gradient_ND.view(*targets_KT.shape, gradient_ND.shape[-1]))
+        ctx.save_for_backward(gradient_ND.view(*targets_KT.shape, -1))
         right_KT = right_N.view_as(targets_KT)
         ctx.mark_non_differentiable(right_KT)
         return loss_N.view_as(targets_KT), right_KT
@@ -102,7 +96,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_KT: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # torch's context object
         (gradient_KTD,) = ctx.saved_tensors
-        return gradient_KTD * g_KT[:, :, None].to(gradient_KTD.dtype), None, None, None
+        return gradient_KTD * g_KT[:, :, None].to(gradient_KTD.dtype), None, None
 
 
 def _piece_loss(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, learns: bool) -> tuple[Tensor, Tensor, Tensor]:

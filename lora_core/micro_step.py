@@ -1,4 +1,6 @@
-"""One micro-step on the device: K rows of T tokens read forward and backward, gradients added up in the cohort matrix.
+"""One micro-step on the device: K rows of T tokens read, and learnt from or only measured.
+
+To learn is a backward pass, and gradients added up in the cohort matrix; examinations need none.
 
 On a GPU it can be recorded once as a CUDA graph and played again: whoever sits where, its shapes never change.
 """
@@ -6,14 +8,12 @@ On a GPU it can be recorded once as a CUDA graph and played again: whoever sits 
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
@@ -29,7 +29,11 @@ WARM = 2  # micro-steps of a kind before it is recorded: libraries choose their 
 
 
 def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
-    """One forward and backward over K rows; each slot's answer.  Gradients add up in the cohort matrix."""
+    """K rows read forward, and backward if they are learnt from; each slot's answer.
+
+    All of them are, or none: with a backward pass ahead a forward pass may round otherwise, and no loss may depend on
+    whether a neighbour learns.
+    """
     answers_KN: Answers = backward_rows(base, cohort, lessons, row_tokens).tolist()
     counts = [len(lesson.pairs.reference) if lesson and lesson.pairs else 1 for lesson in lessons]
     return [answer[:count] for answer, count in zip(answers_KN, counts, strict=True)]
@@ -55,26 +59,21 @@ def hand_over(
 
 
 def _read(base: BaseModel, fields_4KT: Tensor, weight_K: Tensor, lessons: Sequence[Lesson | None]) -> Tensor:
-    """Answers K x N; on the device alone, unless there are pairs.
-
-    Where all are only examined the same kernels run, as if a backward pass were to come: without gradients some round
-    otherwise, and no loss may depend on whether a neighbour learns.  But nothing is kept for it.
-    """
+    """Answers K x N; on the device alone, unless there are pairs."""
     learns = _learns(lessons)
-    with nullcontext() if learns else saved_tensors_hooks(_forget, _forget):
-        loss_KT, _ = token_losses(base, as_batch(fields_4KT, base.model.dtype), learns)
-    loss_K, answers_KN = lesson_losses(loss_KT, [lesson.pairs if lesson else None for lesson in lessons])
-    if learns:  # else there is nothing to add
+    with torch.set_grad_enabled(learns):
+        loss_KT, _ = token_losses(base, as_batch(fields_4KT, base.model.dtype))
+        loss_K, answers_KN = lesson_losses(loss_KT, [lesson.pairs if lesson else None for lesson in lessons])
+    if learns:
         (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
     return answers_KN.detach()
 
 
-def _forget(_: Tensor) -> None:
-    """Keep nothing of a tensor that a backward pass would read."""
-
-
 def _learns(lessons: Sequence[Lesson | None]) -> bool:
-    return any(lesson and lesson.weight for lesson in lessons)
+    """Whether the lessons are to be learnt from; else they are only measured."""
+    kinds = {bool(lesson.weight) for lesson in lessons if lesson}
+    assert len(kinds) < 2  # see `read_rows`
+    return True in kinds
 
 
 @dataclass(frozen=True)

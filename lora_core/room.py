@@ -55,6 +55,11 @@ class Seat:
         return len(self.assignment.lessons) - len(self.answers)
 
     @property
+    def learns(self) -> bool:
+        """Whether its assignment is to learn from; else it is examined."""
+        return self.assignment.step is not None
+
+    @property
     def step(self) -> RowStep | None:
         """The optimiser step that its assignment ends in, with its row's own rates."""
         return self.assignment.step and replace(self.assignment.step, stretches=self.stretches)
@@ -113,7 +118,7 @@ class Room:
         self._waiting: list[Seat] = []
         self._seated: dict[int, Seat] = {}  # by slot
         self._lent: dict[int, Lent] = {}  # what a further slot holds
-        self._examining = 0  # micro-steps in a row that learners have left to examinations
+        self._rota = seating.Rota()
         self._names: set[str] = set()
 
     @property
@@ -197,34 +202,25 @@ class Room:
                 self._sit(slot, comers[comer])
 
     def deal(self) -> list[Lesson | None]:
-        """What each slot reads in this micro-step: each user's next lesson in its own, further ones in free slots.
+        """What each slot reads in this micro-step: each user's next lesson in its own, further ones where nobody reads.
 
-        Examinations that fill all slots are read in all of them, in one forward pass, while whoever learns waits.
+        Either those who learn read, or those who are examined; the others wait.
         """
         dealt: list[Lesson | None] = [None] * self.cohort.slots
-        readers = self._readers()
-        free = [slot for slot in range(self.cohort.slots) if slot not in self._seated]
-        free += [slot for slot, seat in self._seated.items() if seat not in readers]
+        examined, learning = ([seat for seat in self._seated.values() if seat.learns == does] for does in (False, True))
+        examines = self._rota.examines([seat.pending for seat in examined], len(learning), self.cohort.slots)
+        readers, others = (examined, learning) if examines else (learning, examined)
+        free = [slot for slot in range(self.cohort.slots) if slot not in self._seated] + [seat.slot for seat in others]
         left = [seat.student.rows_left for seat in readers]
         for seat, further in zip(readers, seating.lanes([s.pending for s in readers], left, len(free)), strict=True):
             seat.slots = [seat.slot, *(self._lend(seat, free) for _ in range(further))]
             for number, slot in enumerate(seat.slots[: seat.pending]):
                 dealt[slot] = seat.assignment.lessons[len(seat.answers) + number]
-        return dealt
-
-    def _readers(self) -> list[Seat]:
-        """Who reads in this micro-step: all who sit, or those alone who are examined."""
-        seats = list(self._seated.values())
-        examined = [seat for seat in seats if not seat.assignment.step]
-        learners = len(seats) - len(examined)
-        slots = self.cohort.slots
-        if not seating.examines([seat.pending for seat in examined], learners, slots, self._examining):
-            self._examining = 0
-            return seats
-        self._examining += bool(learners)
-        for seat in seats:
+        for seat in others:
             seat.slots = []
-        return examined
+        if not examines:
+            self._rota.note_empty(sum(dealt[seat.slot] is None for seat in others))
+        return dealt
 
     def take_in(self, answers: Answers) -> Iterator[Trained]:
         """Hand out the answers: whoever has read an assignment to its end steps, and goes to the next."""
@@ -233,7 +229,7 @@ class Room:
         for seat in self._seated.values():
             for slot in seat.slots[: seat.pending]:
                 seat.answers.append(answers[slot])
-                if slot not in self._seated:
+                if seat.learns and slot != seat.slot:
                     self.cohort.fold(slot, seat.slot)
         ready = [seat for seat in self._seated.values() if not seat.pending]
         norms = self._step(ready)
@@ -278,7 +274,7 @@ class Room:
         A row whose numbers are not finite does not step; its student will hear why.
         """
         norms = [0.0] * self.cohort.slots
-        stepping = [seat for seat in ready if seat.assignment.step]
+        stepping = [seat for seat in ready if seat.learns]
         if stepping:
             for seat in stepping:
                 clear_fixed(self.cohort, seat.slot, seat.stretches)
@@ -290,7 +286,7 @@ class Room:
                     due[seat.slot] = seat.step
             step_rows(self.cohort, due, norms)
         for seat in ready:
-            if not seat.assignment.step:
+            if not seat.learns:
                 self.cohort.gradient_KP[seat.slot] = 0
         return norms
 
@@ -323,7 +319,7 @@ class Room:
         self._waiting.append(seat)
 
     def _lend(self, seat: Seat, free: list[int]) -> int:
-        """A free slot, or a learner's for this micro-step, that reads as the seat's own does; one that does already, if any."""
+        """A slot that reads as the seat's own does: one that does already if there is one; another's for this once."""
         version = (seat, seat.student.result.steps, seat.assignment.of_base)
         slot = next((slot for slot in free if self._lent.get(slot) == version), free[0])
         free.remove(slot)

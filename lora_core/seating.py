@@ -14,7 +14,9 @@ from dataclasses import dataclass
 FEW = 8  # rows: a user who needs no more is seated at once
 STARVED = 64 * FEW  # micro-steps: who has waited that long goes before users of a few rows, and keeps its slot ...
 HOLD = 2 * FEW  # ... for so many micro-steps
-EXAMINED = 3  # micro-steps in a row that learners leave to examinations: without a backward pass, about one of theirs
+GATHERED = 8  # micro-steps that an examination waits for others, at most
+EXAMINED = 3  # micro-steps of examinations in a row, at most, while anybody learns
+COST = 0.25  # of a slot that an examination leaves empty, over one that stands empty while others learn
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,26 @@ def lanes(pending: Sequence[int], rows_left: Sequence[int], free: int) -> list[i
     return lent
 
 
-def examines(pending: Sequence[int], learners: int, slots: int, before: int) -> bool:
-    """Whether all slots read examinations alone, which need no backward pass: they fill them, or nobody learns.
+class Rota:
+    """Whose turn a micro-step is: of those who learn, or of those who are examined, which takes no backward pass.
 
-    `pending` counts the rows of each who is examined; `before` such micro-steps came just before this one.
+    Examinations wait for one another, to fill all slots of a forward pass; but only until slots that stand empty
+    meanwhile have cost as much as those that going at once would leave empty (the rule for renting skis; Karlin et
+    al., "Competitive snoopy caching", 1988).
     """
-    return not learners or (sum(pending) >= slots and before < EXAMINED)
+
+    def __init__(self) -> None:
+        self._examined = self._waited = self._empty = 0
+
+    def examines(self, pending: Sequence[int], learners: int, slots: int) -> bool:
+        """Whether the next micro-step examines.  `pending` counts the rows of each who is to be examined."""
+        due = self._empty >= COST * (slots - sum(pending)) and self._examined < EXAMINED
+        if not learners or (pending and (due or self._waited >= GATHERED)):
+            self._examined, self._waited, self._empty = self._examined + 1, 0, 0
+            return True
+        self._examined, self._waited = 0, self._waited + 1 if pending else 0
+        return False
+
+    def note_empty(self, slots: int) -> None:
+        """So many slots of those who wait to be examined were read in by nobody."""
+        self._empty += slots

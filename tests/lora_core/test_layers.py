@@ -5,6 +5,7 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,19 +76,22 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("compiles", [False, True])
-def test_an_examined_rows_loss_has_the_same_bits_whether_its_neighbours_learn(
-    llama_base: BaseModel, compiles: bool
-) -> None:
-    """In bf16, where a graph for no gradient rounds otherwise than one for some."""
+def test_an_examined_rows_loss_has_the_same_bits_whoever_is_beside_it(llama_base: BaseModel, compiles: bool) -> None:
+    """In bf16 too, and in the slots of learners, who are never read in the same micro-step."""
     base = freeze(copy.deepcopy(llama_base.model).to(torch.bfloat16), llama_base.tokenizer)
     examined = [Lesson(pack([(0, one)], T)[0], 0.0, 0.0, 0) for one in learner(1, count=16).train]
     bank = make_bank(base, [learner(1).recipe.method])
     cohort = Cohort(2, bank.width, base.model.device, base.model.dtype)
-    cohort.admit(0, torch.randn(bank.width, generator=torch.Generator().manual_seed(1)) / 10, 2.0)
+    for slot in range(2):
+        row_P = torch.randn(bank.width, generator=torch.Generator().manual_seed(slot)) / 10
+        cohort.admit(slot, row_P, 2.0)
 
     with compiled(base, compiles), bank.attached(base, cohort):
-        for one in examined:
-            (beside_idle, _), (beside_learner, _) = (
-                read_rows(base, cohort, [one, other], T) for other in (None, replace(one, weight=1.0))
-            )
-            assert beside_idle == beside_learner
+        for one, another in pairwise(examined):
+            (alone, _), (beside, _) = (read_rows(base, cohort, [one, other], T) for other in (None, another))
+            cohort.borrow(0, 1)
+            _, lent = read_rows(base, cohort, [another, one], T)
+            cohort.give_back()
+            assert alone == beside == lent
+        with pytest.raises(AssertionError):
+            read_rows(base, cohort, [examined[0], replace(examined[1], weight=1.0)], T)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from lora_core import seating
 from lora_core.data.packing import densely
-from lora_core.seating import FEW, HOLD, STARVED, Standing, express, lanes, swaps, turns
+from lora_core.seating import EXAMINED, FEW, GATHERED, HOLD, STARVED, Rota, Standing, express, lanes, swaps, turns
 
 STANDINGS = st.lists(
     st.builds(Standing, st.integers(1, 200), st.integers(0, 2), st.integers(0, 2 * STARVED), st.integers(0, HOLD)),
@@ -90,3 +90,21 @@ def test_rows_packed_densely_hold_every_example_once(lengths: list[int]) -> None
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(total <= 40 for total in fill)
     assert len(fill) < 2 or sum(sorted(fill)[:2]) > 40
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(1, 9), max_size=4), st.integers(0, 4), st.integers(0, 4)), max_size=40))
+def test_learning_and_examinations_take_turns(moments: list[tuple[list[int], int, int]]) -> None:
+    """Nobody waits for ever for either; one that fills all slots goes at once, and nobody is examined where none is."""
+    rota, slots, examined, waited = Rota(), 8, 0, 0
+    for pending, learners, empty in moments:
+        examines = rota.examines(pending, learners, slots)
+        if not examines:
+            rota.note_empty(empty)
+
+        assert examines or learners
+        assert not examines or pending or not learners
+        assert examines or sum(pending) < slots or examined >= EXAMINED
+        assert not (examines and learners) or examined < EXAMINED
+        assert examines or not pending or waited < GATHERED
+        examined = examined + 1 if examines else 0
+        waited = waited + 1 if pending and not examines else 0
