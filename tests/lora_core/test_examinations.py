@@ -105,7 +105,8 @@ def test_an_examination_leaves_nothing_behind(base: BaseModel) -> None:
     def peak(weight: float) -> int:
         with bank.attached(base, cohort), LiveBytes(torch.device("cpu")) as live:
             read_rows(base, cohort, [Lesson(row, weight, 0.0, 0) for row in rows], T)
-        return live.peak
+        most: int = live.peak
+        return most
 
     examined = peak(0.0)
     assert not cohort.gradient_KP.any()
