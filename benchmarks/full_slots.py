@@ -4,6 +4,7 @@ Five hundred users of 1,000 to 1,000,000 tokens (log-uniform: most are small, mo
 higher priority; four in five are there at the start, the others come while it runs.  The real rows, curricula, seating
 and training loop; only the forward and backward pass is left out, since what is counted is tokens and micro-steps.
 More users of a few rows than there are slots for them at once have to take turns; who comes later must not wait.
+With --held-out, a share of everybody's examples is examined before and after: in micro-steps without a backward pass.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,31 +22,35 @@ from lora_core import seating
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
+from lora_core.curriculum import Student
 from lora_core.data.rendering import Rendered
 from lora_core.door import Door
 from lora_core.learner import Learner, Lesson, Trained
-from lora_core.recipe import make_recipe
+from lora_core.recipe import Recipe, make_recipe
 from lora_core.referee import Answers
 from lora_core.train import Pace, train
 
 GOALS = {"useful": 0.97, "makespan": 1.05, "wait": 2}
 
 
-def trace(users: int, row_tokens: int, seed: int) -> list[Learner]:
+def trace(users: int, row_tokens: int, seed: int, held_out: float) -> list[Learner]:
     """Users of log-uniform sizes, with examples of 20 to about 600 tokens."""
     generator = random.Random(seed)
-    recipe = make_recipe({"rank": 1, "targets": "o_proj", "layers": 0, "epochs": 1, "patience": None,
+    recipe = make_recipe({"rank": 1, "targets": "o_proj", "layers": 0, "epochs": 1, "patience": 1 if held_out else None,
                           "batch_rows": 4, "row_tokens": row_tokens, "max_length": row_tokens})  # fmt: skip
-    return [_user(generator, number, recipe.model_copy(update={"seed": number})) for number in range(users)]
+    recipes = (recipe.model_copy(update={"seed": number}) for number in range(users))
+    return [_user(generator, number, one, held_out) for number, one in enumerate(recipes)]
 
 
-def _user(generator: random.Random, number: int, recipe: object) -> Learner:
+def _user(generator: random.Random, number: int, recipe: Recipe, held_out: float) -> Learner:
     left, examples = math.exp(generator.uniform(math.log(1e3), math.log(1e6))), []
     while left > 20:
         length = min(int(left), 600, max(20, int(generator.lognormvariate(4.8, 0.7))))
         examples.append(_rendered(length))
         left -= length
-    return Learner(f"user{number}", recipe, tuple(examples), priority=int(generator.random() < 0.1))  # type: ignore[arg-type]  # a recipe
+    judged = math.ceil(held_out * len(examples))
+    halves = tuple(examples[judged:]), tuple(examples[:judged])
+    return Learner(f"user{number}", recipe, *halves, priority=int(generator.random() < 0.1))
 
 
 _LENGTHS: dict[int, Rendered] = {}
@@ -55,24 +61,35 @@ def _rendered(length: int) -> Rendered:
     return _LENGTHS.setdefault(length, Rendered((0,) * length, (True,) * length))
 
 
-def no_computing(_: BaseModel, __: Cohort, lessons: Sequence[Lesson | None], ___: int) -> Answers:
-    """Every row's loss is 1."""
-    return [[1.0] for _ in lessons]
+@dataclass
+class NoComputing:
+    """Every row's loss is 1; micro-steps that only examine are counted."""
+
+    examining: int = 0
+
+    def __call__(self, _: BaseModel, __: Cohort, lessons: Sequence[Lesson | None], ___: int) -> Answers:
+        """Each slot's answer."""
+        self.examining += not any(lesson and lesson.weight for lesson in lessons)
+        return [[1.0] for _ in lessons]
 
 
-def run(learners: list[Learner], slots: int, row_tokens: int) -> tuple[list[Trained], Pace]:
-    """Train them without computing; a fifth arrive one by one, every third micro-step from the hundredth on."""
+def run(learners: list[Learner], slots: int, row_tokens: int) -> tuple[list[Trained], Pace, int]:
+    """Train them without computing; a fifth arrive one by one, every third micro-step from the hundredth on.
+
+    Who is done, the last pace, and how many micro-steps examined.
+    """
     base = random_base(SHAPES["6M"], torch.device("cpu"), torch.float32)
     bank = LoraBank(tuple(site for site in base.sites if site.name.endswith("layers.0.self_attn.o_proj")), 1)
     first, late = learners[: len(learners) * 4 // 5], learners[len(learners) * 4 // 5 :]
     paces: list[Pace] = []
+    counted = NoComputing()
 
     class Trickle(Door):
         def arrivals(self, places: int) -> list[Learner]:
             return [late.pop()] if late and len(paces) >= 100 and len(paces) % 3 == 0 else []
 
-    done = list(train(base, first, slots, row_tokens, bank, paces.append, Trickle(), no_computing))
-    return done, paces[-1]
+    done = list(train(base, first, slots, row_tokens, bank, paces.append, Trickle(), counted))
+    return done, paces[-1], counted.examining
 
 
 def main() -> None:
@@ -82,18 +99,20 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--row-tokens", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="of everybody's examples")
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    learners = trace(options.users, options.row_tokens, options.seed)
+    learners = trace(options.users, options.row_tokens, options.seed, options.held_out)
     few = {learner.name for learner in learners if _rows(learner, options.row_tokens) <= seating.FEW}
     late = {learner.name for learner in learners[len(learners) * 4 // 5 :]}
-    total = sum(len(example.tokens) for learner in learners for example in learner.train)
-    done, last = run(learners, options.slots, options.row_tokens)
+    reads = (example for learner in learners for example in (*learner.train, *learner.held_out, *learner.held_out))
+    total = sum(len(example.tokens) for example in reads)
+    done, last, examining = run(learners, options.slots, options.row_tokens)
     peak = options.slots * options.row_tokens
     figures = {
         "users": len(done), "tokens": total, "slots": options.slots, "row_tokens": options.row_tokens,
-        "micro_steps": last.micro_steps,
+        "micro_steps": last.micro_steps, "of_examinations": examining,
         "useful": last.tokens / last.room,
         "makespan": last.micro_steps / (total / peak),
         "few_at_the_start": len(few - late),
@@ -110,7 +129,8 @@ def main() -> None:
 
 
 def _rows(learner: Learner, row_tokens: int) -> int:
-    return math.ceil(sum(len(example.tokens) for example in learner.train) / row_tokens)
+    """What a plan of the cohort takes it for."""
+    return Student(learner, row_tokens, lambda: torch.zeros(1)).rows_planned
 
 
 if __name__ == "__main__":
