@@ -15,7 +15,7 @@ FEW = 8  # rows: a user who needs no more is seated at once
 STARVED = 64 * FEW  # micro-steps: who has waited that long goes before users of a few rows, and keeps its slot ...
 HOLD = 2 * FEW  # ... for so many micro-steps
 GATHERED = 16  # micro-steps that an examination waits for others, at most
-EXAMINED = 3  # micro-steps of examinations in a row, at most, while anybody learns
+EXAMINED = 8  # micro-steps of examinations in a row, at most, while anybody learns
 COST = 0.25  # of a slot that an examination leaves empty, over one that stands empty while others learn
 
 

@@ -55,11 +55,12 @@ def test_examinations_gather_until_they_fill_all_slots(llama_base: BaseModel, re
 def test_who_learns_is_not_kept_waiting_by_a_long_examination(
     llama_base: BaseModel, readings: list[tuple[int, int]]
 ) -> None:
-    """After three micro-steps without it there is one with it."""
-    long = learner(0, count=2, held_out=200, epochs=1, patience=1)
+    """After eight micro-steps without it there is one with it."""
+    long = learner(0, count=2, held_out=300, epochs=1, patience=1)
     train_noted(llama_base, [long, *(learner(n, count=40, batch_size=1) for n in range(1, 4))], readings)
 
-    assert readings[:8] == 2 * ([(0, K)] * EXAMINED + [(K - 1, 0)])
+    turns = 2 * ([(0, K)] * EXAMINED + [(K - 1, 0)])
+    assert readings[: len(turns)] == turns
 
 
 def test_one_examination_does_not_wait_for_ever(llama_base: BaseModel, readings: list[tuple[int, int]]) -> None:
