@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -125,18 +125,17 @@ def measured(base: BaseModel, bank: Bank, setting: Setting) -> int:
 
 
 def train_twice(base: BaseModel, bank: Bank, setting: Setting) -> None:
-    """Two micro-steps of every slot, an optimiser step of everybody, and one's examination in all slots."""
+    """Two micro-steps of every slot, one user's rows in all of them in the second; an optimiser step of everybody."""
     cohort = Cohort(setting.slots, bank.width, base.model.device, base.model.dtype)
     lessons = [_lesson(setting, slot) for slot in range(setting.slots)]
     with checkpointed(base, setting.checkpointed), bank.attached(base, cohort):
-        for _ in range(2):
-            read_rows(base, cohort, lessons, setting.row_tokens)
-        norms = gradient_norms(cohort).tolist()
-        step_rows(cohort, [RowStep(1, 1e-3, Recipe())] * setting.slots, norms)
+        read_rows(base, cohort, lessons, setting.row_tokens)
         for lane in range(1, setting.slots):
             cohort.borrow(0, lane)
-        measuring = [replace(lesson, weight=0.0, dropout=0.0) for lesson in lessons]
-        read_rows(base, cohort, measuring, setting.row_tokens)
+        read_rows(base, cohort, lessons, setting.row_tokens)
+        cohort.give_back()
+        norms = gradient_norms(cohort).tolist()
+        step_rows(cohort, [RowStep(1, 1e-3, Recipe())] * setting.slots, norms)
 
 
 def _lesson(setting: Setting, slot: int) -> Lesson:

@@ -93,12 +93,15 @@ class Cohort:
         self.weights_KP[lane] = self.weights_KP[home]
         self.working_KP[lane] = self.working_KP[home]
         self.scale_K11[lane] = self.scale_K11[home]
-        self.gradient_KP[lane] = 0
+
+    def forget_gradient(self, slot: int) -> None:
+        """Before somebody learns there."""
+        self.gradient_KP[slot] = 0
 
     def fold(self, lane: int, home: int) -> None:
         """Add what a lent slot learnt to the user's own gradient."""
         self.gradient_KP[home] += self.gradient_KP[lane]
-        self.gradient_KP[lane] = 0
+        self.forget_gradient(lane)
 
     def borrow(self, home: int, lane: int) -> None:
         """Make another user's slot read as a user's own does, until it is given back; its gradient stays as it is."""

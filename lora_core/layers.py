@@ -18,6 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_core.base_model import BaseModel
 from lora_core.errors import TrainingError
 
+KINDS = 24  # of layers to compile: of four sorts, say, to learn from with dropout or without, and to examine
+
 Forward = Callable[..., Any]  # a layer's own: what it takes and gives is the architecture's affair
 
 
@@ -68,8 +70,9 @@ def compiled(base: BaseModel, on: bool = True) -> Iterator[None]:
         raise TrainingError(base.name, f"{why} cannot be compiled", "unset LORA_COMPILE")
     compile_whole = partial(torch.compile, dynamic=False, fullgraph=True)
     torch.compiler.reset()  # forget cohorts from before: there is a limit to how often one layer may be compiled
+    limit = torch._dynamo.config.patch(recompile_limit=KINDS)
     try:
-        with warnings.catch_warnings(), wrapped(decoder_layers(base), compile_whole):
+        with warnings.catch_warnings(), limit, wrapped(decoder_layers(base), compile_whole):
             warnings.filterwarnings("ignore", "grad and param do not obey")  # views of a matrix cannot
             yield
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:

@@ -5,7 +5,6 @@ formula has to keep up with an architecture, a bank or a change of the engine.  
 """
 
 import weakref
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -47,17 +46,17 @@ def predict(
 
 
 def _train_once(base: BaseModel, bank: Bank, slots: int, row_tokens: int, drops: bool) -> None:
-    """A cohort from its making to its first optimiser step, everybody's row full; then one is examined in all slots."""
+    """A cohort from its making to its first optimiser step, everybody's row full; one user reads in all slots."""
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
     lesson = Lesson(empty_row(row_tokens), weight=1.0, dropout=0.5 if drops else 0.0, key=0)
     with bank.attached(base, cohort):
+        for lane in range(1, slots):
+            cohort.borrow(0, lane)
         backward_rows(base, cohort, [lesson] * slots, row_tokens)
+        cohort.give_back()
         gradient_norms(cohort)
         due: list[RowStep | None] = [RowStep(1, 0.0, Recipe())]  # row by row: one costs as much memory as all
         step_rows(cohort, due + [None] * (slots - 1), [1.0] * slots)
-        for lane in range(1, slots):
-            cohort.borrow(0, lane)
-        backward_rows(base, cohort, [replace(lesson, weight=0.0, dropout=0.0)] * slots, row_tokens)
 
 
 class LiveBytes(TorchDispatchMode):

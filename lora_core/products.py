@@ -37,10 +37,12 @@ def product_and_sum(x_KTI: Tensor, weight_IO: Tensor, bias_O: Tensor | None, a_K
 
 
 def add_product(y_KAB: Tensor | None, a_KAN: Tensor, b_KNB: Tensor) -> Tensor:
-    """a b row by row, added to y in place if there is one; on a GPU in one go."""
-    if y_KAB is None:
-        return torch.bmm(a_KAN, b_KNB)
-    return y_KAB.baddbmm_(a_KAN, b_KNB) if a_KAN.is_cuda else y_KAB.add_(torch.bmm(a_KAN, b_KNB))
+    """a b row by row, added to y in place if there is one.
+
+    It is rounded before it is added, as what another slot learnt is: the same bits wherever a user's rows are read.
+    """
+    product_KAB = torch.bmm(a_KAN, b_KNB)
+    return product_KAB if y_KAB is None else y_KAB.add_(product_KAB)
 
 
 def add_quick_product(y_KTO: Tensor, x_KTI: Tensor, weight_IO: Tensor) -> None:

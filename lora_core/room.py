@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import chain
 
 from torch import Tensor
@@ -15,96 +14,13 @@ from torch import Tensor
 from lora_core import seating
 from lora_core.banks.bank import Bank
 from lora_core.cohort import Aside, Cohort
-from lora_core.curriculum import Student
-from lora_core.learner import Assignment, Heard, Learner, Lesson, Trained
-from lora_core.optim import RowStep, Stretch, clear_fixed, gradient_norms, step_rows
+from lora_core.learner import Learner, Lesson, Trained
+from lora_core.optim import RowStep, clear_fixed, gradient_norms, step_rows
 from lora_core.referee import Answers
-from lora_core.saves import Progress, Saves
-from lora_core.seating import Standing
+from lora_core.saves import Saves
+from lora_core.seat import Seat
 
 DRAWERS = min(8, os.cpu_count() or 1)  # threads that draw starts
-
-
-class Seat:
-    """A learner at work: its stream, the assignment it is at, and where its rows are: in a slot, or aside."""
-
-    def __init__(self, learner: Learner, aside: Aside, cohort: Cohort, row_tokens: int, clock: int) -> None:
-        self.learner, self.name, self.priority = learner, learner.name, learner.priority
-        self.stretches: Sequence[Stretch] = ()  # of its row, with rates of their own
-        self.aside, self.slot = aside, -1  # -1: its rows are aside
-        self.since = clock  # the micro-step at which it began to wait, or sat down
-        self.hold_until = 0
-        now = lambda: self.aside.weights_P if self.is_aside else cohort.row(self.slot)  # noqa: E731  short, and ours alone
-        self.student = Student(learner, row_tokens, now)
-        self._stream = self.student.study()
-        self.result: Trained | None = None
-        self.assignment = Assignment(())
-        self.slots: list[int] = []  # where its lessons are read in this micro-step, in their order
-        self.answers: Answers = []  # to the assignment's lessons so far
-        self.heard: list[Heard] = []  # to all assignments before it
-        self._go_on(None)
-
-    @property
-    def is_aside(self) -> bool:
-        """Whether its rows are: it waits for a slot, or the base reads in its slot."""
-        return self.slot < 0 or self.assignment.of_base
-
-    @property
-    def pending(self) -> int:
-        """Lessons of the assignment that could be read now."""
-        return len(self.assignment.lessons) - len(self.answers)
-
-    @property
-    def learns(self) -> bool:
-        """Whether its assignment is to learn from; else it is examined."""
-        return self.assignment.step is not None
-
-    @property
-    def step(self) -> RowStep | None:
-        """The optimiser step that its assignment ends in, with its row's own rates."""
-        return self.assignment.step and replace(self.assignment.step, stretches=self.stretches)
-
-    def standing(self, clock: int) -> Standing:
-        """What the plan knows of it."""
-        waited = clock - self.since if self.slot < 0 else 0
-        return Standing(self.student.rows_left, self.priority, waited, max(0, self.hold_until - clock))
-
-    def resume(self, progress: Progress) -> None:
-        """Go on from saved progress: hear again what was heard before, and take its rows."""
-        self.aside = replace(progress.aside, weights_P=progress.best_P)  # an examination in the past kept this row
-        for heard in progress.heard:
-            self._go_on(heard)
-        self.answers, self.aside = list(progress.answers), progress.aside
-
-    def progress(self, cohort: Cohort) -> Progress:
-        """How far it is."""
-        aside = self.aside if self.is_aside else cohort.take(self.slot)
-        return Progress(aside, self.student.result.row_P, self.heard, self.answers)
-
-    @property
-    def asks(self) -> bool:
-        """Whether it can only go on with an answer: it needs no slot till then."""
-        return self.assignment.question is not None
-
-    def answer(self) -> Answers | None:
-        """The answer to its question; None while there is none, or no question."""
-        answer = self.assignment.question and self.assignment.question()
-        return [[float(answer)]] if isinstance(answer, bool) else answer
-
-    def hear(self, norm: float) -> Trained | None:
-        """Answer the assignment and go to the next; the result once there is no next."""
-        if self.result is None:
-            self._go_on((self.answers, norm))
-        return self.result
-
-    def _go_on(self, heard: Heard | None) -> None:
-        self.heard += [heard] if heard else []
-        try:
-            self.assignment = next(self._stream) if heard is None else self._stream.send(heard)
-        except StopIteration as stop:
-            self.assignment, self.result = Assignment(()), stop.value
-        self.answers = []
-
 
 Lent = tuple[Seat, int, bool]  # whose row, after how many steps, and whether the base's in its place
 
@@ -208,7 +124,8 @@ class Room:
         """
         dealt: list[Lesson | None] = [None] * self.cohort.slots
         examined, learning = ([seat for seat in self._seated.values() if seat.learns == does] for does in (False, True))
-        examines = self._rota.examines([seat.pending for seat in examined], len(learning), self.cohort.slots)
+        pending = [seat.pending for seat in examined if seat.pending]
+        examines = self._rota.examines(pending, len(learning), self.cohort.slots)
         readers, others = (examined, learning) if examines else (learning, examined)
         free = [slot for slot in range(self.cohort.slots) if slot not in self._seated] + [seat.slot for seat in others]
         left = [seat.student.rows_left for seat in readers]
@@ -225,14 +142,9 @@ class Room:
     def take_in(self, answers: Answers) -> Iterator[Trained]:
         """Hand out the answers: whoever has read an assignment to its end steps, and goes to the next."""
         self.clock += 1
-        self.cohort.give_back()
-        for seat in self._seated.values():
-            for slot in seat.slots[: seat.pending]:
-                seat.answers.append(answers[slot])
-                if seat.learns and slot != seat.slot:
-                    self.cohort.fold(slot, seat.slot)
+        self._hand_out(answers)
         ready = [seat for seat in self._seated.values() if not seat.pending]
-        norms = self._step(ready)
+        norms = self._step([seat for seat in ready if seat.learns])
         for seat in ready:
             was_base = seat.assignment.of_base
             if trained := seat.hear(norms[seat.slot]):
@@ -243,6 +155,18 @@ class Room:
         yield from self._answer()
         for seat in [seat for seat in self._seated.values() if seat.asks]:
             self._rise(seat)
+
+    def _hand_out(self, answers: Answers) -> None:
+        """To each its own, and the gradients of the slots that it read in besides."""
+        self.cohort.give_back()
+        for seat in self._seated.values():
+            for slot in seat.slots[: seat.pending]:
+                seat.answers.append(answers[slot])
+                if seat.learns and slot != seat.slot:
+                    self.cohort.fold(slot, seat.slot)
+        for seat in self._seated.values():
+            if not seat.learns and not seat.pending:  # others may have learnt before it was its turn: it gave 0, or NaN
+                self.cohort.forget_gradient(seat.slot)
 
     def _answer(self) -> Iterator[Trained]:
         """Give everybody who asks the answer, if there is one by now."""
@@ -268,13 +192,12 @@ class Room:
             if self.saves and (seat.heard or seat.answers):
                 self.saves.save(seat.learner, seat.progress(self.cohort), last)
 
-    def _step(self, ready: Sequence[Seat]) -> list[float]:
+    def _step(self, stepping: Sequence[Seat]) -> list[float]:
         """One optimiser step of those whose assignment ends in one; each slot's gradient norm.
 
         A row whose numbers are not finite does not step; its student will hear why.
         """
         norms = [0.0] * self.cohort.slots
-        stepping = [seat for seat in ready if seat.learns]
         if stepping:
             for seat in stepping:
                 clear_fixed(self.cohort, seat.slot, seat.stretches)
@@ -285,9 +208,6 @@ class Room:
                 if all(map(math.isfinite, (*chain(*seat.answers), found[seat.slot]))):
                     due[seat.slot] = seat.step
             step_rows(self.cohort, due, norms)
-        for seat in ready:
-            if not seat.learns:
-                self.cohort.gradient_KP[seat.slot] = 0
         return norms
 
     def _sit(self, slot: int, seat: Seat) -> None:
@@ -328,4 +248,6 @@ class Room:
         elif self._lent.get(slot) != version:
             self.cohort.lend(seat.slot, slot)
             self._lent[slot] = version
+        if seat.learns:
+            self.cohort.forget_gradient(slot)
         return slot

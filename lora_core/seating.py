@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FEW = 8  # rows: a user who needs no more is seated at once
-STARVED = 64 * FEW  # micro-steps: who has waited that long goes before users of a few rows, and keeps its slot ...
-HOLD = 2 * FEW  # ... for so many micro-steps
 GATHERED = 16  # micro-steps that an examination waits for others, at most
 EXAMINED = 8  # micro-steps of examinations in a row, at most, while anybody learns
 COST = 0.25  # of a slot that an examination leaves empty, over one that stands empty while others learn
+STARVED = 64 * FEW  # micro-steps: who has waited that long goes before users of a few rows, and keeps its slot ...
+HOLD = GATHERED + 2 * FEW  # ... for so many micro-steps: an examination may have to wait in them
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class Rota:
         if not learners or (pending and (due or self._waited >= GATHERED)):
             self._examined, self._waited, self._empty = self._examined + 1, 0, 0
             return True
-        self._examined, self._waited = 0, self._waited + 1 if pending else 0
+        self._examined = 0
+        self._waited, self._empty = (self._waited + 1, self._empty) if pending else (0, 0)
         return False
 
     def note_empty(self, slots: int) -> None:

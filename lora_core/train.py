@@ -1,4 +1,4 @@
-"""Train a cohort: K slots, each at its own place in its own user's curriculum, one forward and one backward for all.
+"""Train a cohort: K slots, each at its own place in its own user's curriculum, one forward and backward pass for all.
 
 No user waits for another's epoch: one may be stepping while its neighbour is half-way and a third has just sat down.
 K slots, T tokens a slot, P numbers a user.

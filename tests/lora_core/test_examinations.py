@@ -1,6 +1,7 @@
 """Examinations need no backward pass: they gather, and are read in forward passes of their own, in all slots."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,21 @@ def test_one_examination_does_not_wait_for_ever(llama_base: BaseModel, readings:
         first = next(number for number, (_, measured) in enumerate(readings) if measured)
         assert first == (GATHERED if batch_size > 1 else 1)
         assert all(learnt == (K if batch_size > 1 else K - 1) for learnt, _ in readings[:first])
+
+
+def test_a_slot_that_waits_with_broken_weights_poisons_nobody_who_reads_in_it(llama_base: BaseModel) -> None:
+    """While nobody does, its gradient becomes NaN; then a learner of several rows a step reads there."""
+    bank = lora_bank(llama_base, [lora_of(recipe())])
+    bad = replace(learner(0, count=2, held_out=1, epochs=1, patience=1), start=torch.full((bank.width,), torch.nan))
+    good = [learner(1, count=14, batch_size=8, epochs=6), *(learner(n, count=40, batch_size=1) for n in range(2, 8))]
+    expected = {one.name: one.row_P for one in train(llama_base, good, 8, T, bank)}
+
+    trained = {one.name: one for one in train(llama_base, [bad, *good], 8, T, bank)}
+
+    assert trained[bad.name].outcome == "retired"
+    for name, row_P in expected.items():
+        assert trained[name].outcome == "finished"
+        assert torch.equal(trained[name].row_P, row_P)
 
 
 @given(st.lists(st.tuples(st.integers(0, K - 1), st.integers(0, K - 1)), max_size=6), st.booleans())
