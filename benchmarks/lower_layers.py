@@ -15,22 +15,17 @@ keeping (the first column), are out of reach there at this depth but for 3 epoch
 """
 
 import argparse
-import json
-import platform
 import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 
 import torch
-import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measuring import processor
+from benchmarks.measuring import Samples, machine_facts, ratios, save, say, spread
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
@@ -112,8 +107,8 @@ def run(base: BaseModel, learners: Sequence[Learner], compute: Compute) -> float
     return time.perf_counter() - start
 
 
-def compare(setting: Setting, rounds: int, folder: Path) -> dict[str, object]:
-    """Interleaved rounds of all sides: every raw time, in seconds."""
+def compare(setting: Setting, rounds: int, folder: Path) -> Samples:
+    """Interleaved rounds of all sides; a side's making is not timed."""
     base, learners = tall_base(setting.words), users(setting)
     earlier = keeping(base, learners, folder)
     run(base, learners, earlier.read_rows)
@@ -126,28 +121,22 @@ def compare(setting: Setting, rounds: int, folder: Path) -> dict[str, object]:
         "later": lambda: later.read_rows,
         "disk": lambda: keeping(base, learners, folder).read_rows,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: Samples = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, side in sides.items():
             took = run(base, learners, side())
             if number:  # the first round warms up
                 seconds[name].append(took)
-    return {**asdict(setting), "seconds": seconds}
+    return seconds
 
 
-def ratios(seconds: dict[str, list[float]], rival: str, side: str) -> list[float]:
-    """Each round's seconds of a rival over a side's."""
-    return [slow / quick for slow, quick in zip(seconds[rival], seconds[side], strict=True)]
-
-
-def show(setting: Setting, seconds: dict[str, list[float]]) -> str:
-    """One line of the table for each way of keeping: both ratios as median (lowest-highest)."""
+def show(setting: Setting, seconds: Samples) -> str:
+    """One line of the table for each way of keeping: seconds of both rivals over its own."""
     lines = []
     for side, title in KEPT.items():
-        both = (ratios(seconds, rival, side) for rival in ("without", "whole"))
-        spread = [f"{median(found):5.2f}x ({min(found):.2f}-{max(found):.2f})" for found in both]
+        without, whole = (spread(ratios(seconds[rival], seconds[side])) for rival in ("without", "whole"))
         place = f"{setting.words:>5} {setting.epochs:>6}  {title:<26}"
-        lines.append(f"{place} {spread[0]:>20} {spread[1]:>22} {GOALS[setting.epochs]:>6}")
+        lines.append(f"{place} {without:>20} {whole:>22} {GOALS[setting.epochs]:>6}")
     return "\n".join(lines)
 
 
@@ -159,21 +148,17 @@ def main() -> None:
     parser.add_argument("--words", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--save", type=Path, help="write raw samples as JSON")
     options = parser.parse_args()
-    machine = {
-        "date": datetime.now(UTC).date().isoformat(), "machine": f"{processor()}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
-    print(machine)  # noqa: T201  a script's report
-    print(f"words epochs  {'kept':<26} {'without keeping':>20} {'whole backward':>22} {'goal':>6}")  # noqa: T201
+    machine = machine_facts(torch.device("cpu"))
+    say(machine)
+    say(f"words epochs  {'kept':<26} {'without keeping':>20} {'whole backward':>22} {'goal':>6}")
     results = []
     for setting in (Setting(words, epochs, options.rows) for words in options.words for epochs in GOALS):
         with tempfile.TemporaryDirectory() as folder:
-            results.append(compare(setting, options.rounds, Path(folder)))
-        seconds = results[-1]["seconds"]
-        assert isinstance(seconds, dict)
-        print(show(setting, seconds), flush=True)  # noqa: T201
+            seconds = compare(setting, options.rounds, Path(folder))
+        results.append({**asdict(setting), "seconds": seconds})
+        say(show(setting, seconds))
     if options.save:
-        options.save.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        save(options.save, machine, results)
 
 
 if __name__ == "__main__":
