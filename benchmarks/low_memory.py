@@ -134,7 +134,7 @@ def measured(name: str, way: Way, row_tokens: int, tiny: bool, device: torch.dev
     if way.slots:
         bank = lora_bank(base, [LoraSpec(rank=RANK)])
         trained = way.slots * bank.parameters(LoraSpec(rank=RANK))
-        predicted = predict(base, bank, way.slots, row_tokens, False, way.forgets)
+        predicted = predict(base, bank, way.slots, row_tokens, False, way.forgets, lends=False)
         peak = peak_of(lambda: packed_steps(base, bank, way, one), base)
     else:
         trained, predicted = base.parameters, predict_full(base, row_tokens, way.forgets)

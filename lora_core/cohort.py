@@ -28,6 +28,9 @@ class Aside:
         return cls(weights_P, nothing, nothing, nothing, scale)
 
 
+Kept = tuple[Tensor | None, Tensor]  # of a borrowed slot: its row, where the working one is the only one, and its scale
+
+
 class Cohort:
     """K slots: weights, gradient, both Adam moments (all K x P), and a column of settings a slot.
 
@@ -47,9 +50,7 @@ class Cohort:
         self.dropout_K = torch.zeros(slots, device=device)
         self.key_K = torch.zeros(slots, device=device, dtype=torch.int64)
         self.drops = False  # whether any slot drops inputs now; then every slot computes a mask
-        self._borrowed: dict[
-            int, tuple[Tensor | None, Tensor]
-        ] = {}  # by slot: its row, where that is its only copy, and its scale
+        self._borrowed: dict[int, Kept] = {}  # by slot
 
     @property
     def slots(self) -> int:
@@ -99,9 +100,8 @@ class Cohort:
         self.gradient_KP[slot] = 0
 
     def fold(self, lane: int, home: int) -> None:
-        """Add what a lent slot learnt to the user's own gradient."""
+        """Add what another slot learnt to the user's own gradient; there it is to be forgotten."""
         self.gradient_KP[home] += self.gradient_KP[lane]
-        self.forget_gradient(lane)
 
     def borrow(self, home: int, lane: int) -> None:
         """Make another user's slot read as a user's own does, until it is given back; its gradient stays as it is."""

@@ -28,11 +28,18 @@ BLOCKS = {"cuda": 512, "cpu": 64}  # bytes an allocation is rounded up to: c10's
 
 
 def predict(
-    base: BaseModel, bank: Bank, slots: int, row_tokens: int, drops: bool = True, layers_forget: bool = False
+    base: BaseModel,
+    bank: Bank,
+    slots: int,
+    row_tokens: int,
+    drops: bool = True,
+    layers_forget: bool = False,
+    lends: bool = True,
 ) -> int:
     """Peak bytes on the base's device while K slots of T tokens train: base, cohort, micro-step, libraries' workspaces.
 
-    `drops`: whether any user drops inputs; `layers_forget`: whether layers are checkpointed.
+    `drops`: whether any user drops inputs; `layers_forget`: whether layers are checkpointed; `lends`: whether one may
+    learn in others' slots while those wait to be examined, whose rows are copied aside where they are in fp32.
     """
     device = base.model.device
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -41,16 +48,16 @@ def predict(
         live = LiveBytes(device)
         live.meet(frozen)
         with live:
-            _train_once(base, bank, slots, row_tokens, drops)
+            _train_once(base, bank, slots, row_tokens, drops, lends)
     return live.peak + workspace_bytes(device, base.model.dtype)
 
 
-def _train_once(base: BaseModel, bank: Bank, slots: int, row_tokens: int, drops: bool) -> None:
-    """A cohort from its making to its first optimiser step, everybody's row full; one user reads in all slots."""
+def _train_once(base: BaseModel, bank: Bank, slots: int, row_tokens: int, drops: bool, lends: bool) -> None:
+    """A cohort from its making to its first optimiser step, all rows full; one user's, if that may be."""
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
     lesson = Lesson(empty_row(row_tokens), weight=1.0, dropout=0.5 if drops else 0.0, key=0)
     with bank.attached(base, cohort):
-        for lane in range(1, slots):
+        for lane in range(1, slots if lends else 1):
             cohort.borrow(0, lane)
         backward_rows(base, cohort, [lesson] * slots, row_tokens)
         cohort.give_back()

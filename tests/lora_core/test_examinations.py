@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,57 +22,51 @@ from tests.lora_core.conftest import T, examples, learner, lora_of, recipe
 K = 4
 
 
-@pytest.fixture
-def readings() -> list[tuple[int, int]]:
-    """How many rows were learnt from, and how many only measured, in each micro-step of `noted`."""
-    return []
-
-
-def train_noted(base: BaseModel, learners: Sequence[Learner], readings: list[tuple[int, int]]) -> None:
-    """Train them, and note what is read when."""
+def readings(base: BaseModel, learners: Sequence[Learner]) -> list[tuple[int, int]]:
+    """Train them; how many rows were learnt from, and how many only measured, in each micro-step."""
+    found: list[tuple[int, int]] = []
 
     def compute(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
         weights = [lesson.weight for lesson in lessons if lesson]
-        readings.append((sum(map(bool, weights)), weights.count(0.0)))
+        found.append((sum(map(bool, weights)), weights.count(0.0)))
         return read_rows(base, cohort, lessons, row_tokens)
 
     assert all(one.outcome == "finished" for one in train(base, learners, K, T, compute=compute))
+    return found
 
 
-def test_examinations_gather_until_they_fill_all_slots(llama_base: BaseModel, readings: list[tuple[int, int]]) -> None:
+def test_examinations_gather_until_they_fill_all_slots(llama_base: BaseModel) -> None:
     """They are read in the slots of those who learn, too, and never beside them."""
     learners = [learner(n, count=6 + 4 * n, held_out=12, epochs=3, patience=9, batch_size=4) for n in range(6)]
 
-    train_noted(llama_base, learners, readings)
+    read = readings(llama_base, learners)
 
     held_out = sum(len(pack(list(enumerate(one.held_out)), T)) for one in learners)
-    measured = [rows for learnt, rows in readings if not learnt]
-    assert all(not learnt or not measured for learnt, measured in readings)
+    measured = [rows for learnt, rows in read if not learnt]
+    assert all(not learnt or not measured for learnt, measured in read)
     assert sum(measured) == 4 * held_out  # before the first epoch and after each
     assert len(measured) < 1.2 * sum(measured) / K
 
 
-def test_who_learns_is_not_kept_waiting_by_a_long_examination(
-    llama_base: BaseModel, readings: list[tuple[int, int]]
-) -> None:
+def test_who_learns_is_not_kept_waiting_by_a_long_examination(llama_base: BaseModel) -> None:
     """After eight micro-steps without it there is one with it."""
     long = learner(0, count=2, held_out=300, epochs=1, patience=1)
-    train_noted(llama_base, [long, *(learner(n, count=40, batch_size=1) for n in range(1, 4))], readings)
+    read = readings(llama_base, [long, *(learner(n, count=40, batch_size=1) for n in range(1, 4))])
 
     turns = 2 * ([(0, K)] * EXAMINED + [(K - 1, 0)])
-    assert readings[: len(turns)] == turns
+    assert read[: len(turns)] == turns
 
 
-def test_one_examination_does_not_wait_for_ever(llama_base: BaseModel, readings: list[tuple[int, int]]) -> None:
+def test_one_examination_does_not_wait_for_ever(llama_base: BaseModel) -> None:
     """Its slot stands empty meanwhile; where others can read in it, it waits a little longer."""
     for batch_size in (1, 40):
-        readings.clear()
         short = learner(0, count=2, held_out=2, epochs=1, patience=1)
-        train_noted(llama_base, [short, *(learner(n, count=160, batch_size=batch_size) for n in range(1, 4))], readings)
+        others = (learner(n, count=160, batch_size=batch_size) for n in range(1, 4))
+        read = readings(llama_base, [short, *others])
 
-        first = next(number for number, (_, measured) in enumerate(readings) if measured)
+        first = next(number for number, (_, measured) in enumerate(read) if measured)
         assert first == (GATHERED if batch_size > 1 else 1)
-        assert all(learnt == (K if batch_size > 1 else K - 1) for learnt, _ in readings[:first])
+        assert all(learnt == (K if batch_size > 1 else K - 1) for learnt, _ in read[:first])
 
 
 def test_a_slot_that_waits_with_broken_weights_poisons_nobody_who_reads_in_it(llama_base: BaseModel) -> None:

@@ -75,6 +75,17 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(
         trained(llama_base, [learner(1)], make_bank(llama_base, [learner(1).recipe.method]))
 
 
+def test_more_kinds_of_layers_than_were_allowed_for_are_refused_too(
+    llama_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To learn from and to examine are two."""
+    monkeypatch.setattr("lora_core.layers.KINDS", 1)
+    one = learner(1, count=4, held_out=2, epochs=1, patience=1)
+
+    with pytest.raises(TrainingError, match="cannot be compiled.*unset LORA_COMPILE"), compiled(llama_base):
+        trained(llama_base, [one], make_bank(llama_base, [one.recipe.method]))
+
+
 @pytest.mark.parametrize("compiles", [False, True])
 def test_an_examined_rows_loss_has_the_same_bits_whoever_is_beside_it(llama_base: BaseModel, compiles: bool) -> None:
     """In bf16 too, and in the slots of learners, who are never read in the same micro-step."""
