@@ -3,8 +3,8 @@
 The same user, of two rows a step, trains alone, alone again, among full neighbours in several slots, by CUDA graph
 instead of kernel by kernel, and in random packs (how many neighbours, their ranks, dropout, schedules, sizes and
 order), at one (K, T), in bf16; the SHA-256 of its row must be one and the same.  Packs in torch's default mode, the
-rest under `use_deterministic_algorithms` too, with the time of a step in the two modes, in turn.  `:4096:8` is cuBLAS's workspace
-in both; it is what torch takes on Hopper anyway.
+rest under `use_deterministic_algorithms` too, with the time of a step in the two modes, in turn.  `:4096:8` is cuBLAS's
+workspace in both; it is what torch takes on Hopper anyway.
 """
 
 import os
