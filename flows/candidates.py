@@ -3,6 +3,7 @@
 Pure of databases and stores: `cohort.py` brings snapshots and earlier versions in and carries files out.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -84,6 +85,14 @@ class Candidate:
         """How many slots it makes good use of: as many as go on to a search's end; before that, trials take turns."""
         return self.search.spec.last if self.search else 1
 
+    @property
+    def senseless(self) -> str:
+        """Why there is nothing to say about it once it was judged: whose loss is no number.  Empty where it is one."""
+        for name, scores in self.scores.items():
+            if not math.isfinite(scores.loss):
+                return f"the {name} has a loss of {scores.loss} on held-out examples; lower learning_rate"
+        return ""
+
     def slim(self) -> None:
         """Forget examples and weights: what it came to is safe elsewhere, and many come after it."""
         self.learner, self.held_out, self.live, self.search = _slim(self.learner), (), None, None
@@ -159,6 +168,8 @@ def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: in
     for candidate in candidates:
         found = as_judged(list(candidate.scores.values()), candidate.recipe.objective)
         candidate.scores = dict(zip(candidate.scores, found, strict=True))
+        if "previous" in candidate.scores and not math.isfinite(candidate.scores["previous"].loss):
+            del candidate.scores["previous"]  # no rival
         candidate.verdict = _verdict(candidate)
     answering = [(one, name, asked.trial(trained_in)) for one, name, asked in named if name != "previous"]
     _score_answers(base, trained_in, answering, slots)

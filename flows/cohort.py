@@ -3,7 +3,6 @@
 Every step may run twice or die at any line: leases, fences and idempotent publishing make that harmless.
 """
 
-import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -16,16 +15,15 @@ from flows.costs import Meter
 from flows.desk import Desk
 from flows.entrance import Entrance, Newcomer
 from flows.factory import Factory, now
-from flows.finished import finished
 from flows.fitting import budget_bytes, load_for, plan_fitting, seats_for_more, usual_plan
 from flows.guests import train_candidates
 from flows.hands import Hands
 from flows.joining import drop, join, newcomers, put_off, tell_claimed
 from flows.keeping import row_store, saves
 from flows.leaving import Leave
-from flows.logs import event
-from flows.outgoing import Done, Outgoing
+from flows.outgoing import Outgoing
 from flows.runs import close_run, open_run
+from flows.sending import publish_some
 from flows.shelf import StoreShelf
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel, check_device
@@ -35,10 +33,10 @@ from lora_core.recipe import make_recipe
 from lora_core.saves import Saves
 from lora_core.train import Pace
 from registry import jobs
-from registry.errors import LeaseLost, RegistryError
+from registry.errors import RegistryError
 from registry.jobs import ClaimedJob
 from registry.names import JobId, RunId
-from registry.publishing import Published, publish_together
+from registry.publishing import Published
 from registry.session import transaction
 
 TOGETHER = 64  # users published in one transaction
@@ -62,6 +60,7 @@ class Cohort:
         self.plan = plan  # a smaller one once memory ran out
         self.group, self.hands, self.leave = group, hands, leave
         self.run_id = RunId(uuid.uuid4())
+        self.on_record = False  # whether the registry has a run of that name
         self.started_at = now()
         self.meter = Meter()
         self.work: dict[JobId, tuple[ClaimedJob, Candidate]] = {}
@@ -230,11 +229,17 @@ def judge(factory: Factory, cohort: Cohort) -> None:
 
 
 def _judge(factory: Factory, cohort: Cohort, users: Sequence[Candidate]) -> None:
-    """Judging is paid for by those who are judged, whoever else waits for the device meanwhile."""
+    """Judging is paid for by those who are judged, whoever else waits for the device meanwhile.
+
+    Whose loss is no number drops out, with the reason.
+    """
     twin, plan = cohort.twin, cohort.plan
     with_fewer(twin, plan.slots, lambda slots: judge_candidates(twin, users, slots, plan.row_tokens))
     cohort.meter.spend({candidate.label: candidate.judged_tokens for candidate in users})
     factory.pulse.move()
+    for candidate in users:
+        if candidate.senseless:
+            drop(factory, cohort, cohort.trained_for[candidate.label], candidate.senseless)
 
 
 def publish_all(factory: Factory, cohort: Cohort) -> None:
@@ -249,48 +254,7 @@ def publish_all(factory: Factory, cohort: Cohort) -> None:
             publish_some(factory, cohort, left[start : start + TOGETHER])
         except RegistryError as error:
             trouble = error
+    if cohort.on_record:
+        close_run(factory, cohort)
     if trouble:
         raise trouble
-    if cohort.work:
-        close_run(factory, cohort)
-
-
-def publish_some(factory: Factory, cohort: Cohort, done: Sequence[Done]) -> None:
-    """Publish users' versions, here and nowhere else; one whose job went to another worker is left to it.
-
-    Whoever is published already, or not here any more, is passed over.  Raises RegistryError, once everybody who can be
-    is published.
-    """
-    bank, run = cohort.bank, cohort.run_id
-    here = {job.id: job for job, _ in cohort.work.values() if job.id not in cohort.versions}
-    done = [(job, candidate) for job, candidate in done if here.get(job.id) == job]
-    results = [(job, finished(cohort.backstage, run, bank, job, candidate, cohort.meter)) for job, candidate in done]
-    outcomes = publish_together(factory.engine, factory.store, results, now(), factory.signer)
-    troubles = []
-    for (job, candidate), (_, result) in zip(done, results, strict=True):
-        outcome = outcomes[job.id]
-        if isinstance(outcome, Published):
-            event("version published", job, run=run, version=outcome.number, accepted=outcome.accepted,
-                  reason=result.reason, tokens=result.tokens, device_seconds=result.device_seconds)  # fmt: skip
-            _settle(cohort, job, candidate, outcome)
-        elif isinstance(outcome, LeaseLost):
-            event("lease lost", job, logging.WARNING, run=run, reason=str(outcome))
-            cohort.failed[candidate.label] = str(outcome)
-            del cohort.work[job.id]
-            cohort.hands.let_go(job)
-        else:
-            event("not published", job, logging.ERROR, run=run, reason=str(outcome))
-            troubles.append(outcome)
-    if troubles:
-        raise troubles[0]
-
-
-def _settle(cohort: Cohort, job: ClaimedJob, candidate: Candidate, version: Published) -> None:
-    """One user is safe elsewhere: forget what was kept for them here."""
-    cohort.hands.let_go(job)
-    for learner in candidate.learners:
-        cohort.saves.drop(learner.name)
-    cohort.shelf.clear(job)
-    candidate.slim()
-    cohort.versions[job.id] = version
-    cohort.failed.pop(candidate.label, None)  # of an earlier lease, that was lost

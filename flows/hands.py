@@ -15,6 +15,8 @@ from registry.jobs import ClaimedJob
 from registry.names import JobId
 from registry.session import transaction
 
+BRIEF = 300  # characters of what a library says
+
 
 class Hands:
     """Claimed jobs that are not over.  Several threads take and let go."""
@@ -89,8 +91,19 @@ def in_hand(factory: Factory, claimed: Sequence[ClaimedJob]) -> Iterator[Hands]:
         yield hands
     except BaseException as error:
         blamed = isinstance(error, Exception) and not isinstance(error, RegistryError | OrchestratorAway)
-        hands.put_all_back(f"{type(error).__name__}: {error}" if blamed else None)
+        hands.put_all_back(brief(error) if blamed else None)
         raise
     finally:
         done.set()
         thread.join()
+
+
+def brief(error: BaseException) -> str:
+    """An error as it is written down with a job: its kind where that says more, and no more than a line.
+
+    What a library says at length may hold what belongs to other users of the cohort.
+    """
+    if isinstance(error, RegistryError):
+        return str(error)
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[:BRIEF]}"

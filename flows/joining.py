@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from flows.candidates import Candidate, make_candidate
 from flows.entrance import Newcomer
 from flows.factory import Factory, now
+from flows.hands import brief
 from flows.logs import event
 from flows.records import recorded_methods
 from lora_core.base_model import BaseModel
@@ -71,7 +72,7 @@ def newcomers(factory: Factory, cohort: "Cohort", look: Callable[[], object], pl
         return join(factory, cohort, claimed)
     except Exception as error:
         for job in claimed:
-            cohort.hands.put_back(job, None if isinstance(error, RegistryError) else f"{type(error).__name__}: {error}")
+            cohort.hands.put_back(job, None if isinstance(error, RegistryError) else brief(error))
         raise
 
 
@@ -100,6 +101,8 @@ def drop(factory: Factory, cohort: "Cohort", job: ClaimedJob, reason: str) -> No
             jobs.fail(session, job, reason, now())
     except LeaseLost as error:  # a new holder will find out for itself
         event("lease lost", job, logging.WARNING, run=cohort.run_id, reason=str(error))
+    except RegistryError as error:  # and so will the next one, once the lease has run out
+        event("job not failed", job, logging.WARNING, run=cohort.run_id, reason=f"{reason}; {error}")
     else:
         event("job failed", job, logging.WARNING, run=cohort.run_id, reason=reason)
 
@@ -110,7 +113,7 @@ def put_off(factory: Factory, cohort: "Cohort", job: ClaimedJob, trouble: Memory
     cohort.work.pop(job.id, None)
     cohort.hands.let_go(job)
     until = now() + timedelta(seconds=factory.settings.lease_seconds)
-    with suppress(LeaseLost):
+    with suppress(RegistryError):  # then the lease runs out by itself
         with transaction(factory.engine) as session:
             jobs.put_off(session, job, str(trouble), until, now())
         event("job put off", job, run=cohort.run_id, reason=str(trouble))
@@ -132,5 +135,5 @@ def _live(factory: Factory, base: BaseModel, found: Resolved) -> tuple[AdapterFi
             tenant = queries.tenant_id(session, exactly.tenant)
             recorded = recorded_methods(queries.version(session, tenant, exactly).recipe)
         return read_artifact(factory.client.fetch(found), base, recorded), found.number
-    except (NotFound, ArtifactRefused, SignatureRefused, ManifestRefused):
+    except (NotFound, ArtifactRefused, SignatureRefused, ManifestRefused, ObjectMissing, ObjectDiffers):
         return None, None

@@ -23,6 +23,7 @@ def open_run(factory: Factory, cohort: "Cohort") -> None:
                 finished_at=None, facts={},
             )
         )  # fmt: skip
+    cohort.on_record = True
 
 
 def close_run(factory: Factory, cohort: "Cohort") -> None:

@@ -20,6 +20,8 @@ from lora_core.data.rendering import IGNORED, AnyRendered
 from lora_core.forward import Batch, stack, token_losses
 from lora_core.methods import AnyMethod
 
+MOST_NATS = 709.0  # exp of more is no float
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -68,8 +70,8 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss a token; infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp of the mean loss a token; where that overflows about as much as there is, since JSON has no infinity."""
+        return math.exp(min(self.loss, MOST_NATS))
 
     @property
     def accuracy(self) -> float:

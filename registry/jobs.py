@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, select, update
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from registry.errors import LeaseLost
@@ -54,8 +54,8 @@ class ClaimedJob:
 
     @property
     def suspect(self) -> bool:
-        """Whether so many workers died under it that nobody else should join it."""
-        return self.attempts - 1 - self.errors >= SUSPECT
+        """Whether so many workers died under it, or it broke one, that nobody else should join it."""
+        return self.errors > 0 or self.attempts - 1 >= SUSPECT
 
 
 def claim(
@@ -102,7 +102,8 @@ def claim(
 def apart(seated: Sequence[Job], limit: int) -> list[Job]:
     """Those of a claim that may share a cohort with the first: the more workers died under them, the fewer.
 
-    After two deaths a quarter of the seats, after three a sixteenth, then one by one; only with others as suspect.
+    After two deaths or an error a quarter of the seats, after three deaths a sixteenth, then one by one; only with
+    others as suspect.
     """
     level = _suspicion(seated[0]) if seated else 0
     alike = [job for job in seated if _suspicion(job) == level]
@@ -110,12 +111,15 @@ def apart(seated: Sequence[Job], limit: int) -> list[Job]:
 
 
 def _suspicion(job: Job) -> int:
-    """0 for a job whose workers died by chance, if at all; one more with each further death."""
-    return max(0, job.attempts - job.errors - SUSPECT + 1)
+    """0 for a job whose workers died by chance, if at all; one more with each further death, two with a further error.
+
+    There are fewer errors than deaths until a job has failed, and the last is to be its own.
+    """
+    return max(0, job.attempts - job.errors - SUSPECT + 1, 2 * job.errors - 1)
 
 
 def _suspect() -> ColumnElement[bool]:
-    return Job.attempts - Job.errors >= SUSPECT
+    return or_(Job.errors > 0, Job.attempts - Job.errors >= SUSPECT)
 
 
 def waiting(session: Session, now: datetime) -> dict[str, int]:

@@ -13,7 +13,7 @@ import torch
 from httpx import ConnectError
 from pydantic import ByteSize
 
-from flows import candidates
+from flows import candidates, sending
 from flows import cohort as steps
 from flows.due import runs_wanted
 from flows.errors import OrchestratorAway
@@ -23,6 +23,7 @@ from flows.records import recorded_methods
 from flows.settings import FactorySettings
 from flows.work import run_cohort
 from lora_core import train
+from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort as Slots
 from lora_core.evaluate import Scores, evaluate_all
@@ -32,10 +33,12 @@ from lora_core.planner import Plan
 from lora_core.recipe import load_recipe
 from lora_core.referee import Answers
 from registry import jobs, queries, queue
-from registry.errors import LeaseLost, SignatureRefused, StoreUnavailable
-from registry.models import Job
-from registry.names import JobId, Reference
+from registry.errors import DatabaseUnavailable, LeaseLost, SignatureRefused, StoreUnavailable
+from registry.jobs import ClaimedJob
+from registry.models import Job, Run
+from registry.names import JobId, Reference, RunId
 from registry.orders import Enqueued
+from registry.publishing import Finished
 from registry.session import reading, transaction
 from tests.flows.conftest import QUICK, write_user
 from tests.registry.test_signing import write_pair
@@ -144,6 +147,76 @@ def test_a_user_who_cannot_be_stored_does_not_hold_up_the_others(
             run_cohort(factory)
 
     assert (state(factory, alice).state, state(factory, bob).state) == ("queued", "published")
+
+
+def test_whose_loss_is_no_number_fails_alone_and_its_run_is_on_record(factory: Factory, ask: Ask) -> None:
+    """Weights may be numbers and yet give none: there is nothing to judge, and JSON has no word for it."""
+    absurd = {"learning_rate": 1e30, "alpha": 64, "patience": "null", "max_steps": 1, "warmup": 0}
+    alice, eve = ask("acme/alice").job_id, ask("globex/eve", **absurd).job_id
+
+    cohort = run_cohort(factory)
+
+    assert (state(factory, alice).state, state(factory, eve).state) == ("published", "failed")
+    assert "loss of nan on held-out examples; lower learning_rate" in str(state(factory, eve).error)
+    again = ask("globex/eve", "hello dog", **absurd).job_id
+    run_cohort(factory)
+    assert state(factory, again).state == "failed"
+    with reading(factory.engine) as session:
+        runs = session.query(Run).all()
+        assert cohort
+        assert cohort.run_id in {run.id for run in runs}
+        assert all(run.finished_at and run.facts["device_seconds"] > 0 for run in runs)
+
+
+def test_whatever_ails_one_user_at_the_end_is_that_users_alone(
+    factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs an attempt, and what is written down is a line."""
+    alice, bob = ask("acme/alice").job_id, ask("globex/bob", "hello dog").job_id
+    works = sending.finished
+
+    def failing(base: BaseModel, run: RunId, bank: Bank, job: ClaimedJob, *rest: Any) -> Finished:
+        if job.id == bob:
+            raise ValueError("x" * 9999 + "\nof somebody else")
+        return works(base, run, bank, job, *rest)
+
+    monkeypatch.setattr(sending, "finished", failing)
+    run_cohort(factory)
+
+    assert (state(factory, alice).state, state(factory, bob).state) == ("published", "queued")
+    assert state(factory, bob).errors == 1
+    assert str(state(factory, bob).error) == "ValueError: " + "x" * 300
+
+
+def test_a_database_that_is_away_while_somebody_drops_out_ends_nobodys_training(
+    factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job's lease runs out by itself, and whoever takes it next finds the same."""
+    alice, eve = ask("acme/alice").job_id, ask("globex/eve", learning_rate=1e38, clip=1e30, warmup=0).job_id
+
+    def away(*_: object) -> None:
+        raise DatabaseUnavailable("sqlite", "disk I/O error", "look at the disk")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs, "fail", away)
+        run_cohort(factory)
+
+    assert (state(factory, alice).state, state(factory, eve).state) == ("published", "running")
+
+
+def test_a_live_version_whose_bytes_are_gone_is_no_rival(factory: Factory, ask: Ask) -> None:
+    """Training again is the cure."""
+    ask("acme/alice")
+    run_cohort(factory)
+    with reading(factory.engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+        (version,) = queries.versions(session, tenant, queries.holder(session, tenant, "alice", "default").adapter.id)
+    factory.store.clear(version.prefix)
+
+    again = ask("acme/alice", "hello dog").job_id
+    run_cohort(factory)
+
+    assert state(factory, again).state == "published"
 
 
 def test_an_interrupted_worker_puts_its_jobs_back(factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

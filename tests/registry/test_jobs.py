@@ -256,6 +256,28 @@ def test_a_job_that_kills_its_workers_takes_nobody_along(engine: Engine) -> None
         assert session.get_one(Job, poison.job_id).state == "failed"
 
 
+def test_a_job_that_breaks_its_cohorts_takes_nobody_along(engine: Engine) -> None:
+    """An error is written down with all who shared it; the last of them is shared with nobody."""
+    with transaction(engine) as session:
+        poison, *others = (enqueue(session, f"acme/{user}", 1)[0] for user in USERS)
+    moment, done = NOW, set[uuid.UUID]()
+    for _ in range(2 * len(USERS)):
+        moment += jobs.LONGEST_PAUSE
+        with transaction(engine) as session:
+            taken = jobs.claim(session, "w", LEASE, 32, moment)
+            breaks = poison.job_id in {job.id for job in taken}
+            for job in taken:
+                if breaks:
+                    jobs.release(session, job, moment, "TypeError: 7")
+                else:
+                    jobs.close(session, job, "published", moment)
+                    done.add(job.id)
+
+    assert done == {job.job_id for job in others}
+    with looking(engine) as session:
+        assert session.get_one(Job, poison.job_id).state == "failed"
+
+
 def test_a_suspect_is_not_let_into_a_cohort_at_work(engine: Engine, claim: Claim) -> None:
     """Whoever asks for more of a group has others beside it."""
     (job,) = claim()
