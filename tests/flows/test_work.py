@@ -18,6 +18,7 @@ from flows import cohort as steps
 from flows.due import runs_wanted
 from flows.errors import OrchestratorAway
 from flows.factory import Factory, Pinned, add_data, now, pin_base, request_training
+from flows.finished import finished
 from flows.fitting import usual_plan
 from flows.records import recorded_methods
 from flows.settings import FactorySettings
@@ -173,7 +174,7 @@ def test_whatever_ails_one_user_at_the_end_is_that_users_alone(
 ) -> None:
     """It costs an attempt, and what is written down is a line."""
     alice, bob = ask("acme/alice").job_id, ask("globex/bob", "hello dog").job_id
-    works = sending.finished
+    works = finished
 
     def failing(base: BaseModel, run: RunId, bank: Bank, job: ClaimedJob, *rest: Any) -> Finished:
         if job.id == bob:
