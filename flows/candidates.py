@@ -90,7 +90,7 @@ class Candidate:
         """Why there is nothing to say about it once it was judged: whose loss is no number.  Empty where it is one."""
         for name, scores in self.scores.items():
             if not math.isfinite(scores.loss):
-                return f"the {name} has a loss of {scores.loss} on held-out examples; lower learning_rate"
+                return f"the {name}'s loss on held-out examples is not finite ({scores.loss}); lower learning_rate"
         return ""
 
     def slim(self) -> None:

@@ -27,7 +27,7 @@ from flows.sending import publish_some
 from flows.shelf import StoreShelf
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel, check_device
-from lora_core.errors import LoraError, MemoryTooSmall
+from lora_core.errors import BaseChanged, LoraError
 from lora_core.planner import Plan, with_fewer
 from lora_core.recipe import make_recipe
 from lora_core.saves import Saves
@@ -66,7 +66,7 @@ class Cohort:
         self.work: dict[JobId, tuple[ClaimedJob, Candidate]] = {}
         self.trained_for: dict[str, ClaimedJob] = {}  # by learner
         self.failed: dict[str, str] = {}  # label to reason
-        self.put_off: dict[JobId, tuple[str, str]] = {}  # label and reason of who needs more memory than is here
+        self.put_off: dict[JobId, tuple[str, str]] = {}  # label and reason of whom this worker is not fit for
         self.put_back: dict[JobId, str] = {}  # labels of the unfinished, when the worker was told to go
         self.versions: dict[JobId, Published] = {}
 
@@ -117,19 +117,20 @@ def claim(factory: Factory, only: Sequence[JobId] | None = None) -> list[Claimed
 def prepare(factory: Factory, claimed: Sequence[ClaimedJob], hands: Hands, leave: Leave, admits: bool) -> Cohort:
     """Load the base and every user's examples; a user with bad data drops out alone, with the reason.
 
-    A cohort that admits has slots for newcomers.
+    A cohort that admits has slots for newcomers.  Without a base, or memory for it, here, the jobs wait for another
+    worker, or for this one's disk to be back.
     """
     first = claimed[0]
     plan = usual_plan(factory.settings, len(claimed), make_recipe(first.recipe), first.base_quantised)
     cohort = Cohort(plan, first.group, hands, leave)
     try:
         cohort.base = load_for(factory, first)
-    except MemoryTooSmall as error:
-        for job in claimed:
-            put_off(factory, cohort, job, error)
-    except LoraError as error:
+    except BaseChanged as error:
         for job in claimed:
             drop(factory, cohort, job, str(error))
+    except LoraError as error:
+        for job in claimed:
+            put_off(factory, cohort, job, error)
     else:
         cohort.meter.devices = len({parameter.device for parameter in cohort.base.model.parameters()})
         _fill(factory, cohort, claimed, admits)

@@ -1,13 +1,15 @@
 """What fits into this worker's memory: the base to begin with, then as many slots and users as there is room for."""
 
 import math
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from flows.candidates import Candidate, plan_training
 from flows.factory import Factory
 from flows.settings import FactorySettings
-from lora_core.base_files import locate
+from lora_core.base_files import fingerprint, locate
 from lora_core.base_model import (
     BaseModel,
     default_device,
@@ -16,7 +18,7 @@ from lora_core.base_model import (
     outline,
 )
 from lora_core.budget import Weights, check_base_fits
-from lora_core.errors import BaseModelError, MemoryTooSmall
+from lora_core.errors import BaseChanged, BaseModelError, MemoryTooSmall
 from lora_core.planner import Plan, free_bytes
 from lora_core.recipe import Recipe
 from registry.jobs import ClaimedJob
@@ -25,7 +27,7 @@ from registry.jobs import ClaimedJob
 def load_for(factory: Factory, job: ClaimedJob) -> BaseModel:
     """A job's base: the one that this process loaded last, where it is that.
 
-    Raises MemoryTooSmall, and BaseModelError where its files have changed since the job was made.
+    Raises MemoryTooSmall, BaseModelError, and BaseChanged where its files are others than when the job was made.
     """
     kept = factory.loaded
     if kept is not None and kept.digest == job.base_digest:  # which tells quantised ones apart too
@@ -33,7 +35,7 @@ def load_for(factory: Factory, job: ClaimedJob) -> BaseModel:
     kept = factory.loaded = None  # two at once may be too many
     base = load_within_budget(factory.settings, job)
     if base.digest != job.base_digest:
-        raise BaseModelError(job.base_name, "its files have changed since the job was made", "train again")
+        raise BaseChanged(job.base_name, "its files have changed since the job was made", "train again")
     factory.loaded = base
     return base
 
@@ -41,11 +43,22 @@ def load_for(factory: Factory, job: ClaimedJob) -> BaseModel:
 def load_within_budget(settings: FactorySettings, job: ClaimedJob) -> BaseModel:
     """A job's base.  Raises MemoryTooSmall, before it is read, where a stated budget is too small for it alone."""
     device = settings.device or default_device()
+    name, revision = _place_of(settings, job)
     if settings.memory:
-        known = outline(locate(job.base_name, job.base_revision))
+        known = outline(locate(name, revision))
         width = default_dtype(device).itemsize
         check_base_fits(Weights(known.parameters, known.sites, width), job.base_quantised, settings.memory)
-    return load_base(job.base_name, job.base_revision, device, quantise=job.base_quantised)
+    return load_base(name, revision, device, quantise=job.base_quantised)
+
+
+def _place_of(settings: FactorySettings, job: ClaimedJob) -> tuple[str, str | None]:
+    """Where a job's base is on this machine: as it was asked for, or where LORA_BASE is the same base elsewhere."""
+    if settings.base and settings.base != job.base_name and not os.path.isdir(job.base_name):
+        revision = settings.base_revision or None
+        with suppress(BaseModelError):
+            if fingerprint(locate(settings.base, revision), job.base_quantised) == job.base_digest:
+                return settings.base, revision
+    return job.base_name, job.base_revision
 
 
 def usual_plan(settings: FactorySettings, seats: int, recipe: Recipe, quantised: str) -> Plan:

@@ -15,7 +15,7 @@ from flows.logs import event
 from flows.records import recorded_methods
 from lora_core.base_model import BaseModel
 from lora_core.data.snapshot import load_snapshot
-from lora_core.errors import ArtifactRefused, LoraError, MemoryTooSmall
+from lora_core.errors import ArtifactRefused, LoraError
 from lora_core.intake import AdapterFiles, read_artifact
 from lora_core.recipe import make_recipe
 from registry import jobs, queries
@@ -107,8 +107,8 @@ def drop(factory: Factory, cohort: "Cohort", job: ClaimedJob, reason: str) -> No
         event("job failed", job, logging.WARNING, run=cohort.run_id, reason=reason)
 
 
-def put_off(factory: Factory, cohort: "Cohort", job: ClaimedJob, trouble: MemoryTooSmall) -> None:
-    """One user leaves the cohort and waits for a worker that has more memory; it costs no attempt."""
+def put_off(factory: Factory, cohort: "Cohort", job: ClaimedJob, trouble: LoraError) -> None:
+    """One user leaves the cohort and waits for a worker that is fit for it; it costs no attempt."""
     cohort.put_off[job.id] = (job.reference.label, str(trouble))
     cohort.work.pop(job.id, None)
     cohort.hands.let_go(job)

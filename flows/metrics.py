@@ -39,7 +39,7 @@ class FactoryMetrics:
         registry, tenant = self.registry, ["tenant"]
         self.up = Gauge("lora_registry_up", "Whether the registry's database answered.", registry=registry)
         self.waiting = Gauge("lora_queue_jobs", "Jobs that wait for a worker.", tenant, registry=registry)
-        self.put_off = Gauge("lora_queue_put_off_jobs", "Waiting, and too large.", tenant, registry=registry)
+        self.put_off = Gauge("lora_queue_put_off_jobs", "Waiting, and put off by a worker.", tenant, registry=registry)
         self.oldest = Gauge("lora_queue_oldest_seconds", "Age of the oldest waiting job.", tenant, registry=registry)
         self.running = Gauge("lora_jobs_running", "Jobs under leases that last.", tenant, registry=registry)
         self.workers = Gauge("lora_workers", "Workers heard of lately.", registry=registry)

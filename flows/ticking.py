@@ -20,6 +20,7 @@ from prefect.deployments import run_deployment
 
 from flows import due, upkeep
 from flows.factory import Factory, now
+from registry.errors import RegistryError
 
 _MOST_READ = 200  # runs in one answer of Prefect's server
 _BEGINNING = timedelta(minutes=3)  # a run that has been beginning for longer died with its worker
@@ -42,13 +43,21 @@ def make_tick(factory: Factory, deployment: str) -> Flow[[], int]:
             asked += _ask_for_runs(factory, deployment)
 
         _show(_fire_due(factory, ask))
-        _sweep(factory)
-        for trouble in _keep_up(factory):
-            get_run_logger().warning("not kept up: %s", trouble)
         ask()
+        for trouble in (*swept(factory), *_keep_up(factory)):
+            get_run_logger().warning("not kept up: %s", trouble)
         return asked
 
     return tick
+
+
+def swept(factory: Factory) -> list[str]:
+    """What could not be swept: it stays, and holds nothing up."""
+    try:
+        _sweep(factory)
+    except RegistryError as error:
+        return [f"sweep: {error}"]
+    return []
 
 
 def _ask_for_runs(factory: Factory, deployment: str) -> int:

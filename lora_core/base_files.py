@@ -26,6 +26,7 @@ FINGERPRINTED = (
     "chat_template*",
     "*.tiktoken",
 )
+CONVERT = "convert them; pickles are never opened"
 QUANTISERS = ("bitsandbytes", "accelerate")
 
 
@@ -45,12 +46,20 @@ def locate(name: str, revision: str | None = None) -> Path:
 
 
 def fingerprint(folder: Path, quantise: str = "") -> str:
-    """SHA-256 over the names and SHA-256 of the files that decide what the base computes, and how it is quantised."""
-    files = sorted({path for pattern in FINGERPRINTED for path in folder.glob(pattern) if path.is_file()})
+    """SHA-256 over the names and SHA-256 of the files that decide what the base computes, and how it is quantised.
+
+    Raises BaseModelError, for a folder without weights too: it may be where a disk is missing.
+    """
     total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            total.update(f"{path.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    try:
+        files = sorted({path for pattern in FINGERPRINTED for path in folder.glob(pattern) if path.is_file()})
+        for path in files:
+            with path.open("rb") as stream:
+                total.update(f"{path.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    except OSError as error:
+        raise BaseModelError(str(folder), f"cannot be read ({error.strerror})", "look at the disk") from None
+    if not any(path.match(WEIGHTS) for path in files):
+        raise BaseModelError(str(folder), "it has no safetensors weights", CONVERT)
     if quantise:
         total.update(f"\0{quantise}\n".encode())  # no file has that name
     return total.hexdigest()

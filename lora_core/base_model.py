@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.base_files import WEIGHTS, check_quantise, fingerprint, locate
+from lora_core.base_files import CONVERT, WEIGHTS, check_quantise, fingerprint, locate
 from lora_core.errors import BaseModelError, DeviceMissing
 from lora_core.products import quick_product, quicken
 from lora_core.quantised import QuantisedLinear, quantisation, unpack_on_use
@@ -107,7 +107,7 @@ def load_base(
     device = check_device(device or default_device())
     dtype = dtype or default_dtype(device)
     if not any(folder.glob(WEIGHTS)):
-        raise BaseModelError(name, "it has no safetensors weights", "convert them; pickles are never opened")
+        raise BaseModelError(name, "it has no safetensors weights", CONVERT)
     placed = _placement(device, dtype, quantise)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

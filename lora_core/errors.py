@@ -7,6 +7,7 @@ LoraError
 │   └── TemplateRefused   the base's chat template takes no such conversation
 ├── RecipeError           a recipe is not valid
 ├── BaseModelError        a base cannot be loaded or adapted
+│   └── BaseChanged       it is another one than it was
 ├── DeviceMissing         a device is not in this machine
 ├── MemoryTooSmall        not even one slot fits into a device's memory
 ├── ArtifactRefused       adapter files are hostile, broken or of another base
@@ -78,6 +79,10 @@ class BaseModelError(LoraError):
 
     def __str__(self) -> str:
         return "base {}: {}; {}".format(*self.args)
+
+
+class BaseChanged(BaseModelError):
+    """The base in that place is another one than it was."""
 
 
 class DeviceMissing(LoraError):

@@ -6,8 +6,10 @@ A save of other data, another recipe, base, bank or batch shape is not used.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +21,8 @@ from torch import Tensor
 from lora_core.cohort import Aside
 from lora_core.learner import Heard, Learner
 from lora_core.referee import Answers
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,23 +70,35 @@ class Saves:
         return replace(self, shape=f"{self.shape} {more}")
 
     def save(self, learner: Learner, progress: Progress, last: bool = False) -> None:
-        """Write a learner's progress over its earlier one, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside, of = progress.aside, self._of(learner)
+        """Write a learner's progress over its earlier one, whole or not at all.
+
+        A disk that is full or broken costs progress and nothing else.
+        """
+        path, of = self._path(learner.name), self._of(learner)
+        beside = path.with_suffix(f".{os.getpid()}")
+        try:
+            self._write(progress, of, beside)
+            beside.replace(path)
+        except (OSError, SafetensorError) as error:
+            _log.warning("progress is not saved: %s", error)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+            return
+        if self.shelf:
+            self.shelf.put(learner.name, of, progress.lessons, path, last)
+
+    def _write(self, progress: Progress, of: str, file: Path) -> None:
+        aside = progress.aside
         tensors = {
             "weights": aside.weights_P, "first": aside.first_P, "second": aside.second_P,
             "gradient": aside.gradient_P, "best": progress.best_P,
         }  # fmt: skip
         facts = {"scale": aside.scale, "heard": progress.heard, "answers": progress.answers}
         metadata = {"of": of, "facts": json.dumps(facts)}
-        path = self._path(learner.name)
-        beside = path.with_suffix(f".{os.getpid()}")
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, beside, metadata)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-        if self.shelf:
-            self.shelf.put(learner.name, of, progress.lessons, path, last)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, metadata)
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
 
     def load(self, learner: Learner) -> Progress | None:
         """A learner's progress, the furthest there is; None where there is none that fits and is whole."""
@@ -90,16 +106,18 @@ class Saves:
         found = _read(path, of)
         further = self.shelf and self.shelf.newest(learner.name, of)
         if self.shelf and further and further > (found.lessons if found else 0):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.shelf.fetch(learner.name, of, further, path)
-            found = _read(path, of)
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.shelf.fetch(learner.name, of, further, path)
+                found = _read(path, of)
         return found
 
     def drop(self, name: str) -> None:
         """Forget a learner's progress: its result is safe elsewhere."""
         path = self._path(name)
         for file in (path, *self.folder.glob(f"{path.stem}.*")):  # what a kill left half-written too
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{file_stem(name)}.safetensors"

@@ -29,7 +29,7 @@ class Waiting:
     tenant: str
     group: str
     jobs: int
-    put_off: int  # of these: left alone for a while, since a worker was too small for them
+    put_off: int  # of these: left alone for a while, since a worker was not fit for them
     oldest: datetime
 
 

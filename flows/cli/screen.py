@@ -76,7 +76,7 @@ def _waiting(waiting: Sequence[Waiting], at: datetime) -> Iterator[str]:
         jobs, put_off = sum(one.jobs for one in groups), sum(one.put_off for one in groups)
         parts = [f"{jobs:>7,}", f"oldest {span(at - min(one.oldest for one in groups))}"]
         parts += [f"{len(groups)} groups"] if len(groups) > 1 else []
-        parts += [f"{put_off:,} too large for the worker that looked"] if put_off else []
+        parts += [f"{put_off:,} put off by the worker that looked"] if put_off else []
         yield f"  {name:<{names}}  {'  '.join(parts)}"
     yield from _rest(len(by_tenant) - TENANTS, "tenants")
 

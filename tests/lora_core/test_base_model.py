@@ -1,5 +1,6 @@
 """The shared base: loaded once, frozen, pinned by its bytes."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,16 @@ def test_a_copy_elsewhere_is_the_same_base(folder: Path, tmp_path: Path) -> None
     shutil.copytree(folder, tmp_path / "copy")
 
     assert fingerprint(tmp_path / "copy") == fingerprint(folder)
+
+
+@pytest.mark.parametrize("trouble", ["nothing is mounted", "the disk is broken"])
+def test_a_place_without_a_base_has_no_fingerprint(folder: Path, tmp_path: Path, trouble: str) -> None:
+    """Else jobs would be made that nobody can do."""
+    (tmp_path / "empty").mkdir()
+    os.symlink("/proc/self/mem", tmp_path / "empty" / "model.safetensors") if "broken" in trouble else None
+
+    with pytest.raises(BaseModelError, match="no safetensors weights|cannot be read"):
+        fingerprint(tmp_path / "empty")
 
 
 def test_pickled_weights_are_never_opened(folder: Path) -> None:

@@ -121,6 +121,18 @@ def test_whoever_is_stopped_by_a_closing_door_goes_on_on_another_machine(
     assert all(same(found[one.name], alone(llama_base, one, 2, bank)) for one in both)
 
 
+def test_a_disk_that_takes_no_saves_costs_nothing_else(llama_base: BaseModel, bank: LoraBank, tmp_path: Path) -> None:
+    """Full, or gone: the training goes on to the same bytes."""
+    (tmp_path / "full").touch()
+    nowhere = Saves(tmp_path / "full" / "saves", "shape", lambda: True)
+    expected = next(train(llama_base, [learner(1)], 2, T, bank))
+
+    (found,) = train(llama_base, [learner(1)], 2, T, bank, saves=nowhere)
+    nowhere.drop("1")
+
+    assert torch.equal(found.row_P, expected.row_P)
+
+
 def test_a_newcomer_is_not_lost_when_memory_runs_out(llama_base: BaseModel, bank: LoraBank) -> None:
     """The room gets smaller, and everybody who had come in is still there."""
     early, late = learner(1), learner(2)
