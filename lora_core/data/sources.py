@@ -30,6 +30,8 @@ def in_s3(given: str) -> bool:
 
 def find_sources(given: str, most: int, s3: Any = None) -> Iterator[Source]:  # s3: a boto3 client
     """The files that a path, a folder or an `s3://` address means, in order of name.  Raises DatasetRefused."""
+    if not given:  # as of a variable that is not set; pathlib would take it for the folder that we are in
+        raise DatasetRefused("''", "names no file", "give a path, a folder or s3://bucket/key; `.` is this folder")
     found = list(itertools.islice(_in_bucket(given, s3) if in_s3(given) else _on_disk(given), most + 1))
     if len(found) > most:
         raise DatasetRefused(given, f"has more than {most:,} files", "split it by user")
