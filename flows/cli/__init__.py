@@ -78,6 +78,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter of a user's data that a terminal does not know
             stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:  # closed when Python began; a file that a command opens could take its place
+        sys.exit(fail("standard output is closed, so no answer could be told; open it, or send it to /dev/null", 1))
     try:
         _run()
     except BrokenPipeError:  # who reads us, such as `head`, has seen enough; Python would complain once more at its end

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.printing import AsJson, VersionReference, answer
+from flows.cli.typed import standard_input
 from flows.factory import Factory
 
 
@@ -39,6 +40,8 @@ def chat(
     from flows.talk import Talk
     from lora_core.decoding import Sampling
 
+    if prompt is None:
+        standard_input("give a --prompt")
     talk = Talk.of(reference, base)
     conversation = Conversation(talk, tokens, Sampling(temperature, top_p, seed), compare)
     if prompt is not None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.printing import VersionReference, say
+from flows.cli.typed import standard_input
 from flows.errors import Unready
 from flows.factory import now
 from registry.broker import Broker
@@ -55,7 +56,7 @@ def redeem(
     lora redeem ticket.json
     """
     try:
-        with sys.stdin.buffer if file == "-" else Path(file).open("rb") as stream:
+        with standard_input("name a file").buffer if file == "-" else Path(file).open("rb") as stream:
             text = stream.read(LARGEST + 1).decode()
     except ValueError as error:  # no UTF-8, or a path with a null byte
         what = f"{ascii(file)[:80]} is no ticket ({type(error).__name__})"

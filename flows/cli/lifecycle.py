@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.printing import AsJson, answer, answer_one, say, size
+from flows.cli.typed import standard_input
 from flows.errors import Unready
 from flows.factory import Factory, now, who
 from flows.upkeep import clean_home
@@ -172,7 +173,7 @@ def forget(
     tenant, user = _whom(whom)
     if user is None:
         raise NameRefused("user", whom, "TENANT/USER, for example acme/alice")
-    if not yes and not typer.confirm(f"Delete everything of {tenant}/{user}?  It cannot be taken back."):
+    if not yes and not _is_sure(f"Delete everything of {tenant}/{user}?  It cannot be taken back."):
         raise Unready("nothing was deleted", "confirm, or pass --yes")
     factory = Factory.from_environment()
     wish = Wish(tenant, user, factory.settings.receipt_secret, who(), reason)
@@ -197,6 +198,12 @@ def forgotten(whom: Whom, as_json: AsJson = False) -> None:
     answer([_shown(one) for one in found], as_json, "nobody was forgotten" if user is None else "not forgotten")
     if user is not None and not found:
         raise typer.Exit(3)
+
+
+def _is_sure(question: str) -> bool:
+    """Whether who typed the command says yes.  Raises Unready where nobody can be asked."""
+    standard_input("pass --yes, and nobody is asked")
+    return typer.confirm(question)
 
 
 def _whom(text: str) -> tuple[str, str | None]:

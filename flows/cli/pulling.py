@@ -14,6 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from flows.cli.fleet import All, Conditions
 from flows.cli.printing import AsJson, Row, answer, answer_one, fail, in_words, remark, say, size
+from flows.cli.typed import standard_input
 from flows.errors import Unready
 from registry.client import Client, Pulled
 from registry.errors import NotFound
@@ -133,7 +134,7 @@ def _counts(console: Console) -> bool:
 def _lines(file: str) -> list[str]:
     """The references that a file lists; empty lines and those with a # before them are nothing."""
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = standard_input("name a file").read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except ValueError as error:  # no UTF-8, or a path with a null byte
         what = f"{ascii(file)[:80]} lists no references ({type(error).__name__})"
         raise Unready(what, "give a text file with one on each line") from None

@@ -6,6 +6,7 @@ In this process, since each one of its own would cost seconds.
 import getpass
 import os
 import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -197,6 +198,29 @@ def test_a_reader_that_has_seen_enough_is_no_error(registry: Engine) -> None:
 
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+CLOSED: list[tuple[tuple[str, ...], str, str]] = [
+    (("list",), "stdout", "standard output is closed"),
+    (("show", "acme/alice:1", "--json"), "stdout", "standard output is closed"),
+    (("chat", "acme/alice:1"), "stdin", "standard input is closed; give a --prompt"),
+    (("forget", "acme/alice"), "stdin", "standard input is closed; pass --yes"),
+    (("pull", "--list", "-"), "stdin", "standard input is closed; name a file"),
+    (("redeem", "-"), "stdin", "standard input is closed; name a file"),
+]
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize(("words", "stream", "expected"), CLOSED)
+def test_a_closed_stream_is_told(
+    lora: LoraHere, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], stream: str, expected: str
+) -> None:
+    """As by `lora list >&-` and `lora redeem - <&-`: then Python has none; nothing is done."""
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, stream, None)
+        refused(lora(*words), 1, expected)
+
+    assert lora("latest", "acme/alice").code == 0
 
 
 @pytest.mark.parametrize(("words", "code"), [((), 0), (("--max-bad", "0.1"), 1)])
