@@ -42,7 +42,7 @@ class FactorySettings(RegistrySettings):
     states: Annotated[ByteSize, Field(ge=0)] = ByteSize(1 << 30)  # for states under the first adapted layer; 0: none
     states_disk: Annotated[ByteSize, Field(ge=0)] = ByteSize(0)  # the same under LORA_HOME, for later versions; 0: none
     device: str = ""  # cpu, cuda, cuda:1, auto for all GPUs; empty takes a GPU where there is one
-    lease_seconds: Annotated[int, Field(ge=1)] = 300  # how long a silent worker keeps its jobs
+    lease_seconds: Annotated[int, Field(ge=1, le=86400)] = 300  # how long a silent worker keeps its jobs
     save_seconds: Annotated[float, Field(ge=0)] = 60  # between saves of a training's progress
     save_to: Literal["home", "store"] = "home"  # where; in the store any worker goes on after one that was killed
     grace: Annotated[float, BeforeValidator(_seconds), Field(ge=0, le=86400)] = 30  # from SIGTERM to the end

@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 def list_(
     tenant: Annotated[str | None, typer.Argument(help="One tenant; all of them when left out.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Adapters shown of each tenant.")] = 1000,
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="Adapters shown of each tenant.")] = 1000,
     as_json: AsJson = False,
 ) -> None:
     """Every adapter, with its latest version and what that gained.

@@ -38,7 +38,7 @@ def status(
     since: Since = "24h",
     jobs: Annotated[int, typer.Option("--jobs", "--limit", min=0, max=1000, help="Also list so many jobs.")] = 0,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again and again, until Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds between looks, with --watch.")] = 2.0,
+    every: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between looks, with --watch.")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
     """What is running, who waits, who failed and why, on one screen.
@@ -98,7 +98,7 @@ def moment(text: str | None) -> datetime:
         if found := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
             return datetime.now(UTC) - int(found[1]) * SPANS[found[2]]
         given = datetime.fromisoformat(text)
-        return given if given.tzinfo else given.replace(tzinfo=UTC)
+        return given.astimezone(UTC) if given.tzinfo else given.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
         raise typer.BadParameter(
             f"{ascii(text)[:40]} is no time; use 30m, 12h, 7d, or a date such as 2026-03-01"

@@ -55,6 +55,31 @@ def test_a_protected_alias_is_listed_refused_overridden_and_freed(lora_here: Lor
     assert "no alias is protected" in lora_here("protect", "acme", "production", "--off").out
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("list", "--limit", "9" * 20),
+        ("rollback", "acme", "--all", "--move", "9" * 20),
+        ("search", "acme", "--where", "since=0001-01-01T00:00:00+09:00"),
+        ("search", "acme", "--where", "until=9999-12-31T23:59:59-10:00"),
+        ("promote", "acme", "--all", "--where", "since=0001-01-01T00:00:00+09:00"),
+        ("pull", "acme", "--all", "--where", "until=9999-12-31T23:59:59-10:00"),
+    ],
+)
+def test_what_no_database_can_hold_is_refused(lora_here: LoraHere, words: tuple[str, ...]) -> None:
+    """Numbers beyond 64 bits, and moments that are before or after all others in UTC."""
+    said = lora_here(*words)
+
+    assert (said.code, "Invalid value" in said.err) == (2, True), said
+
+
+def test_the_first_and_the_last_moment_are_moments(lora_here: LoraHere) -> None:
+    """Whoever means always writes them."""
+    always = ("since=0001-01-02T00:00:00+00:00", "until=9999-12-31")
+    assert lora_here("search", "acme", "--where", always[0], "--where", always[1]).out.count("ada") == 2
+    assert lora_here("status", "--since", "0001-01-01").code == 0
+
+
 def test_conditions_without_all_are_refused(lora_here: LoraHere) -> None:
     """Else one user would move where many were meant."""
     said = lora_here("promote", "acme/ada:1", "--where", "user=a*")

@@ -59,6 +59,7 @@ def refused(said: Said, code: int, *words: str) -> None:
 SETTINGS: list[tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]] = [
     ({"LORA_SLOTS": "abc"}, ("doctor",), ("LORA_SLOTS is 'abc'", "valid integer")),
     ({"LORA_SLOTS": "9999"}, ("doctor",), ("LORA_SLOTS is '9999'", "1024")),
+    ({"LORA_LEASE_SECONDS": "999999999999999"}, ("doctor",), ("LORA_LEASE_SECONDS is '999999999999999'", "86400")),
     ({"LORA_HOME": "~nosuchuser/x"}, ("doctor",), ("LORA_HOME", "home of nobody")),
     ({"LORA_HOME": "/dev/null/x"}, ("setup",), ("/dev/null/x cannot be made", "set LORA_HOME to a folder")),
     ({"LORA_HOME": "/dev/null"}, ("setup",), ("/dev/null cannot be made", "set LORA_HOME to a folder")),
