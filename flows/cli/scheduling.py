@@ -54,7 +54,7 @@ def set_schedule(
         raise typer.BadParameter("give either --cron or --every, or --on-data")
     if every is not None and time_zone is not None and quiet is None:
         raise typer.BadParameter("--time-zone says nothing about --every; leave it out, or give --quiet hours")
-    timing = _timing(cron, every, time_zone or "UTC")
+    timing = _timing(cron, every, "UTC" if time_zone is None else time_zone)
     size = None if min_bytes is None else parse_size(min_bytes)
     if on_data and min_examples is None and size is None:
         min_examples = 1

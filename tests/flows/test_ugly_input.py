@@ -125,6 +125,7 @@ WORDS: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
     (("schedule", "set", "acme/alice", "--every", "9999999d", "--base", "B"), 1, ("60s to 3650d",)),
     (("schedule", "set", "acme/alice", "--cron", "", "--base", "B"), 1, ("schedule ''", "five fields")),
     (("schedule", "set", "acme/alice", "--cron", "R R * * *", "--base", "B"), 1, ("five fields",)),
+    (("schedule", "set", "acme/alice", "--on-data", "--time-zone", "", "--base", "B"), 1, ("is no time zone",)),
     (("data", "add", "acme/alice:3", "x.jsonl"), 1, ("'acme/alice:3' is not a valid adapter", "without :3")),
     (("latest", "acme/alice:3"), 1, ("without :3 or @alias",)),
     (("history", "acme/alice@production"), 1, ("without :3 or @alias",)),
