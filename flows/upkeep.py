@@ -1,5 +1,6 @@
 """Upkeep: retention and forgetting over all tenants, and what a machine keeps of users who are gone."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -103,7 +104,7 @@ def _drop_states(factory: Factory) -> int:
     folder, stamp, moment = home / "states", home / "states-cleared", now()
     if not folder.is_dir():
         return 0
-    last = datetime.fromisoformat(stamp.read_text()) if stamp.is_file() else EVER
+    last = _last_cleared(stamp)
     since = [(last, moment), (last - AGAIN, moment - AGAIN)]
     if not any(forgetting.anybody(factory.engine, *between) for between in since):
         return 0
@@ -112,5 +113,16 @@ def _drop_states(factory: Factory) -> int:
     files = [file for file in folder.glob("*/*/*") if file.is_file()]
     for kind in folder.iterdir():
         RowFolder(kind, budget=0).clear()
-    stamp.write_text(moment.isoformat())
+    beside = stamp.with_suffix(f".{os.getpid()}")
+    beside.write_text(moment.isoformat())
+    beside.replace(stamp)  # whole, or as it was: a full disk tears nothing
     return len(files)
+
+
+def _last_cleared(stamp: Path) -> datetime:
+    """When the states last went: ever, where nobody can read it, for too often does no harm."""
+    try:
+        last = datetime.fromisoformat(stamp.read_text())
+    except (OSError, ValueError):
+        return EVER
+    return last if last.tzinfo else EVER  # what is left of a torn moment may be one without a zone

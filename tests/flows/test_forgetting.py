@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +325,25 @@ def test_who_is_under_hold_is_not_forgotten(small: Factory) -> None:
     forget(small, wish())
 
     assert found(small) == {}
+
+
+@pytest.mark.parametrize("left", [b"", b"2026-03-0", b"2026-03-01", b"2026-03-01T10:00:00.1", b"\xff\x00"])
+def test_a_torn_stamp_means_that_states_never_went(small: Factory, left: bytes) -> None:
+    """As a full disk leaves one: upkeep and forgetting go on, states go once more, and the stamp is whole again."""
+    home = small.settings.home_folder
+    stamp, state = home / "states-cleared", home / "states" / "eager" / "x" / "a row.safetensors"
+    forget(small, wish())
+    assert stamp.is_file()
+    stamp.write_bytes(left)
+    state.parent.mkdir(parents=True, exist_ok=True)
+    state.write_text("numbers")
+
+    cleaned = clean_home(small)
+
+    assert cleaned["states on this machine"]["count"] == 1
+    assert datetime.fromisoformat(stamp.read_text()).tzinfo
+    assert clean_home(small) == {}
+    assert [file.name for file in home.glob("states-cleared*")] == ["states-cleared"]
 
 
 def test_every_table_that_leads_to_a_user_is_cleared() -> None:
