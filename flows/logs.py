@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flows.settings import FactorySettings
     from registry.jobs import ClaimedJob
+    from registry.names import Reference
 
 LOG = logging.getLogger("lora")
 LOG.addHandler(logging.NullHandler())  # where nobody asked for logs there are none
@@ -32,11 +33,20 @@ _SECRETS = (
 )
 
 
-def event(what: str, job: "ClaimedJob | None" = None, level: int = logging.INFO, **fields: object) -> None:
-    """Log what happened, to whose job; reasons name the user by its opaque id."""
+def event(
+    what: str,
+    job: "ClaimedJob | None" = None,
+    level: int = logging.INFO,
+    whose: "tuple[Reference, str] | None" = None,
+    **fields: object,
+) -> None:
+    """Log what happened, to whose job, or to whose adapter and opaque id; reasons name the user by that id."""
     if job:
-        whose = {"tenant": job.reference.tenant, "user": job.opaque, "adapter": job.reference.adapter}
-        fields = whose | {"job": job.id, "attempt": job.attempts} | {k: _nameless(v, job) for k, v in fields.items()}
+        whose, fields = (job.reference, job.opaque), {"job": job.id, "attempt": job.attempts} | fields
+    if whose:
+        reference, opaque = whose
+        named = {name: _nameless(value, reference.user, opaque) for name, value in fields.items()}
+        fields = {"tenant": reference.tenant, "user": opaque, "adapter": reference.adapter} | named
     with _COUNTING:
         TALLY[what] += 1
     LOG.log(level, what, extra={"fields": fields})
@@ -105,7 +115,7 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _nameless(value: object, job: "ClaimedJob") -> object:
-    """A text without the user's name."""
-    tenant, user = job.reference.tenant, job.reference.user
-    return value.replace(f"{tenant}/{user}", f"{tenant}/{job.opaque}") if isinstance(value, str) else value
+def _nameless(value: object, user: str, opaque: str) -> object:
+    """A text without the user's name, which stands there as a word: `acme/eve`, or `no dataset of eve`."""
+    word = rf"(?<![\w.=-]){re.escape(user)}(?![\w=-]|\.\w)"
+    return re.sub(word, opaque, value) if isinstance(value, str) else value

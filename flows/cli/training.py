@@ -1,21 +1,23 @@
 """`lora train` and `lora work`: the whole job without a Prefect server, on the same steps."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flows.cli.printing import AsJson, answer, console, fail, remark, say
+from flows.cli.printing import AsJson, answer, console, remark, say
 from flows.errors import FlowError, Unready
 from flows.factory import Factory, add_data, pin_base, request_training
 from flows.leaving import Leave, on_signals
-from flows.logs import set_up_logs
+from flows.logs import event, set_up_logs
 from lora_core.errors import LoraError
 from registry import queries
-from registry.errors import RegistryError
+from registry.errors import NotFound, RegistryError
 from registry.names import JobId, Reference
 from registry.orders import Enqueued
 from registry.session import reading, transaction
@@ -155,25 +157,34 @@ def serve_pool(factory: Factory, leave: Leave, pool: str) -> int:
 
 def work_once(factory: Factory, leave: Leave, every: float, once: bool, quiet: bool) -> list[dict[str, str]]:
     """Do what is due now; one row a user.  What is wrong with database or store is told, unless it is the only time."""
-    from flows.due import enqueue_due, sweep
+    from flows.due import sweep
     from flows.upkeep import keep_up
 
-    def tick() -> None:
-        for trouble in enqueue_due(factory):
-            fail(f"not queued: {trouble}", 0)
-
     try:
-        tick()
-        rows = drain(factory, None, quiet, leave, tick)
+        tick(factory)
+        rows = drain(factory, None, quiet, leave, partial(tick, factory))
         sweep(factory)
         for trouble in keep_up(factory):
-            fail(f"not kept up: {trouble}", 0)
+            event("not kept up", level=logging.WARNING, reason=trouble)
         return rows
     except (RegistryError, LoraError, FlowError) as error:
         if once:
             raise
-        fail(f"{error}; looking again in {every:g} s", 0)
+        event("look failed", level=logging.WARNING, reason=str(error), next_look=f"in {every:g} s")
         return []
+
+
+def tick(factory: Factory) -> None:
+    """Turn everybody who is due into jobs; who could not be is told."""
+    from flows.due import fire_due
+
+    for one in fire_due(factory):
+        if one.result == "not queued":
+            whose = Reference.parse(one.label)
+            with suppress(NotFound), reading(factory.engine) as session:  # of a user who was forgotten just now
+                tenant = queries.tenant_id(session, whose.tenant)
+                user = queries.holder(session, tenant, whose.user, whose.adapter).user
+                event("not queued", level=logging.WARNING, whose=(whose, user.opaque), reason=one.why)
 
 
 def drain(

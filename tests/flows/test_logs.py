@@ -60,6 +60,18 @@ def test_an_event_says_whose_it_is_without_the_users_name(capsys: pytest.Capture
     assert TALLY["job failed"] == before + 1
 
 
+def test_a_name_without_its_tenant_goes_too_and_longer_ones_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    """Some reasons name the user alone; who is named alike is somebody else."""
+    set_up_logs(FactorySettings())
+
+    event(
+        "job failed", job(), reason="no dataset of alice; adapter alice/notes. See alice. But alice-b, malice, alice.c"
+    )
+
+    reason = json.loads(capsys.readouterr().err)["reason"]
+    assert reason == f"no dataset of {OPAQUE}; adapter {OPAQUE}/notes. See {OPAQUE}. But alice-b, malice, alice.c"
+
+
 @pytest.mark.parametrize("text", SECRETS.values(), ids=SECRETS)
 @pytest.mark.parametrize("kind", ["json", "text"])
 def test_secrets_that_a_library_says_are_blotted_out(
