@@ -31,6 +31,7 @@ from flows.cli import (
     training,
     tuning,
     versions,
+    working,
 )
 from flows.cli.printing import fail, in_words
 from flows.errors import FlowError
@@ -48,7 +49,7 @@ app = typer.Typer(
 # What `lora --help` shows, in this order: a heading, and the files whose commands stand under it.
 PANELS = {
     "The factory": (system, status, clock, metrics),
-    "Training": (dataset, training, tuning, scheduling, queueing, comparing),
+    "Training": (dataset, training, working, tuning, scheduling, queueing, comparing),
     "Versions": (reading, searching, versions, fleet),
     "Pulling and talking": (pulling, caching, leave, chatting),
     "Keeping and forgetting": (lifecycle,),
