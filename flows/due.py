@@ -66,11 +66,6 @@ def fire_due(factory: Factory, begun: Callable[[], object] | None = None) -> lis
             begun()
 
 
-def enqueue_due(factory: Factory) -> list[str]:
-    """Turn everybody who is due into jobs; returns who could not be, and why."""
-    return [f"{one.label}: {one.why}" for one in fire_due(factory) if one.result == "not queued"]
-
-
 def table(found: Sequence[Ticked]) -> tuple[list[dict[str, str]], str]:
     """What a tick made of who was due, the odd ones first, and how many of each; references and ids only."""
     counts = Counter(one.result for one in found)
