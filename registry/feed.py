@@ -3,7 +3,8 @@
 Events get their numbers while their transactions run and appear when these commit, so that a reader who goes by the
 numbers alone misses what a slower transaction adds later under a lower one.  On PostgreSQL an event therefore holds the
 number of its transaction too; a reader goes by both, and stops before the oldest transaction that still runs: nothing
-can appear any more in front of what it has read.  SQLite has one writer: numbers are in the order of commits there.
+can appear any more in front of what it has read.  SQLite has one writer: numbers are in the order of commits there,
+and forgetting a user leaves an event above all of theirs, so that none is given out twice.
 """
 
 import uuid

@@ -197,6 +197,9 @@ def _delete_rows(session: Session, tenant: TenantId, intent: Forgetting, here: F
     if last is not None and last >= now:
         raise NotYetForgotten("an upload of theirs was under way and may arrive", f"{last:%Y-%m-%d %H:%M:%S} UTC")
     session.execute(delete(Upload).where(*below))
+    # Outlives their events: SQLite counts on from the highest number there is, and gives out none of theirs again.
+    note(session, tenant, "user being forgotten", intent.id, {}, now)
+    session.flush()
     intent.deleted, intent.user_id = delete_rows(session, tenant, intent.user_id) | intent.deleted | here, None
 
 

@@ -11,15 +11,16 @@ from sqlalchemy import or_, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from registry import jobs, orders, queries
+from registry import forgetting, jobs, orders, queries
 from registry.aliases import COPIED
+from registry.forgetting import Receipt, Wish
 from registry.jobs import ClaimedJob
 from registry.models import AdapterVersion, Alias
 from registry.names import Reference
 from registry.orders import Order
 from registry.publishing import Finished
 from registry.session import reading, transaction
-from registry.store import FolderStore
+from registry.store import FolderStore, ObjectStore
 from registry.tenancy import enter
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -80,6 +81,11 @@ def finished(content: str = "weights", accepted: bool = True) -> Finished:
     files = {"weights.bin": data, "manifest.json": json.dumps({"files": facts}).encode()}
     scores = {"base": {"loss": 2.0}, "candidate": {"loss": 1.0}}
     return Finished(files, accepted, "because", 40, scores, None, "0.1", 1200, 3.5)
+
+
+def forget(engine: Engine, store: ObjectStore, user: str, now: datetime = NOW) -> Receipt:
+    """Forget a user of acme's; nothing of theirs is on this machine."""
+    return forgetting.forget(engine, store, Wish("acme", user, "", "me", "request"), lambda _: {}, now)
 
 
 def miscopied(engine: Engine) -> list[str]:

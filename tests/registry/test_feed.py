@@ -20,7 +20,7 @@ from registry.publishing import publish
 from registry.queries import note
 from registry.session import reading, transaction
 from registry.store import FolderStore
-from tests.registry.conftest import NOW, Claim, finished
+from tests.registry.conftest import NOW, Claim, finished, forget
 
 WHO: Any = {"actor": "me", "reason": "because", "now": NOW}  # keywords of unlike types
 
@@ -167,6 +167,23 @@ def test_a_forgotten_users_removed_version_is_told_without_names(engine: Engine,
     (told,) = followed(engine)
 
     assert (told.kind, told.user, told.number, told.served_name) == ("version removed", None, 3, "default-abc")
+
+
+def test_a_follower_is_told_what_comes_after_somebody_was_forgotten(
+    engine: Engine, store: FolderStore, claim: Claim
+) -> None:
+    """The last events were theirs; their numbers are given to no others, which would lie behind the follower."""
+    for user in ("alice", "bob"):
+        publish(engine, store, claim(1, f"acme/{user}")[0], finished(user), NOW)
+    start = str(page(engine).cursor)
+    forget(engine, store, "bob")
+
+    nothing = page(engine, start)
+    publish(engine, store, claim(1, "acme/carol")[0], finished("carol"), NOW)
+
+    assert nothing.rows == []
+    assert {one.user for one in page(engine, str(nothing.cursor)).rows} == {"carol"}
+    assert len(followed(engine, start)) == 2
 
 
 def read_until(engine: Engine, after: str, over: threading.Event, told: list[Change]) -> None:
