@@ -46,6 +46,7 @@ def add_dataset(engine: Engine, store: ObjectStore, reference: Reference, conten
         if key is not None:
             # Heals a store that has lost it, under the locks of user and row: nobody removes them meanwhile.
             store.put_new(key, content.data)
+            schedules.wake(session, holder.tenant_id, holder.user.id, now)
             ensure_dataset(session, holder.tenant_id, holder, key=key, **facts)
             return
         prefix = dataset_prefix(reference.tenant, holder.user.opaque, content.digest, secrets.token_hex(8))
@@ -56,8 +57,8 @@ def add_dataset(engine: Engine, store: ObjectStore, reference: Reference, conten
         enter(session, holder.tenant_id)
         if not still_there(session, holder.tenant_id, holder):
             raise UploadSwept(prefix)
+        schedules.wake(session, holder.tenant_id, holder.user.id, now)
         row = ensure_dataset(session, holder.tenant_id, holder, key=key, **facts)
         # Where another attempt was sooner, this one's bytes are the sweeper's.
         if row.key == key and not uploads.settle(session, holder.tenant_id, prefix):
             raise UploadSwept(prefix)
-        schedules.wake(session, holder.tenant_id, holder.user.id, now)

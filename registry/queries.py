@@ -230,7 +230,8 @@ def newest_dataset(session: Session, tenant: TenantId, holder: Holder) -> Datase
 def dataset_key(session: Session, tenant: TenantId, holder: Holder, digest: str) -> str | None:
     """Where the user's dataset of that content lies, and will until the transaction ends; None where there is none."""
     mine = (Dataset.tenant_id == tenant, Dataset.user_id == holder.user.id, Dataset.digest == digest)
-    return session.scalar(select(Dataset.key).where(*mine, Dataset.removed_at.is_(None)).with_for_update())
+    kept = select(Dataset.key).where(*mine, Dataset.removed_at.is_(None))
+    return session.scalar(kept.with_for_update(key_share=True))  # nobody waits who asks for training on it
 
 
 def still_there(session: Session, tenant: TenantId, holder: Holder) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, select, update
+from sqlalchemy import ColumnElement, Select, case, select, update
 from sqlalchemy.orm import Session
 
 from registry.errors import NotFound, ScheduleRefused
@@ -134,10 +134,18 @@ def remove(session: Session, tenant: TenantId, holder: Holder, now: datetime) ->
 
 
 def wake(session: Session, tenant: TenantId, user: UserId, now: datetime) -> None:
-    """New data came for a user: the schedules that wait for it are due, and the next tick looks how much it is."""
+    """New data came for a user: the schedules that wait for it are due, and the next tick looks how much it is.
+
+    Also one that is not asleep: a tick that fired it may have looked too early, and puts it to sleep when it commits.
+    It is waited for, so whoever adds data calls this before taking locks that a tick needs.
+    """
     adapters = select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.user_id == user)
-    sleeping = (Schedule.next_due_at.is_(None), Schedule.adapter_id.in_(adapters))
-    session.execute(update(Schedule).where(Schedule.tenant_id == tenant, *sleeping).values(next_due_at=now))
+    waiting = (Schedule.timing == "data", Schedule.adapter_id.in_(adapters))
+    sooner = case((Schedule.next_due_at <= now, Schedule.next_due_at), else_=now)
+    session.execute(
+        update(Schedule).where(Schedule.tenant_id == tenant, *waiting).values(next_due_at=sooner),
+        execution_options={"synchronize_session": False},
+    )
 
 
 def due_bases(session: Session, now: datetime) -> list[str]:

@@ -1,6 +1,8 @@
 """Who is due, when, and only once."""
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -9,9 +11,11 @@ from hypothesis import strategies as st
 from sqlalchemy.engine import Engine
 
 from registry import queries, schedules
+from registry.datasets import Content, add_dataset
 from registry.errors import NotFound, ScheduleRefused
 from registry.names import Reference
 from registry.session import reading, transaction
+from registry.store import FolderStore
 from registry.timing import Timing
 from tests.registry.conftest import NOW
 
@@ -21,6 +25,12 @@ def put(engine: Engine, reference: str, timing: Timing) -> None:
     with transaction(engine) as session:
         holder = queries.ensure_adapter(session, Reference.parse(reference), NOW)
         schedules.put(session, holder.tenant_id, holder, timing, "base", {"rank": 8}, NOW)
+
+
+def add(engine: Engine, store: FolderStore, text: str, moment: datetime) -> None:
+    """Add data for alice."""
+    content = Content(hashlib.sha256(text.encode()).hexdigest(), text.encode(), 1)
+    add_dataset(engine, store, Reference.parse("acme/alice"), content, moment)
 
 
 def fire(engine: Engine, moment: datetime) -> list[str]:
@@ -72,6 +82,50 @@ def test_a_paused_schedule_is_silent_and_resumes_from_now(engine: Engine) -> Non
 
     assert fire(engine, NOW + timedelta(hours=5, minutes=30)) == []
     assert fire(engine, NOW + timedelta(hours=6)) == ["acme/alice"]
+
+
+def test_data_that_a_user_had_before_wakes_a_schedule_too(engine: Engine, store: FolderStore) -> None:
+    """Content that comes back is the newest again, and was perhaps never trained on."""
+    add(engine, store, "one", NOW)
+    add(engine, store, "two", NOW + timedelta(minutes=1))
+    put(engine, "acme/alice", Timing.on_data())
+    assert fire(engine, NOW + timedelta(minutes=2)) == ["acme/alice"]
+    assert fire(engine, NOW + timedelta(days=1)) == []
+
+    add(engine, store, "one", NOW + timedelta(days=1))
+
+    assert fire(engine, NOW + timedelta(days=1)) == ["acme/alice"]
+
+
+def test_who_adds_data_often_loses_no_turn_by_it(engine: Engine, store: FolderStore) -> None:
+    """A schedule that is due keeps its place before those that came later."""
+    add(engine, store, "one", NOW)
+    put(engine, "acme/alice", Timing.on_data())
+    put(engine, "acme/bob", Timing.every("1h"))
+
+    add(engine, store, "two", NOW + timedelta(hours=2))
+
+    with transaction(engine) as session:
+        (first,) = schedules.fire(session, NOW + timedelta(hours=2), limit=1)
+    assert first.reference.label == "acme/alice"
+
+
+def test_data_that_comes_while_a_tick_looks_wakes_its_schedule(engine: Engine, store: FolderStore) -> None:
+    """The tick has seen the old data, and puts the schedule to sleep when it commits."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time: the data comes before the tick or after it")
+    add(engine, store, "one", NOW)
+    put(engine, "acme/alice", Timing.on_data())
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as session:
+            (due,) = schedules.fire(session, NOW + timedelta(minutes=1))
+            adding = pool.submit(add, engine, store, "two", NOW + timedelta(minutes=2))
+            with suppress(TimeoutError):
+                adding.result(0.5)
+        adding.result(30)
+
+    assert due.next_due_at is None
+    assert fire(engine, NOW + timedelta(minutes=3)) == ["acme/alice"]
 
 
 def test_a_removed_schedule_is_gone_and_removing_again_says_so(engine: Engine) -> None:
