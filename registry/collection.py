@@ -12,7 +12,7 @@ from sqlalchemy import select, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from registry import retention
+from registry import retention, uploads
 from registry.holds import held, keep_holds
 from registry.models import Adapter, AdapterVersion, Dataset, RetentionPolicy, Tombstone, Upload, User
 from registry.names import AdapterId, TenantId
@@ -71,7 +71,7 @@ def collect(engine: Engine, store: ObjectStore, tenant: TenantId, now: datetime)
             return done
         clear(engine, store, tenant, now)
         for dataset in marked.datasets:
-            store.clear(dataset.prefix)
+            uploads.clear(engine, store, dataset.prefix, False, now)
         since = done.take(marked)
 
 

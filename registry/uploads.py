@@ -1,7 +1,8 @@
 """Intents to upload: what is on its way into the store under a lease, and the sweep of what never came to a row.
 
 declare -> objects below the prefix -> settle, in the transaction that adds the row which names them.  A crash anywhere
-leaves at most an intent and some objects, which the sweep clears.  What a row names, it never touches.
+leaves at most an intent and some objects, which the sweep clears.  What a row names, it never touches, but for data
+that retention has removed; that waits while its user is under hold.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,7 +14,8 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from registry.errors import RegistryError
-from registry.models import AdapterVersion, Job, Upload
+from registry.holds import held, keep_holds
+from registry.models import AdapterVersion, Dataset, Job, Upload, User
 from registry.names import JobId, TenantId
 from registry.session import adding, transaction
 from registry.store import ObjectStore
@@ -67,12 +69,12 @@ def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:
         progress = [intent.prefix for intent in intents if _is_progress(intent)]
         session.execute(update(Upload).where(Upload.prefix.in_(found)).values(sweeping=True))
     cleared, trouble = [], None
-    due = [partial(_clear, prefix=prefix, marked_before=marked_before) for prefix, marked_before in found.items()]
+    due = [partial(clear, prefix=prefix, marked_before=marked_before) for prefix, marked_before in found.items()]
     due += [partial(_clear_progress, prefix=prefix) for prefix in progress]
-    for clear in due:
+    for one in due:
         try:
-            if clear(engine, store, now=now):
-                cleared.append(clear.keywords["prefix"])
+            if one(engine, store, now=now):
+                cleared.append(one.keywords["prefix"])
         except RegistryError as error:
             trouble = error
     if trouble:
@@ -80,16 +82,22 @@ def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:
     return cleared
 
 
-def _clear(engine: Engine, store: ObjectStore, prefix: str, marked_before: bool, now: datetime) -> bool:
-    """Clear one marked prefix under its row's lock, so that no second sweeper is at it; whether there was anything."""
+def clear(engine: Engine, store: ObjectStore, prefix: str, marked_before: bool, now: datetime) -> bool:
+    """Clear one marked prefix under its row's lock, so that no second sweeper is at it; whether there was anything.
+
+    What is under hold is looked at again a lease later.
+    """
     with transaction(engine) as session, across(session, Across.SWEEP):
-        due = (Upload.prefix == prefix, Upload.sweeping, Upload.lease_until < now)
+        due = (Upload.prefix == prefix, Upload.sweeping, Upload.lease_until <= now)
         intent = session.scalar(select(Upload).where(*due).with_for_update(skip_locked=True))
         if intent is None:
             return False
         enter(session, intent.tenant_id)
         # An intent that was declared again while its commit was under way (its answer was lost) outlives the commit.
         named = _is_a_version(session, intent)
+        if not named and _is_held(session, intent):
+            intent.lease_until = now + UPLOAD_LEASE
+            return False
         cleared = 0 if named else store.clear(prefix)
         if named or (marked_before and not cleared):
             session.delete(intent)
@@ -128,3 +136,17 @@ def _is_a_version(session: Session, intent: Upload) -> bool:
         AdapterVersion.prefix == intent.prefix,
     )
     return session.scalar(rows) is not None
+
+
+def _is_held(session: Session, intent: Upload) -> bool:
+    """Whether it is data that retention has removed and whose user is under hold since.
+
+    No hold is put on them before the transaction ends.
+    """
+    if intent.job_id is not None:
+        return False
+    keep_holds(session, intent.tenant_id)
+    below = Dataset.key.startswith(f"{intent.prefix}/", autoescape=True)
+    theirs = User.opaque.in_(intent.prefix.split("/"))  # one part of it stands for the user
+    rows = select(Dataset.id).join(User, User.id == Dataset.user_id).where(Dataset.tenant_id == intent.tenant_id)
+    return session.scalar(rows.where(theirs, below, held())) is not None

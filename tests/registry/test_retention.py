@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from registry import aliases, collection, fleet, holds, queries, retention
 from registry.client import Client
 from registry.datasets import Content, add_dataset
-from registry.errors import PromotionRefused, RetentionRefused, VersionGone
+from registry.errors import PromotionRefused, RetentionRefused, StoreUnavailable, VersionGone
 from registry.eviction import evict_gone
 from registry.models import AdapterVersion, Dataset, Tombstone
 from registry.names import Reference, TenantId
@@ -176,6 +176,74 @@ def test_data_that_only_removed_versions_needed_goes_and_can_come_again(
             select(Dataset).where(Dataset.removed_at.is_(None), Dataset.digest == first.digest)
         ).one()
     assert store.get(again.key) == b"first"
+
+
+def test_data_whose_user_is_put_under_hold_while_a_collection_runs_stays(
+    engine: Engine, store: FolderStore, six: Keep
+) -> None:
+    """It is marked already, and its turn comes after the versions'; it goes once the hold is lifted."""
+
+    class Slow(FolderStore):
+        """A lawyer comes while the version goes."""
+
+        def clear(self, prefix: str) -> int:
+            if prefix == version:
+                hold(engine)
+            return super().clear(prefix)
+
+    tenant, key = six(5), two_datasets(engine, store)
+    version = Client(engine, store, Path("unused")).resolve("acme/alice:1").prefix
+
+    collection.collect(engine, Slow(store.root), tenant, LATER)
+
+    assert store.size(key)
+    lift(engine)
+    sweep(engine, store, LATER + timedelta(hours=1))
+    assert store.size(key) is None
+
+
+def test_the_sweep_leaves_collected_data_whose_user_is_under_hold_since(engine: Engine, store: FolderStore) -> None:
+    """The collection could not reach the store; the sweep that goes on with it comes again after the hold."""
+
+    class Away(FolderStore):
+        """For whoever clears."""
+
+        def clear(self, prefix: str) -> int:
+            raise StoreUnavailable("s3://x", "500", "try again")
+
+    key = two_datasets(engine, store)
+    with transaction(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+        retention.set_policy(session, tenant, 1, None, **SAID)
+    with pytest.raises(StoreUnavailable):
+        collection.collect(engine, Away(store.root), tenant, LATER)
+    hold(engine)
+
+    assert sweep(engine, store, LATER + timedelta(hours=1)) == []
+
+    assert store.size(key)
+    lift(engine)
+    assert sweep(engine, store, LATER + timedelta(hours=2)) == [key.rpartition("/")[0]]
+
+
+def two_datasets(engine: Engine, store: FolderStore) -> str:
+    """Alice's data, and newer data; returns where the first lies."""
+    for day, digest in enumerate("ab"):
+        add_dataset(engine, store, ALICE, Content(digest * 64, digest.encode(), 1), NOW + timedelta(days=day))
+    (key,) = [key for key in store.keys("") if "/datasets/a" in key]
+    return key
+
+
+def hold(engine: Engine) -> None:
+    """Put alice under hold."""
+    with transaction(engine) as session:
+        holds.hold(session, queries.tenant_id(session, "acme"), "alice", **SAID)
+
+
+def lift(engine: Engine) -> None:
+    """And no more."""
+    with transaction(engine) as session:
+        holds.unhold(session, queries.tenant_id(session, "acme"), "alice", **SAID)
 
 
 def test_a_policy_that_cannot_be_meant_is_refused(engine: Engine, six: Keep) -> None:
