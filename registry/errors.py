@@ -7,6 +7,7 @@ RegistryError
 ├── RetentionRefused     a retention policy that cannot be meant
 ├── UnderHold            a legal hold forbids to remove anything of a user or tenant
 ├── NotYetForgotten      a user is forgotten as far as possible; the rest has to wait
+├── NamesakeLeft         a user is forgotten, and somebody new has come under that name since
 ├── RegistryInUse        a SQLite file cannot be rewritten while others read it
 ├── LeaseLost            somebody else has the job now; this worker's result does not count
 ├── ContentDiffers       the same job published other content before
@@ -101,6 +102,20 @@ class NotYetForgotten(RegistryError):
     def __str__(self) -> str:
         what, until = self.args
         return f"not finished: {what} until {until}; run it again then, or leave it to upkeep"
+
+
+class NamesakeLeft(RegistryError):
+    """Somebody who was to be forgotten is; who came under that name since is not: the user and the receipt."""
+
+    def __init__(self, user: str, receipt: str) -> None:
+        super().__init__(user, receipt)
+
+    def __str__(self) -> str:
+        user, receipt = self.args
+        return (
+            f"the {user} of an earlier request is forgotten (receipt {receipt}), but not the one who has come under "
+            "that name since; run it again to forget them too, or see `lora forgotten` for the receipt"
+        )
 
 
 class RegistryInUse(RegistryError):

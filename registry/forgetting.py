@@ -23,7 +23,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from registry.erasure import adapters_of, delete_rows
-from registry.errors import NameRefused, NotFound, NotYetForgotten
+from registry.errors import NameRefused, NamesakeLeft, NotFound, NotYetForgotten
 from registry.holds import check_free
 from registry.jobs import BUSY
 from registry.keys import user_prefix
@@ -75,15 +75,19 @@ class Receipt:
 def forget(engine: Engine, store: ObjectStore, wish: Wish, clean_here: CleanHere, now: datetime) -> Receipt:
     """Forget a user, or go on with it; once it is done, its receipt again.
 
-    Raises NotFound, UnderHold, NotYetForgotten while an upload of theirs may still arrive, and RegistryInUse.
+    Raises NotFound, UnderHold, NotYetForgotten while an upload of theirs may still arrive, RegistryInUse, and
+    NamesakeLeft where it went on with an earlier request and somebody new has come under that name since.
     """
     with transaction(engine) as session:
         tenant = tenant_id(session, wish.tenant)
-        found = _known(session, tenant, wish, finished=False) or _begin(session, tenant, wish, now)
-        found = found or _known(session, tenant, wish, finished=True)
+        earlier = _known(session, tenant, wish, finished=False)
+        found = earlier or _begin(session, tenant, wish, now) or _known(session, tenant, wish, finished=True)
         if found is None:
             raise NotFound("user", f"{wish.tenant}/{wish.user}", f"see `lora list {wish.tenant}` for those there are")
-    return finish(engine, store, tenant, found.id, clean_here, now)
+    receipt = finish(engine, store, tenant, found.id, clean_here, now)
+    if earlier and _is_there(engine, tenant, wish.user):
+        raise NamesakeLeft(f"{wish.tenant}/{wish.user}", str(receipt.id))
+    return receipt
 
 
 def finish(
@@ -159,6 +163,12 @@ def _known(session: Session, tenant: TenantId, wish: Wish, finished: bool) -> Fo
     state = Forgetting.finished_at.is_not(None) if finished else Forgetting.finished_at.is_(None)
     rows = select(Forgetting).where(Forgetting.tenant_id == tenant, person, state)
     return session.scalar(rows.order_by(Forgetting.begun_at.desc()).limit(1))
+
+
+def _is_there(engine: Engine, tenant: TenantId, user: str) -> bool:
+    with reading(engine) as session:
+        enter(session, tenant)
+        return session.scalar(select(User.id).where(User.tenant_id == tenant, User.name == user)) is not None
 
 
 def _intent(session: Session, tenant: TenantId, id_: uuid.UUID) -> Forgetting:
