@@ -171,7 +171,7 @@ def alias_moves(session: Session, tenant: TenantId, adapter: AdapterId) -> list[
 
 
 def scores(session: Session, tenant: TenantId, version: AdapterVersion) -> dict[str, Facts]:
-    """What base, previous version and candidate scored when this version was judged."""
+    """What base, previous version and candidate scored when this version was judged; None where it was no number."""
     rows = session.execute(
         select(Evaluation.subject, Evaluation.metrics).where(
             Evaluation.tenant_id == tenant, Evaluation.version_id == version.id

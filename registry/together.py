@@ -5,6 +5,7 @@ of publishing them in turn.  Readers see the last move only, which they cannot t
 written down all the same, so that a rollback goes to the version before, whoever was published with it.
 """
 
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -195,9 +196,14 @@ def _numbers(session: Session, tenant: TenantId, in_turn: Sequence[Parcel]) -> M
 def _scores(parcel: Parcel, row: Facts) -> list[Facts]:
     return [
         {"id": uuid.uuid4(), "tenant_id": row["tenant_id"], "version_id": row["id"], "subject": subject,
-         "metrics": dict(metrics)}
+         "metrics": {name: _plain(value) for name, value in metrics.items()}}
         for subject, metrics in parcel.finished.scores.items()
     ]  # fmt: skip
+
+
+def _plain(value: object) -> object:
+    """A figure as every database takes it: none where it is no number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _told(parcel: Parcel, row: Facts, asked_at: datetime, moves: Moves) -> list[Facts]:

@@ -60,6 +60,22 @@ def test_a_refused_version_is_kept_and_latest_does_not_move(engine: Engine, stor
     assert [version.state for version in versions(engine)] == ["refused", "accepted"]
 
 
+@pytest.mark.parametrize("figure", [float("nan"), float("inf"), float("-inf")])
+def test_a_figure_that_is_no_number_is_recorded_as_none(
+    engine: Engine, store: FolderStore, claim: Claim, figure: float
+) -> None:
+    """The perplexity of a bad adapter may be infinite; JSON knows no such thing."""
+    scores = {"base": {"loss": 2.0, "perplexity": figure}, "candidate": {"loss": figure}}
+
+    publish(engine, store, claim()[0], replace(finished(accepted=False), scores=scores), NOW)
+
+    (version,) = versions(engine)
+    assert (version.loss, version.gain) == (None, None)
+    with reading(engine) as session:
+        recorded = queries.scores(session, queries.tenant_id(session, "acme"), version)
+    assert recorded == {"base": {"loss": 2.0, "perplexity": None}, "candidate": {"loss": None}}
+
+
 def test_publishing_again_returns_the_same_version(engine: Engine, store: FolderStore, claim: Claim) -> None:
     """The answer of the first call may have been lost."""
     (job,) = claim()
