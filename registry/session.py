@@ -147,6 +147,7 @@ def _set_up_sqlite(connection: sqlite3.Connection, _: Any) -> None:  # SQLAlchem
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
+    connection.execute("PRAGMA case_sensitive_like=ON")  # as on PostgreSQL: Anna's name does not begin with an a
 
 
 def _set_up_postgres(connection: Any, _: Any) -> None:  # psycopg's connection, SQLAlchemy's record of it
