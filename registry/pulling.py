@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 from registry.cache import Cache, intact
-from registry.errors import ObjectDiffers, ObjectMissing, RegistryError, StoreUnavailable
+from registry.errors import ManifestRefused, ObjectDiffers, ObjectMissing, RegistryError, StoreUnavailable
 from registry.keys import MANIFEST
 from registry.manifests import files_named
 from registry.names import check_file
 from registry.resolved import Pulled, Resolved
-from registry.signing import Verifier
+from registry.signing import SIGNATURE, Verifier
 
 FILES_AT_ONCE = 8  # of one version
 VERSIONS_AT_ONCE = 32  # of many: enough to wait for the network and the disk while the interpreter is busy
@@ -146,7 +146,8 @@ class Puller:
 def _accept(found: Resolved, folder: Path) -> None:
     """The last look at a fetched version before it has a place in the cache: what raises here leaves nothing there.
 
-    Its files are what the registry says; here, that its manifest says the same.  Raises ObjectDiffers, ObjectMissing.
+    Its files are what the registry says, or a ticket; here, that its manifest says the same and that there is nothing
+    else but a signature.  Raises ObjectDiffers, ObjectMissing, ManifestRefused.
     """
     key = f"{found.prefix}/{MANIFEST}"
     try:
@@ -156,7 +157,10 @@ def _accept(found: Resolved, folder: Path) -> None:
         raise ObjectMissing(key, "the registry") from None
     if digest != found.sha256:
         raise ObjectDiffers(key, found.sha256, digest)
-    for name, sha256 in files_named(folder / MANIFEST, key).items():
+    named = files_named(folder / MANIFEST, key)
+    if more := found.files.keys() - named.keys() - {MANIFEST, SIGNATURE}:
+        raise ManifestRefused(found.prefix, f"does not name {min(more)!a}")
+    for name, sha256 in named.items():
         if name not in found.files:
             raise ObjectMissing(f"{found.prefix}/{name!a}", "the registry")
         if found.files[name]["sha256"] != sha256:

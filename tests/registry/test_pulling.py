@@ -1,5 +1,6 @@
 """Pulls of many versions, and many pulls of one: fetched once, one bad one alone, warm without any network."""
 
+import hashlib
 import os
 import threading
 import time
@@ -279,3 +280,18 @@ def test_a_manifest_that_contradicts_the_registry_is_refused(
         client.pull("acme/alice")
 
     assert client.cache.entries() == []
+
+
+def test_a_file_that_the_manifest_does_not_name_is_refused(
+    client: Client, published: None, store: Watched, tmp_path: Path
+) -> None:
+    """A forged ticket would leave it in the folder that every later pull of the version gives."""
+    found = client.resolve("acme/alice")
+    store.put_new(f"{found.prefix}/tokenizer.json", b"evil")
+    evil: dict[str, int | str] = {"sha256": hashlib.sha256(b"evil").hexdigest(), "size": 4}
+
+    with pytest.raises(ManifestRefused, match=r"does not name 'tokenizer\.json'"):
+        client.fetch(replace(found, files={**found.files, "tokenizer.json": evil}))
+
+    assert client.cache.entries() == []
+    assert sorted(path.name for path in client.pull("acme/alice").iterdir()) == ["manifest.json", "weights.bin"]
