@@ -60,11 +60,16 @@ def outdated(
     return Page(_described(session, tenant, [one for one, _ in chosen[:limit]]), cursor)
 
 
-def data_added(session: Session, tenant: TenantId, user: UserId, dataset: DatasetId) -> None:
-    """A user's newest data is another: for each of its adapters."""
+def data_added(session: Session, tenant: TenantId, user: UserId) -> None:
+    """A user's newest data may be another: for each of its adapters.
+
+    Of two additions at once the second waits here, and then looks which data is the newest of both.
+    """
     own = select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.user_id == user)
-    rows = update(Freshness).where(Freshness.tenant_id == tenant, Freshness.adapter_id.in_(own))
-    session.execute(rows.values(newest_id=dataset), execution_options={"synchronize_session": False})
+    mine = (Freshness.tenant_id == tenant, Freshness.adapter_id.in_(own))
+    session.execute(select(Freshness.adapter_id).where(*mine).order_by(Freshness.adapter_id).with_for_update()).all()
+    rows = update(Freshness).where(*mine).values(newest_id=newest(session, tenant, user))
+    session.execute(rows, execution_options={"synchronize_session": False})
 
 
 def latest_moved(tenant: TenantId, version: AdapterVersion) -> Update:

@@ -263,7 +263,7 @@ def ensure_dataset(
     if found.removed_at:  # the same content once more, after retention had removed it
         found.key, found.removed_at = key, None
     found.added_at = now
-    freshness.data_added(session, tenant, holder.user.id, found.id)
+    freshness.data_added(session, tenant, holder.user.id)
     note(session, tenant, "dataset added", found.id, {"digest": digest, "examples": examples}, now)
     session.flush()
     return found

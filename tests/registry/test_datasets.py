@@ -9,10 +9,12 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
+from registry import freshness, queries
 from registry.datasets import Content, add_dataset
 from registry.errors import UploadSwept
 from registry.models import Dataset, Upload
 from registry.names import Reference
+from registry.session import reading
 from registry.store import FolderStore
 from registry.uploads import UPLOAD_LEASE, sweep
 from tests.conftest import looking
@@ -100,3 +102,23 @@ def test_of_two_that_add_equal_content_at_once_one_is_kept_and_the_other_swept(
     sweep(engine, store, NOW + 2 * UPLOAD_LEASE)
 
     assert list(store.keys("")) == [row.key]
+
+
+def test_of_two_additions_that_overlap_the_newest_is_the_one_asked_for_last(engine: Engine, store: FolderStore) -> None:
+    """Who is outdated goes by the data that would be trained on, whichever upload took longer."""
+    later = Content("b" * 64, b"later", 1)
+
+    class Overtaken(FolderStore):
+        """Newer data comes while this one uploads."""
+
+        def put_new(self, key: str, data: bytes) -> bool:
+            add_dataset(engine, store, ALICE, later, NOW + timedelta(seconds=30))
+            return super().put_new(key, data)
+
+    add_dataset(engine, Overtaken(store.root), ALICE, HELLO, NOW)
+
+    with reading(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+        trained_on = queries.newest_dataset(session, tenant, queries.holder(session, tenant, "alice", "default"))
+        (told,) = freshness.outdated(session, tenant).rows
+    assert told.newest == trained_on.digest == later.digest
