@@ -104,9 +104,10 @@ def _events(session: Session, tenant: TenantId, start: _Place, end: _Place, limi
 
 def _steps(session: Session, tenant: TenantId, event: Event, told: int, limit: int) -> Iterator[_Step]:
     """What of an event was not told yet."""
+    if told == _TOLD:
+        return
     if event.kind != FLEET_MOVED:
-        if told == _UNTOLD:
-            yield _Step(event, None, _Place(event.txid, event.id, _TOLD))
+        yield _Step(event, None, _Place(event.txid, event.id, _TOLD))
         return
     mine = (AliasMove.tenant_id == tenant, AliasMove.name == event.body["alias"], AliasMove.fleet_id == event.id)
     moves = select(AliasMove).where(*mine, AliasMove.id > told).order_by(AliasMove.id).limit(limit)

@@ -169,6 +169,28 @@ def test_a_forgotten_users_removed_version_is_told_without_names(engine: Engine,
     assert (told.kind, told.user, told.number, told.served_name) == ("version removed", None, 3, "default-abc")
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_fleets_move_at_the_end_of_a_page_is_told_once(
+    engine: Engine, store: FolderStore, claim: Claim, limit: int
+) -> None:
+    """Also where the moves before it were of somebody who is forgotten, so that the page is not full."""
+    for user in ("alice", "bob"):
+        publish(engine, store, claim(1, f"acme/{user}")[0], finished(user), NOW)
+    start = str(page(engine).cursor)
+    for user, alias in (("bob", "canary"), ("bob", "production"), ("alice", "production")):
+        with transaction(engine) as session:
+            tenant = queries.tenant_id(session, "acme")
+            fleet.promote_all(session, tenant, alias, "latest", Where(user=user), **WHO)
+    forget(engine, store, "bob")
+
+    told, after = list[Change](), start
+    for _ in range(4):
+        some = page(engine, after, limit)
+        told, after = [*told, *some.rows], str(some.cursor)
+
+    assert words(told) == [("alias moved", "alice", 1, "production")]
+
+
 def test_a_follower_is_told_what_comes_after_somebody_was_forgotten(
     engine: Engine, store: FolderStore, claim: Claim
 ) -> None:
