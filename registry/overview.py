@@ -18,7 +18,7 @@ from registry.tenancy import Across, across
 
 # Of an overview's events: numbers of jobs and versions (migration 0007 says the same to PostgreSQL).
 COUNTED = ("job claimed", "job released", "job put off", "job failed", "version published")
-LATE = timedelta(minutes=6)  # a transaction lasts no longer, so no event appears that is older
+LATE = timedelta(minutes=6)  # a transaction lasts no longer, so none appears below one that was read that long ago
 _CHUNK = 1000  # events fetched at once
 
 
@@ -156,7 +156,7 @@ class Tail:
 
     def __init__(self) -> None:
         self._floor: int | None = None  # all events up to this id have been read, or were there before
-        self._seen: dict[int, datetime] = {}  # those above it that have been read
+        self._seen: dict[int, datetime] = {}  # those above it that have been read, and when; they may be about long ago
 
     def read(self, session: Session, now: datetime) -> list[Happened]:
         """What has happened since the last look; at the first look nothing."""
@@ -166,7 +166,7 @@ class Tail:
             above = select(Event.id).where(Event.id > self._floor, Event.kind.in_(COUNTED)).order_by(Event.id)
             new = [one for one in session.scalars(above) if one not in self._seen]
             found = [row for some in _chunks(new) for row in _events(session, some)]
-        self._seen.update({event.id: event.at for event, _ in found})
+        self._seen.update({event.id: now for event, _ in found})
         old = [one for one, at in self._seen.items() if at < now - LATE]
         self._floor = max([self._floor, *old])
         self._seen = {one: at for one, at in self._seen.items() if one > self._floor}

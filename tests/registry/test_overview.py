@@ -127,6 +127,24 @@ def test_an_event_whose_transaction_ended_late_is_counted_too(postgres_url: str)
     engine.dispose()
 
 
+def test_an_event_about_long_ago_hides_none_whose_transaction_ended_late(postgres_url: str) -> None:
+    """A version is dated when it was asked to be published; its upload may take longer than any transaction."""
+    engine, tail, later = set_up(postgres_url), Tail(), NOW + 2 * overview.LATE
+    with transaction(engine) as session:
+        acme = queries.ensure_adapter(session, Reference.parse("acme/alice"), NOW).tenant_id
+    kinds(engine, tail)
+    with transaction(engine) as slow:
+        queries.tenant_id(slow, "acme")
+        add(slow, acme, "job claimed")
+        with transaction(engine) as quick:
+            queries.tenant_id(quick, "acme")
+            add(quick, acme, "version published")
+        assert kinds(engine, tail, later) == ["version published"]
+
+    assert kinds(engine, tail, later + timedelta(seconds=1)) == ["job claimed"]
+    engine.dispose()
+
+
 def kinds(engine: Engine, tail: Tail, now: datetime = NOW) -> list[str]:
     """What happened since the last look."""
     with reading(engine) as session:
