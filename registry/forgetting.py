@@ -27,7 +27,7 @@ from registry.errors import NameRefused, NamesakeLeft, NotFound, NotYetForgotten
 from registry.holds import check_free
 from registry.jobs import BUSY
 from registry.keys import user_prefix
-from registry.models import AdapterVersion, Facts, Forgetting, Job, Schedule, Tenant, Upload, User
+from registry.models import Adapter, AdapterVersion, Facts, Forgetting, Job, Schedule, Tenant, Upload, User
 from registry.names import TenantId, check_user, check_words
 from registry.queries import note, tenant_id
 from registry.session import compact, reading, transaction
@@ -183,12 +183,18 @@ def _stop(session: Session, tenant: TenantId, intent: Forgetting, now: datetime)
         return []
     check_free(session, tenant, intent.user_id, f"the user whom {intent.id} is about")
     adapters = adapters_of(tenant, intent.user_id)
-    session.execute(adapters.with_for_update())  # nobody adds a job meanwhile
     open_ = (Job.tenant_id == tenant, Job.adapter_id.in_(adapters), Job.state.in_(BUSY))
+    scheduled = (Schedule.tenant_id == tenant, Schedule.adapter_id.in_(adapters))
+    # In the order in which a tick locks, and whoever publishes; from the last on nobody adds a job.
+    for theirs in (
+        select(Schedule.adapter_id).where(*scheduled).order_by(Schedule.adapter_id),
+        select(Job.id).where(*open_).order_by(Job.id),
+        adapters.order_by(Adapter.id),
+    ):
+        session.execute(theirs.with_for_update()).all()
     over = {"state": CANCELLED, "fence": Job.fence + 1, "lease_until": None, "worker": None, "error": None}
     session.execute(update(Job).where(*open_).values(**over, finished_at=now))
-    mine = delete(Schedule).where(Schedule.tenant_id == tenant, Schedule.adapter_id.in_(adapters))
-    if gone := session.scalars(mine.returning(Schedule.adapter_id)).all():
+    if gone := session.scalars(delete(Schedule).where(*scheduled).returning(Schedule.adapter_id)).all():
         intent.deleted = {**intent.deleted, "schedules": {"count": len(gone)}}
     below = (Upload.tenant_id == tenant, Upload.prefix.startswith(f"{intent.prefix}/", autoescape=True))
     session.execute(update(Upload).where(*below).values(sweeping=True))

@@ -1,18 +1,22 @@
 """Forgetting, where others are at work with the registry meanwhile; what is left of a user: tests/flows."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
-from registry import queries
+from registry import queries, schedules
 from registry.errors import NamesakeLeft, NotYetForgotten
-from registry.models import User
+from registry.models import Adapter, Job, Schedule, User
 from registry.names import Reference
 from registry.publishing import declare
 from registry.session import transaction
 from registry.store import FolderStore
+from registry.tenancy import enter
+from registry.timing import Timing
 from tests.conftest import looking
 from tests.registry.conftest import NOW, Claim, forget
 
@@ -34,6 +38,32 @@ def test_who_came_under_the_name_of_somebody_being_forgotten_is_asked_about_apar
 
     assert users(engine) == ["alice"]
     assert forget(engine, store, "alice", LATER).deleted["users"] == {"count": 1}
+    assert users(engine) == []
+
+
+@pytest.mark.parametrize("held", [Schedule, Job])
+def test_who_forgets_waits_for_a_tick_or_publisher_and_holds_nothing_that_they_need(
+    engine: Engine, store: FolderStore, claim: Claim, held: type[Schedule | Job]
+) -> None:
+    """They lock a schedule or job first and the adapter after it; the other way round it would be a deadlock."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    claim()
+    with transaction(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+        alice = queries.holder(session, tenant, "alice", "default")
+        schedules.put(session, tenant, alice, Timing.on_data(), "base", {}, NOW)
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as other:
+            enter(other, tenant)
+            other.scalars(select(held).with_for_update(key_share=True)).one()
+            forgetting = pool.submit(forget, engine, store, "alice")
+            with suppress(TimeoutError):
+                forgetting.result(0.5)
+
+            other.scalars(select(Adapter).with_for_update(read=True, key_share=True, nowait=True)).one()
+        forgetting.result(30)
+
     assert users(engine) == []
 
 
