@@ -193,6 +193,8 @@ def _carry_out(session: Session, tenant: TenantId, alias: str, fleet_id: int) ->
         raise PromotionRefused(f"fleet@{alias}", "no adapter's alias would move", "see `lora list`, or change --where")
     moved = (Alias.tenant_id == tenant, Alias.name == alias, Alias.adapter_id == AliasMove.adapter_id)
     target = (AdapterVersion.tenant_id == tenant, AdapterVersion.id == AliasMove.to_id)
+    if alias == LATEST:
+        _wait_for_publishers(session, tenant, fleet_id)
     copied = {name: getattr(AdapterVersion, name) for name in COPIED}
     there = update(Alias).where(*moved, Alias.version_id == AliasMove.from_id, *mine, *target)
     there = there.values(version_id=AliasMove.to_id, **copied)
@@ -218,6 +220,14 @@ def _carry_out(session: Session, tenant: TenantId, alias: str, fleet_id: int) ->
     if alias == LATEST:
         freshness.latests_moved(session, tenant, alias, fleet_id)
     return FleetMove(fleet_id, count)
+
+
+def _wait_for_publishers(session: Session, tenant: TenantId, fleet_id: int) -> None:
+    """Lock the aliases in the order in which whoever publishes many versions does: else each waits for the other."""
+    of_fleet = (AliasMove.tenant_id == Alias.tenant_id, AliasMove.fleet_id == fleet_id)
+    moved = and_(*of_fleet, AliasMove.adapter_id == Alias.adapter_id, AliasMove.name == Alias.name)
+    there = select(Alias.adapter_id).join(AliasMove, moved).where(Alias.tenant_id == tenant, Alias.name == LATEST)
+    session.execute(there.order_by(Alias.adapter_id).with_for_update(of=Alias)).all()
 
 
 def _rows(result: Any) -> int:  # SQLAlchemy says Result where an insert or update gives a CursorResult

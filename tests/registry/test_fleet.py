@@ -1,20 +1,25 @@
 """An alias of many users moved at once, and taken back; protected aliases."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
 from registry import aliases, fleet, queries
 from registry.errors import AliasProtected, NameRefused, NotFound, PromotionRefused
 from registry.fleet import FleetMove, Where
+from registry.models import Alias
 from registry.names import Reference
 from registry.protection import protect, protected, unprotect
 from registry.publishing import publish
 from registry.session import reading, transaction
 from registry.store import FolderStore
+from registry.tenancy import enter
 from tests.registry.conftest import NOW, Claim, finished
 
 WHO: Any = {"actor": "me", "reason": "new release"}  # keywords of unlike types
@@ -104,6 +109,26 @@ def test_names_that_differ_by_case_are_different_beginnings(
 
     assert move("user=a*").count == 1
     assert set(production(engine)) == {"alice"}
+
+
+@pytest.mark.usefixtures("users")
+def test_a_fleet_that_waits_for_a_publisher_holds_no_alias_that_it_needs(engine: Engine, move: Move) -> None:
+    """Both lock `latest` of many in one order, so that neither waits for the other for ever."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    with reading(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+    latest = select(Alias).where(Alias.tenant_id == tenant, Alias.name == "latest").order_by(Alias.adapter_id)
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as publisher:
+            enter(publisher, tenant)
+            publisher.scalars(latest.limit(1).with_for_update()).one()
+            moving = pool.submit(move, alias="latest", source="production")
+            with suppress(TimeoutError):
+                moving.result(0.5)
+
+            assert len(publisher.scalars(latest.with_for_update(nowait=True)).all()) == 4
+        assert moving.result(30).count == 4
 
 
 @pytest.mark.usefixtures("users")
