@@ -31,8 +31,21 @@ class GroupCommit(Generic[Given, Got]):
         with self._lock:
             self._line.append((given, mine))
             leads, self._led = not self._led, True
-        got = _LEAD if leads else mine.result()
+        got = _LEAD if leads else self._wait(mine)
         return self._lead(act) if got is _LEAD else cast(Got, got)
+
+    def _wait(self, mine: Future[object]) -> object:
+        """What one is told.  Whoever is interrupted leaves the line; if it was their turn, it is the next one's."""
+        try:
+            return mine.result()
+        except BaseException:
+            with self._lock:
+                stood = len(self._line)
+                self._line = deque(place for place in self._line if place[1] is not mine)
+                leads = len(self._line) < stood and mine.done()
+            if leads:
+                self._pass_on()
+            raise
 
     def _lead(self, act: Callable[[Sequence[Given]], Sequence[Got]]) -> Got:
         """Do it for those who stand in line, oneself the first; then the turn is the next one's."""

@@ -76,3 +76,31 @@ def test_a_failure_is_told_to_those_who_went_along_and_to_nobody_else(threads: T
 
     assert [type(one) for one in told] == [type(None), *[ArithmeticError] * 4, type(None)]
     assert group.join(6, work) == 36
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["while it waits", "at its turn"])
+def test_who_is_interrupted_in_line_keeps_nobody_waiting(
+    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Ctrl-C in a process that goes on publishing: whoever comes later is not behind one who is gone."""
+    group, work = GroupCommit[int, int](MOST), Work()
+
+    class Interrupted(Future[object]):
+        """The first to wait is interrupted: before it is told anything, or just then."""
+
+        def result(self, timeout: float | None = None) -> object:
+            if told:
+                work.may_go.set()
+                super().result(30)
+            raise KeyboardInterrupt
+
+    (first,) = in_line(group, work, threads, 1)
+    monkeypatch.setattr("registry.group_commit.Future", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        group.join(2, work)
+    monkeypatch.undo()
+    work.may_go.set()
+
+    assert first.result(30) == 1
+    assert threads.submit(group.join, 3, work).result(5) == 9
+    assert 2 not in [number for together in work.together for number in together]
