@@ -5,17 +5,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, case, func, or_, select, true
+from sqlalchemy import ColumnElement, Select, case, func, or_, select, true
 from sqlalchemy.orm import Session
 
-from registry.models import Adapter, Job, Tenant, User
-from registry.names import JobId, Reference, TenantId
+from registry.models import Adapter, Dataset, Job, Tenant, User
+from registry.names import DatasetId, JobId, Reference, TenantId
 from registry.orders import GIVEN_UP, revive
 from registry.queries import Holder, note
 from registry.shares import room, share
 from registry.tenancy import Across, across
 
 STATES = ("queued", "running", "failed", "cancelled", "published", "refused")
+GONE = "retention has removed its data; ask for training on the newest: lora train"  # why a job is not tried again
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def cancel(session: Session, tenant: TenantId, holder: Holder, reason: str, now:
 def retry(session: Session, tenant: TenantId, wanted: Wanted, now: datetime) -> list[JobId]:
     """Let jobs that failed or were cancelled wait again, with all their attempts; returns them.
 
-    The limit of waiting jobs does not hold here: somebody decided that these are to be tried.
+    The limit of waiting jobs does not hold here: somebody decided that these are to be tried.  One whose data retention
+    has removed stays as it is, and says so.
     """
     given_up = replace(wanted, states=[one for one in wanted.states if one in GIVEN_UP])
     asked = (
@@ -89,10 +91,14 @@ def retry(session: Session, tenant: TenantId, wanted: Wanted, now: datetime) -> 
         .order_by(Job.id)
     )
     found = session.scalars(asked.with_for_update(of=Job)).all()
+    there = _keep_data(session, tenant, asked.with_only_columns(Job.dataset_id).order_by(None))
     for job in found:
-        revive(session, job, now)
+        if job.dataset_id in there:
+            revive(session, job, now)
+        else:
+            job.error = GONE
     session.flush()
-    return [job.id for job in found]
+    return [job.id for job in found if job.dataset_id in there]
 
 
 def why_waiting(session: Session, tenant: TenantId, job: Job, now: datetime) -> str:
@@ -108,6 +114,14 @@ def why_waiting(session: Session, tenant: TenantId, job: Job, now: datetime) -> 
         return "its tenant is at a limit: see `lora queue quota`"
     ahead = session.scalar(select(func.count(Job.id)).where(*mine, Job.state == "queued", sooner))
     return f"in line: {ahead} jobs of its tenant are before it"
+
+
+def _keep_data(session: Session, tenant: TenantId, datasets: Select[tuple[DatasetId]]) -> set[DatasetId]:
+    """Those of some datasets that are there; no collection takes them before the transaction ends."""
+    there = select(Dataset.id).where(
+        Dataset.tenant_id == tenant, Dataset.id.in_(datasets), Dataset.removed_at.is_(None)
+    )
+    return set(session.scalars(there.order_by(Dataset.id).with_for_update(read=True, key_share=True)))
 
 
 def _of(tenant: TenantId | None) -> ColumnElement[bool]:

@@ -3,12 +3,13 @@
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import select, update
 from sqlalchemy.engine import Engine
 
 from registry import jobs, orders, queries, queue
 from registry.errors import LeaseLost
 from registry.jobs import FIRST_PAUSE, LONGEST_PAUSE, MAX_ERRORS, pause_after
-from registry.models import Job
+from registry.models import Dataset, Job
 from registry.publishing import publish
 from registry.queue import STATES, Wanted
 from registry.session import reading, transaction
@@ -78,6 +79,25 @@ def test_what_failed_is_tried_again_by_tenant_and_reason(engine: Engine, claim: 
     assert states(engine) == {"alice": "queued", "bob": "queued", "carol": "queued", "eve": "failed"}
     with looking(engine) as session:
         assert {job.attempts for job in session.query(Job).filter_by(state="queued")} == {0}
+
+
+def test_a_job_whose_data_retention_has_removed_is_not_tried_again(engine: Engine) -> None:
+    """It could only fail; it says why, and what to do instead."""
+    with transaction(engine) as session:
+        enqueue(session, "acme/alice", 2)
+    cancel(engine)
+    with transaction(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+        gone, kept = session.scalars(select(Job).order_by(Job.id)).all()
+        session.execute(update(Dataset).where(Dataset.id == gone.dataset_id).values(removed_at=NOW))
+
+    with transaction(engine) as session:
+        queries.tenant_id(session, "acme")
+        assert queue.retry(session, tenant, Wanted(STATES), NOW) == [kept.id]
+
+    with looking(engine) as session:
+        found = {job.id: (job.state, job.error) for job in session.query(Job)}
+    assert found == {gone.id: ("cancelled", queue.GONE), kept.id: ("queued", None)}
 
 
 def test_a_job_that_broke_its_worker_is_left_alone_longer_each_time(engine: Engine, claim: Claim) -> None:
