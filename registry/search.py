@@ -3,6 +3,7 @@
 Pages begin at the place of the last row in the order of an index, so that what lies before costs nothing.
 """
 
+import operator
 import re
 import uuid
 from collections.abc import Sequence
@@ -29,8 +30,9 @@ _FOUND = (  # the columns of a Found
     AdapterVersion.loss, AdapterVersion.gain, AdapterVersion.created_at, AdapterVersion.served_name,
 )  # fmt: skip
 _NO_HELPERS = select(func.set_config("max_parallel_workers_per_gather", "0", True))
-_BOUND = re.compile(r"(gain|loss)([<>])=?([-+]?[0-9]{1,9}(?:\.[0-9]{1,9})?)", re.ASCII)
-_OWN = "alias=NAME, state=accepted, state=refused, gain>NUMBER, gain<NUMBER, loss>NUMBER, loss<NUMBER"
+_BOUND = re.compile(r"(gain|loss)([<>]=?)([-+]?[0-9]{1,9}(?:\.[0-9]{1,9})?)", re.ASCII)
+_OWN = "alias=NAME, state=accepted, state=refused, gain>NUMBER, loss<NUMBER and so on with >, >=, < or <="
+_COMPARED = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Search:
     where: Where
     alias: str = ""  # that points to them now
     state: str = ""  # accepted or refused
-    bounds: tuple[tuple[str, str, float], ...] = ()  # gain or loss, < or >, and the number
+    bounds: tuple[tuple[str, str, float], ...] = ()  # gain or loss, one of _COMPARED, and the number
     order: str = "newest"
 
     @classmethod
@@ -130,8 +132,7 @@ def _terms(session: Session, wanted: Search, source: type[AdapterVersion | Alias
     if wanted.state:
         terms.append(AdapterVersion.state == wanted.state)
     for name, side, number in wanted.bounds:
-        figure = getattr(source, name)
-        terms.append(figure < number if side == "<" else figure > number)
+        terms.append(_COMPARED[side](getattr(source, name), number))
     return terms
 
 
