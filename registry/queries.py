@@ -1,5 +1,6 @@
 """Every question to the registry, tenant first.  Nothing here commits; `lookups` that create say so in their names."""
 
+import os
 import secrets
 import uuid
 from collections.abc import Callable
@@ -272,7 +273,10 @@ def ensure_dataset(
 def ensure_base(
     session: Session, *, name: str, revision: str, digest: str, parameters: int, now: datetime, quantised: str = ""
 ) -> SharedBase:
-    """The base of that digest; made where it is new, and under the name it was loaded by last."""
+    """The base of that digest; made where it is new, and under the name it was asked for by last.
+
+    A hub id stays where somebody asks by a folder, which only their machine may have.
+    """
     found = find_or_add(
         session,
         select(SharedBase).where(SharedBase.digest == digest),
@@ -280,7 +284,8 @@ def ensure_base(
             digest=digest, name=name, revision=revision, quantised=quantised, parameters=parameters, created_at=now
         ),
     )
-    found.name, found.revision = name, revision
+    if os.path.isabs(found.name) or not os.path.isabs(name):
+        found.name, found.revision = name, revision
     session.flush()
     return found
 

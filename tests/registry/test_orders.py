@@ -157,3 +157,15 @@ def test_one_who_asks_alone_is_refused_by_an_error(engine: Engine) -> None:
         holder = queries.holder(session, tenant, "user1", "default")
         with pytest.raises(QuotaReached):
             enqueue(session, tenant, holder, one.order, NOW)
+
+
+def test_a_base_keeps_the_name_that_every_machine_knows(engine: Engine) -> None:
+    """Folders of one machine replace one another, but no hub id: jobs of all tenants load the base by its name."""
+    asked = ["/home/a/base", "org/base", "/home/b/base", "org/again"]
+    names = []
+    for name in asked:
+        with transaction(engine) as session:
+            base = queries.ensure_base(session, name=name, revision="main", digest="c" * 64, parameters=7, now=NOW)
+            names.append(base.name)
+
+    assert names == ["/home/a/base", "org/base", "org/base", "org/again"]
