@@ -25,18 +25,16 @@ def split(
 ) -> Split:
     """Keep about `share` of the examples, at least `minimum` of them but never more than half, from training.
 
-    By content: an example is kept back when its hash is low, so it does not change sides as the data grows.
-    By order: the last ones are, for data in order of time.
+    By content: those whose hash is lowest, so an example does not change sides as the data grows, once there are
+    enough for the share to decide.  By order: the last ones, for data in order of time.
     """
-    least = min(minimum, len(examples) // 2)
+    half = len(examples) // 2
     if by == "order":
-        count = min(max(least, round(share * len(examples))), len(examples) // 2)
+        count = min(max(minimum, round(share * len(examples))), half)
         return Split(tuple(examples[: len(examples) - count]), tuple(examples[len(examples) - count :]))
     ranks = [_rank(example) for example in examples]
-    low = [index for index, rank in enumerate(ranks) if rank < share]
-    if len(low) < least:
-        low = sorted(range(len(ranks)), key=ranks.__getitem__)[:least]
-    kept = set(low)
+    count = min(max(minimum, sum(rank < share for rank in ranks)), half)
+    kept = set(sorted(range(len(ranks)), key=ranks.__getitem__)[:count])
     return Split(
         tuple(example for index, example in enumerate(examples) if index not in kept),
         tuple(example for index, example in enumerate(examples) if index in kept),

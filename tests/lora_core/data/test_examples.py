@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -232,7 +233,7 @@ def lines(count: int) -> list[Example]:
 
 @given(st.integers(2, 300), st.integers(1, 40), st.floats(0.05, 0.5), st.randoms())
 def test_a_split_loses_nothing_and_looks_at_content_alone(n: int, least: int, share: float, rng: random.Random) -> None:
-    """Order does not matter; at most half is held out."""
+    """Order does not matter."""
     mixed = lines(n)
     rng.shuffle(mixed)
 
@@ -241,6 +242,17 @@ def test_a_split_loses_nothing_and_looks_at_content_alone(n: int, least: int, sh
     assert set(one.held_out) == set(two.held_out)
     assert sorted(map(repr, (*one.train, *one.held_out))) == sorted(map(repr, lines(n)))
     assert len(one.held_out) >= min(least, n // 2)
+
+
+@given(st.integers(0, 40), st.integers(1, 1000), st.floats(0.01, 0.5), st.sampled_from(["content", "order"]), st.text())
+def test_never_more_than_half_is_held_out(
+    n: int, least: int, share: float, by: Literal["content", "order"], user: str
+) -> None:
+    """A few examples may all have low hashes, and their user still has something to learn."""
+    halves = split([Text(f"{user} {number}") for number in range(n)], share, by, least)
+
+    assert min(least, n // 2) <= len(halves.held_out) <= n // 2
+    assert len(halves.train) >= min(n, 1)
 
 
 def test_an_example_does_not_change_sides_as_the_data_grows() -> None:
