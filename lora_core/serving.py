@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -51,8 +51,9 @@ class Server:
     def answer(self, requests: Sequence[Request]) -> list[list[int]]:
         """The tokens of each answer, without the one that ends it.  Raises PromptRefused, and what `load` raises.
 
-        K at a time, whoever they are.  An answer of more than TURN tokens takes several turns, at each of which what
-        was said is read anew: so the slot of a finished row is free for the next request at most TURN tokens later.
+        K at a time, whoever they are.  An answer of more than TURN tokens, or one beside a row that is near the base's
+        last position, takes several turns, at each of which what was said is read anew: so the slot of a finished row
+        is free for the next request at most TURN tokens later.
         """
         for request in requests:
             self._check(request)
@@ -85,11 +86,16 @@ class Server:
         return len(said) >= self._most(request) or said[-1] in ends
 
     def _decode(self, adapters: Sequence[str | None], lines: Sequence[Line]) -> list[list[int]]:
-        """One batch, each line in a slot of its adapter; always K rows, so its shape does not tell how many ask."""
+        """One batch, each line in a slot of its adapter; always K rows, so its shape does not tell how many ask.
+
+        No row may pass the base's last position, and all go on until the last is done: so each says at most what the
+        longest has room for, and the rest in a later turn.
+        """
         places = self._seat(adapters)
+        room = min(self.longest - len(line.tokens) for line in lines)
         batch = [IDLE] * self.cohort.slots
         for slot, line in zip(places, lines, strict=True):
-            batch[slot] = line
+            batch[slot] = replace(line, most=min(line.most, room))
         with self.bank.attached(self.base, self.cohort):
             answers = decode(self.base, batch)
         return [answers[slot] for slot in places]

@@ -200,6 +200,23 @@ def test_an_answer_ends_where_the_bases_positions_do(base: BaseModel) -> None:
     assert len(said) == 8
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_near_the_last_position_are_those_of_each_request_alone(base: BaseModel, seed: int) -> None:
+    """A row that is done, by its end token or for want of positions, keeps its place while its neighbours speak."""
+    generator, shelf = random.Random(seed), Shelf(base)
+    base.model.generation_config.eos_token_id = list(range(0, WORDS, 12)) if seed % 2 else None
+    lengths = [127, 120, generator.randint(100, 126), 1, 3, 40]
+    generator.shuffle(lengths)
+    asked = [replace(request(generator, [None, *shelf.adapters]), max_new_tokens=40) for _ in lengths]
+    requests = [replace(one, prompt=(tuple(one.prompt) * 128)[:n]) for one, n in zip(asked, lengths, strict=True)]
+
+    mixed = shelf.server(base, generator.randint(2, 6)).answer(requests)
+
+    alone = shelf.server(base, 1)
+    assert mixed == [alone.answer([one])[0] for one in requests]
+    assert seed % 2 or [len(said) for said in mixed] == [min(40, 128 - n) for n in lengths]
+
+
 def test_a_sampled_row_depends_on_its_own_seed_alone(base: BaseModel) -> None:
     """Not on its slot or on how much the others draw, nor on torch's generator; another seed says another thing."""
     base.model.generation_config.eos_token_id = None
