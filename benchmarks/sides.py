@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from benchmarks.measuring import Enough, Floor, Turns
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
+from lora_core.batch import Batch, stack
 from lora_core.data.packing import Row, pack
 from lora_core.data.rendering import IGNORED, Rendered
-from lora_core.forward import Batch, stack, token_losses
+from lora_core.forward import token_losses
 from lora_core.learner import Learner
 from lora_core.memory import predict
 from lora_core.methods import LoraSpec

@@ -14,10 +14,11 @@ from torch import Tensor
 from lora_core.banks.bank import Bank
 from lora_core.banks.table import banks_for
 from lora_core.base_model import BaseModel
+from lora_core.batch import Batch, stack
 from lora_core.cohort import Cohort
 from lora_core.data.packing import Row, empty_row, pack
 from lora_core.data.rendering import IGNORED, AnyRendered
-from lora_core.forward import Batch, stack, token_losses
+from lora_core.forward import token_losses
 from lora_core.methods import AnyMethod
 
 MOST_NATS = 709.0  # exp of more is no float

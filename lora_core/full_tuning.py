@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_core.base_model import BaseModel
+from lora_core.batch import stack
 from lora_core.curriculum import Student
 from lora_core.data.packing import empty_row
 from lora_core.errors import TrainingError
-from lora_core.forward import stack, token_losses
+from lora_core.forward import token_losses
 from lora_core.layers import checkpointed
 from lora_core.learner import Assignment, Heard, Learner, Lesson, Trained
 from lora_core.memory import LiveBytes, workspace_bytes

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
+from lora_core.batch import stack
 from lora_core.cohort import Cohort
 from lora_core.data.packing import Row, empty_row, pack
 from lora_core.data.rendering import Rendered
-from lora_core.forward import stack
 from lora_core.layers import wrapped
 from lora_core.learner import Lesson
 from lora_core.micro_step import read_rows

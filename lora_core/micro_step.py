@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lora_core.base_model import BaseModel
+from lora_core.batch import as_batch, fields_of
 from lora_core.cohort import Cohort
 from lora_core.data.packing import empty_row
-from lora_core.forward import as_batch, fields_of, token_losses
+from lora_core.forward import token_losses
 from lora_core.learner import Lesson
 from lora_core.preference import lesson_losses
 from lora_core.referee import Answers

@@ -22,10 +22,11 @@ from transformers import (
 
 from lora_core.base_files import count_parameters, fingerprint
 from lora_core.base_model import BaseModel, freeze, load_base
+from lora_core.batch import stack
 from lora_core.data.packing import pack
 from lora_core.data.rendering import IGNORED
 from lora_core.errors import BaseModelError, DeviceMissing
-from lora_core.forward import stack, token_losses
+from lora_core.forward import token_losses
 from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, examples
 
 SMALL = {

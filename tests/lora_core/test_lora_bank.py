@@ -5,10 +5,11 @@ import torch
 
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
+from lora_core.batch import stack
 from lora_core.cohort import Cohort
 from lora_core.data.packing import pack
 from lora_core.errors import TrainingError
-from lora_core.forward import stack, token_losses
+from lora_core.forward import token_losses
 from tests.lora_core.conftest import T, examples, lora_of, recipe
 from tests.lora_core.test_peft_parity import our_logits, random_row
 

@@ -15,10 +15,11 @@ from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.banks.lora_sites import Link, LoraGroup, LoraSite, Lows, Sums
 from lora_core.base_files import fingerprint
 from lora_core.base_model import BaseModel, check_device, load_base
+from lora_core.batch import stack
 from lora_core.cohort import Cohort
 from lora_core.data.packing import pack
 from lora_core.errors import BaseModelError
-from lora_core.forward import stack, token_losses
+from lora_core.forward import token_losses
 from lora_core.learner import Learner
 from lora_core.quantised import quantisation
 from lora_core.train import train

@@ -16,11 +16,12 @@ from lora_core.artifact import write_artifact
 from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
+from lora_core.batch import stack
 from lora_core.cohort import Cohort
 from lora_core.data.packing import pack
 from lora_core.errors import ArtifactRefused, RecipeError, TrainingError
 from lora_core.evaluate import Asked, Trial, evaluate, evaluate_all
-from lora_core.forward import stack, token_losses
+from lora_core.forward import token_losses
 from lora_core.generate import generate
 from lora_core.intake import read_artifact
 from lora_core.layers import checkpointed, compiled
