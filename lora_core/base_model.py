@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from lora_core.base_checks import check_sharing, longest_example
 from lora_core.base_files import CONVERT, WEIGHTS, check_quantise, fingerprint, locate
 from lora_core.errors import BaseModelError, DeviceMissing
 from lora_core.products import quick_product, quicken
@@ -83,7 +84,8 @@ def outline(folder: Path) -> BaseModel:
     linears = adaptable(model)
     sites = tuple(Site(path, *widths(linear), -1 - n) for n, (path, linear) in enumerate(linears.items()))
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
-    return BaseModel(model, None, str(folder), "", "", sites, transposed, _longest(model), plain_head=False)
+    longest = longest_example(model.config)
+    return BaseModel(model, None, str(folder), "", "", sites, transposed, longest, plain_head=False)
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -155,25 +157,23 @@ def freeze(
     digest: str = "",
     quantised: str = "",
 ) -> BaseModel:
-    """A model already in memory as a base: no gradient, no dropout of its own, the quickest products."""
+    """A model already in memory as a base: no gradient, no dropout of its own, the quickest products.
+
+    Raises BaseModelError where there is nothing to adapt, or where users could not share it.
+    """
     unpack_on_use(model)
     quicken(model)
     model.requires_grad_(False).eval()
     linears = adaptable(model)
     if not linears:
         raise BaseModelError(name, "it has no linear layer to adapt", "choose a transformer language model")
+    longest = longest_example(model.config)
+    check_sharing(model, name, longest)
     reads = _what_is_read(model, linears)
     sites = tuple(Site(path, *widths(linear), reads[path]) for path, linear in linears.items())
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
-    return BaseModel(
-        model, tokenizer, name, revision, digest, sites, transposed, _longest(model), _has_plain_head(model), quantised
-    )
-
-
-def _longest(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    limits = (getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None))
-    return min(limit for limit in (*limits, 1 << 30) if limit)
+    plain_head = _has_plain_head(model)
+    return BaseModel(model, tokenizer, name, revision, digest, sites, transposed, longest, plain_head, quantised)
 
 
 @torch.inference_mode()

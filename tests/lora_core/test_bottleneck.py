@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, MptConfig, MptForCausalLM, PreTrainedModel
 
 from benchmarks.memory_law import Setting, make_base, measured
 from lora_core.banks.bottleneck import BottleneckBank, bottleneck_bank
@@ -191,16 +191,16 @@ def test_detaching_gives_the_base_back(base: BaseModel) -> None:
 
 def test_the_places_are_where_a_layer_adds_to_its_stream() -> None:
     """Found by trying: a block, a linear inside a block that adds by itself, a norm behind a block."""
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=WORDS, hidden_size=32, n_layer=1, n_head=4))
+    mpt = MptForCausalLM(MptConfig(vocab_size=WORDS, d_model=32, n_layers=1, n_heads=4))
     gemma = Gemma2ForCausalLM(
         Gemma2Config(vocab_size=WORDS, hidden_size=32, intermediate_size=56, num_hidden_layers=1, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     )  # fmt: skip
 
-    found = [[place.name for place in residual_places(freeze(model, None))] for model in (bloom, gemma)]
+    found = [[place.name for place in residual_places(freeze(model, None))] for model in (mpt, gemma)]
 
     assert found == [
-        ["transformer.h.0.self_attention.dense", "transformer.h.0.mlp.dense_4h_to_h"],
+        ["transformer.blocks.0.attn", "transformer.blocks.0.ffn.down_proj"],
         ["model.layers.0.post_attention_layernorm", "model.layers.0.post_feedforward_layernorm"],
     ]
 

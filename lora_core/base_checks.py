@@ -1,0 +1,60 @@
+"""What a base must keep for users and documents to share it: tried on a few tokens, whatever its architecture is."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lora_core.batch import as_batch, fields_of
+from lora_core.data.packing import pack
+from lora_core.data.rendering import Rendered
+from lora_core.errors import BaseModelError
+
+ENDLESS = 1 << 30  # tokens an example may have where a base names no limit
+FEW = 4  # tokens of a document that is tried
+DENSE = "choose a dense base whose layers all attend under a mask, as those of Llama, Mistral, Qwen3, Gemma or GPT-2 do"
+
+
+def longest_example(config: PreTrainedConfig) -> int:
+    """Tokens an example may have: a base knows no later position, or looks no further back."""
+    text = config.get_text_config()
+    limits = (getattr(text, "max_position_embeddings", None), getattr(text, "sliding_window", None))
+    return min(limit for limit in (*limits, ENDLESS) if limit)
+
+
+def check_sharing(model: PreTrainedModel, name: str, longest: int) -> None:
+    """Refuse a base in which a document would depend on others, of its row or of other rows.  Raises BaseModelError."""
+    if any(type(module).__name__.endswith("Experts") for module in model.modules()):  # transformers' name
+        why = "its experts multiply all users' tokens together, so a user's bytes would depend on its neighbours"
+        raise BaseModelError(name, why, DENSE)
+    length, last = min(FEW, longest), 0 if longest == ENDLESS else longest - 1
+    try:
+        one, two = _behind(model, length, 0, 0), _behind(model, length, 1, last)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an architecture's own code raises
+        said = (str(error).splitlines() or [""])[0][:100]
+        why = f"it cannot read several documents in a row: {type(error).__name__}: {said}"
+        raise BaseModelError(name, why, DENSE) from error
+    if not torch.allclose(one, two, rtol=0, atol=0, equal_nan=True):  # broken weights are another matter
+        why = "its documents change each other: recurrent, convolutional and linear-attention layers heed no mask"
+        raise BaseModelError(name, why, DENSE)
+
+
+@torch.inference_mode()
+def _behind(model: PreTrainedModel, length: int, other: int, position: int) -> Tensor:
+    """A document's last hidden states, behind one of the `other` token and beside a row with a token at `position`."""
+    words: int = model.config.get_text_config().vocab_size
+    mine, earlier = _document(range(length), words), _document([other] * length, words)
+    rows = [pack(documents, 2 * length)[0] for documents in ([(0, earlier), (1, mine)], [(0, earlier)])]
+    fields_4KT = fields_of(rows, model.device)
+    fields_4KT[2, 1, -1] = position
+    batch = as_batch(fields_4KT, model.dtype)
+    hidden_KTD: Tensor = model.base_model(**batch.inputs).last_hidden_state
+    return hidden_KTD[0, length:]
+
+
+def _document(tokens: Iterable[int], words: int) -> Rendered:
+    known = tuple(token % words for token in tokens)
+    return Rendered(known, (True,) * len(known))
