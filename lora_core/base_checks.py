@@ -1,6 +1,6 @@
 """What a base must keep for users and documents to share it: tried on a few tokens, whatever its architecture is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,10 +17,23 @@ DENSE = "choose a dense base whose layers all attend under a mask, as those of L
 
 
 def longest_example(config: PreTrainedConfig) -> int:
-    """Tokens an example may have: a base knows no later position, or looks no further back."""
+    """Tokens an example may have: a base has so many positions, or looks no further back."""
+    return min(positions(config), getattr(config.get_text_config(), "sliding_window", None) or ENDLESS)
+
+
+def positions(config: PreTrainedConfig) -> int:
+    """How many a base has: it knows no later one, or would turn all of them otherwise."""
     text = config.get_text_config()
-    limits = (getattr(text, "max_position_embeddings", None), getattr(text, "sliding_window", None))
+    limits = (getattr(text, "max_position_embeddings", None), *_switches(text))
     return min(limit for limit in (*limits, ENDLESS) if limit)
+
+
+def _switches(config: PreTrainedConfig) -> Iterator[int | None]:
+    """Where a rotary embedding takes other frequencies, for all rows as soon as one of them is so long (LongRoPE)."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for one in (rotary, *rotary.values()):  # of all layers, or by the kind of layer
+        if isinstance(one, Mapping) and one.get("rope_type") == "longrope":
+            yield one.get("original_max_position_embeddings")
 
 
 def check_sharing(model: PreTrainedModel, name: str, longest: int) -> None:

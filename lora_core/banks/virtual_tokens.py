@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_core.banks.bank import Facts, Shapes
+from lora_core.base_checks import positions
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.errors import ArtifactRefused, TrainingError
@@ -35,7 +36,7 @@ class Ahead:
 
     def __init__(self, base: BaseModel, cohort: Cohort, most: int) -> None:
         self.cohort, self.most = cohort, most
-        self.last = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self.there_are = positions(base.model.config)
 
     def counts(self) -> Tensor:
         """n_k, K 1."""
@@ -52,13 +53,13 @@ class Ahead:
     def positions(self, asked: Arguments, tokens: int, read: int) -> Tensor:
         """Where tokens are, K T: as asked, behind the slot's own virtual tokens.
 
-        A table of positions may end sooner for whoever judges an adapter on longer examples than it was trained on:
+        A base's positions may end sooner for whoever judges an adapter on longer examples than it was trained on:
         what would lie behind the end shares the last one.
         """
         given_KT = asked.get("position_ids")
         if given_KT is None:
             given_KT = torch.arange(read, read + tokens, device=self.cohort.scale_K11.device)[None]
-        return torch.minimum(given_KT + self.counts(), given_KT.clamp_min(self.last - 1))
+        return torch.minimum(given_KT + self.counts(), given_KT.clamp_min(self.there_are - 1))
 
     def mask(self, asked: Arguments, tokens: int, read: int) -> Tensor:
         """What tokens see, K S or, added to attention, K 1 T S: as asked, behind the slot's own virtual tokens."""

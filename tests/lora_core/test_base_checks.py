@@ -26,11 +26,16 @@ from transformers import (
     RwkvConfig,
 )
 
+from lora_core.banks.table import make_bank
+from lora_core.base_checks import check_sharing, longest_example
 from lora_core.base_model import BaseModel, freeze
 from lora_core.batch import stack
 from lora_core.data.packing import pack
 from lora_core.errors import BaseModelError
 from lora_core.forward import token_losses
+from lora_core.learner import Learner
+from lora_core.recipe import make_recipe
+from lora_core.train import train
 from tests.lora_core.conftest import WORDS, T, examples
 
 TOKENS = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -46,10 +51,14 @@ LINEAR = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 24, "factor": 4.0,
+}  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 SHARED = [
     Gemma3TextConfig(**HEADED, sliding_window=16), Gemma3TextConfig(**HEADED, attn_implementation="eager"),
-    LlamaConfig(**SMALL), LlamaConfig(**SMALL, rope_parameters=DYNAMIC),
+    LlamaConfig(**SMALL), LlamaConfig(**SMALL, rope_parameters=LONG), LlamaConfig(**SMALL, rope_parameters=DYNAMIC),
     MistralConfig(**SMALL, sliding_window=16), Phi3Config(**SMALL), Qwen2Config(**SMALL), Qwen3Config(**HEADED),
     GPTNeoConfig(**NARROW, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
     OPTConfig(**NARROW, num_hidden_layers=2, num_attention_heads=4, ffn_dim=56, word_embed_proj_dim=64),
@@ -112,3 +121,32 @@ def test_a_mixture_of_experts_is_refused(config: PreTrainedConfig) -> None:
     """An expert's product has as many rows as tokens go to it, whosever they are, and so other bits."""
     with pytest.raises(BaseModelError, match="tiny: its experts multiply all users' tokens together"):
         frozen(config)
+
+
+def test_an_example_ends_where_a_rotary_embedding_turns_otherwise() -> None:
+    """One longer document would change everybody's positions; and no shorter one does."""
+    base = frozen(LlamaConfig(**SMALL, rope_parameters=LONG))
+    by_layer = Gemma3TextConfig(**HEADED)
+    by_layer.rope_parameters = {"full_attention": LONG, "sliding_attention": {"rope_type": "default"}}
+
+    assert (base.longest, longest_example(by_layer)) == (24, 24)
+    assert longest_example(LlamaConfig(**SMALL, rope_parameters=DYNAMIC)) == 128
+    check_sharing(base.model, "tiny", 24)
+    with pytest.raises(BaseModelError, match="change each other"):
+        check_sharing(base.model, "tiny", 25)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
+def test_with_two_sets_of_frequencies_a_user_learns_the_same_beside_the_longest_documents(method: str) -> None:
+    """As long as a base of LongRoPE lets an example be, and virtual tokens before them."""
+    base = frozen(LlamaConfig(**SMALL, rope_parameters=LONG))
+    ahead = {} if method == "lora" else {"num_virtual_tokens": 5}
+    settings = make_recipe({"method": method, "epochs": 1, "row_tokens": T, "max_length": T, **ahead})
+    bank, longest = make_bank(base, [settings.method]), examples(2, 40, base.longest)
+    me, other = Learner("me", settings, examples(1, 10, 16)), Learner("other", settings, longest)
+
+    alone, beside = ({one.name: one for one in train(base, who, 2, T, bank)}["me"] for who in ([me], [me, other]))
+
+    assert max(len(one.tokens) for one in longest) == base.longest
+    assert torch.equal(alone.row_P, beside.row_P)
