@@ -27,7 +27,7 @@ from flows.sending import publish_some
 from flows.shelf import StoreShelf
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel, check_device
-from lora_core.errors import BaseChanged, LoraError
+from lora_core.errors import BaseChanged, BaseUnfit, LoraError
 from lora_core.planner import Plan, with_fewer
 from lora_core.recipe import make_recipe
 from lora_core.saves import Saves
@@ -125,7 +125,7 @@ def prepare(factory: Factory, claimed: Sequence[ClaimedJob], hands: Hands, leave
     cohort = Cohort(plan, first.group, hands, leave)
     try:
         cohort.base = load_for(factory, first)
-    except BaseChanged as error:
+    except (BaseChanged, BaseUnfit) as error:
         for job in claimed:
             drop(factory, cohort, job, str(error))
     except LoraError as error:

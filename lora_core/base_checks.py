@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lora_core.batch import as_batch, fields_of
 from lora_core.data.packing import pack
 from lora_core.data.rendering import Rendered
-from lora_core.errors import BaseModelError
+from lora_core.errors import BaseUnfit
 
 ENDLESS = 1 << 30  # tokens an example may have where a base names no limit
 FEW = 4  # tokens of a document that is tried
@@ -37,10 +37,10 @@ def _switches(config: PreTrainedConfig) -> Iterator[int | None]:
 
 
 def check_sharing(model: PreTrainedModel, name: str, longest: int) -> None:
-    """Refuse a base in which a document would depend on others, of its row or of other rows.  Raises BaseModelError."""
+    """Refuse a base in which a document would depend on others, of its row or of other rows.  Raises BaseUnfit."""
     if any(type(module).__name__.endswith("Experts") for module in model.modules()):  # transformers' name
         why = "its experts multiply all users' tokens together, so a user's bytes would depend on its neighbours"
-        raise BaseModelError(name, why, DENSE)
+        raise BaseUnfit(name, why, DENSE)
     length, last = min(FEW, longest), 0 if longest == ENDLESS else longest - 1
     try:
         one, two = _behind(model, length, 0, 0), _behind(model, length, 1, last)
@@ -49,10 +49,10 @@ def check_sharing(model: PreTrainedModel, name: str, longest: int) -> None:
     except Exception as error:  # whatever an architecture's own code raises
         said = (str(error).splitlines() or [""])[0][:100]
         why = f"it cannot read several documents in a row: {type(error).__name__}: {said}"
-        raise BaseModelError(name, why, DENSE) from error
+        raise BaseUnfit(name, why, DENSE) from error
     if not torch.allclose(one, two, rtol=0, atol=0, equal_nan=True):  # broken weights are another matter
         why = "its documents change each other: recurrent, convolutional and linear-attention layers heed no mask"
-        raise BaseModelError(name, why, DENSE)
+        raise BaseUnfit(name, why, DENSE)
 
 
 @torch.inference_mode()

@@ -7,7 +7,8 @@ LoraError
 │   └── TemplateRefused   the base's chat template takes no such conversation
 ├── RecipeError           a recipe is not valid
 ├── BaseModelError        a base cannot be loaded or adapted
-│   └── BaseChanged       it is another one than it was
+│   ├── BaseChanged       it is another one than it was
+│   └── BaseUnfit         users cannot share it, on whatever machine
 ├── DeviceMissing         a device is not in this machine
 ├── MemoryTooSmall        not even one slot fits into a device's memory
 ├── ArtifactRefused       adapter files are hostile, broken or of another base
@@ -83,6 +84,10 @@ class BaseModelError(LoraError):
 
 class BaseChanged(BaseModelError):
     """The base in that place is another one than it was."""
+
+
+class BaseUnfit(BaseModelError):
+    """Users cannot share a base of that kind, on whatever machine."""
 
 
 class DeviceMissing(LoraError):

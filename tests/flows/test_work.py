@@ -14,7 +14,7 @@ import torch
 from httpx import ConnectError
 from pydantic import ByteSize
 
-from flows import candidates, sending
+from flows import candidates, fitting, sending
 from flows import cohort as steps
 from flows.due import runs_wanted
 from flows.errors import OrchestratorAway
@@ -28,6 +28,7 @@ from lora_core import train
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort as Slots
+from lora_core.errors import BaseUnfit
 from lora_core.evaluate import Scores, evaluate_all
 from lora_core.intake import read_artifact
 from lora_core.micro_step import read_rows
@@ -278,6 +279,22 @@ def test_who_asks_for_a_base_that_is_gone_waits_alone(factory: Factory, ask: Ask
     assert (state(factory, lost).state, state(factory, found).state) == ("queued", "published")
     assert state(factory, lost).attempts == 0
     assert "no such folder" in str(state(factory, lost).error)
+
+
+def test_who_asks_for_a_base_that_nobody_can_share_fails(
+    factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other machine can do it either."""
+    job = ask("acme/alice").job_id
+
+    def unfit(*_: object, **__: object) -> BaseModel:
+        raise BaseUnfit("org/base", "its experts multiply all users' tokens together", "choose a dense base")
+
+    monkeypatch.setattr(fitting, "load_base", unfit)
+    run_cohort(factory)
+
+    assert state(factory, job).state == "failed"
+    assert "choose a dense base" in str(state(factory, job).error)
 
 
 def test_a_base_that_lies_elsewhere_here_is_the_same_base(base_folder: Path, ask: Ask) -> None:
