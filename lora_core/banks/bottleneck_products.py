@@ -105,11 +105,10 @@ def adapted_gradients(
     inner_g_KWT = _chosen(ways_KWT, factors.chosen_KA11)
     down_g_KWD = torch.bmm(inner_g_KWT, _seen(x_KTD, keep_KTD))
     bias_g_KW1 = inner_g_KWT.sum(2, keepdim=True) * biased_K11
-    if keep_KTD is None:
-        x_g_KTD = torch.baddbmm(g_KTD, inner_g_KWT.mT, factors.down_KWD)
-    else:
-        x_g_KTD = torch.bmm(inner_g_KWT.mT, factors.down_KWD).mul_(keep_KTD).add_(g_KTD)
-    return x_g_KTD, down_g_KWD, bias_g_KW1, up_g_KVD
+    x_g_KTD = torch.bmm(inner_g_KWT.mT, factors.down_KWD)  # rounded here, whether or not a neighbour drops inputs
+    if keep_KTD is not None:
+        x_g_KTD.mul_(keep_KTD)
+    return x_g_KTD.add_(g_KTD), down_g_KWD, bias_g_KW1, up_g_KVD
 
 
 class Adapted(torch.autograd.Function):

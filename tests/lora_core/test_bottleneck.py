@@ -288,6 +288,19 @@ def test_a_user_is_the_same_alone_packed_taken_aside_killed_and_resumed(tmp_path
         assert (alone.losses, alone.held_out, alone.outcome) == (other.losses, other.held_out, other.outcome)
 
 
+@pytest.mark.parametrize(("half", "width"), [(True, 8), (False, 256)])
+def test_a_neighbour_who_drops_inputs_changes_nobody(half: bool, width: int) -> None:
+    """What is rounded when must not depend on whether there are masks: in bf16 it shows at once, in fp32 where wide."""
+    base = freeze(llama().to(torch.bfloat16) if half else llama(), None)
+    mine, other = (user(seed, width=width, dropout=dropout) for seed, dropout in ((1, 0.0), (2, 0.1)))
+    bank = bottleneck_bank(base, [spec(width=width)])
+
+    (alone,) = train(base, [mine], 2, T, bank)
+    packed = {one.name: one for one in train(base, [mine, other], 2, T, bank)}[mine.name]
+
+    assert torch.equal(alone.row_P, packed.row_P)
+
+
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 def test_a_broken_neighbour_changes_nobody(base: BaseModel, act: str) -> None:
     """NaN weights: the others' bytes stay as they were, and it is retired."""
