@@ -60,7 +60,7 @@ def train(
     learners, compute = list(learners), compute or read_rows
     bank = bank or make_bank(base, [learner.recipe.method for learner in learners])
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
-    room = Room(cohort, bank, row_tokens, saves and saves.shaped(slots, row_tokens, bank))
+    room = Room(cohort, bank, row_tokens, saves and saves.shaped(slots, row_tokens, bank, bank.width))
     room.enter(learners)
     micro_steps = finished = tokens = rows = 0
 

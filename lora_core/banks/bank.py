@@ -17,6 +17,8 @@ from lora_core.optim import Stretch
 Facts = Mapping[str, object]  # JSON that another module owns
 Shapes = Mapping[str, list[int]]  # of tensors, by name
 
+LINE = 32  # numbers: 64 bytes of bf16, 128 of fp32
+
 
 class Bank(Protocol):
     """The rows of users of one method on one base.  A row of zeros, in a slot of scale 0, is the base itself.
@@ -31,7 +33,7 @@ class Bank(Protocol):
 
     @property
     def width(self) -> int:
-        """P: how many numbers a user has."""
+        """P: how many numbers a user has; whole lines of them."""
         ...
 
     @property
@@ -65,6 +67,15 @@ class Bank(Protocol):
         Gradients are added to the cohort's gradient matrix.
         """
         ...
+
+
+def whole_lines(numbers: int) -> int:
+    """So many numbers, and zeros behind them that nobody reads, to the end of a cache line.
+
+    What is that long begins at a whole line in every row: MKL's products round by how their operands are aligned, and a
+    user's bytes must not depend on the slot.
+    """
+    return -(-numbers // LINE) * LINE
 
 
 PEFT_USAGE = """\

@@ -16,6 +16,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from lora_core.banks.bank import whole_lines
 from lora_core.banks.bottleneck_products import AdapterLayer, Factors
 from lora_core.banks.lora import PREFIX
 from lora_core.banks.residuals import Place, residual_places
@@ -26,15 +27,12 @@ from lora_core.layers import wrapped
 from lora_core.methods import MOST_WIDTH, BottleneckSpec
 from lora_core.optim import Stretch
 
-LINE = 32  # numbers: 64 bytes of bf16, 128 of fp32
-
 
 @dataclass(frozen=True)
 class BottleneckBank:
     """Where each place's down, up and biases lie in a row of P numbers; last, a switch for each activation.
 
-    Each begins at a whole cache line in every row: MKL's products round by how their operands are aligned, and a user's
-    bytes must not depend on the slot.
+    Each is whole lines long.
     """
 
     places: tuple[Place, ...]
@@ -49,7 +47,7 @@ class BottleneckBank:
     @property
     def width(self) -> int:
         """P: how many numbers a user has."""
-        return sum(map(_aligned, self._sizes()))
+        return sum(map(whole_lines, self._sizes()))
 
     def start_row(self, spec: BottleneckSpec, seed: int) -> Tensor:
         """How a user starts, shape P: down uniform in +-1/sqrt(D), as torch's linears start, all else zero.
@@ -69,7 +67,7 @@ class BottleneckBank:
     def factors(self, matrix_KP: Tensor) -> list[Factors]:
         """Each place's factors as views into the cohort matrix."""
         sizes = self._sizes()
-        split = matrix_KP.split(list(map(_aligned, sizes)), dim=1)
+        split = matrix_KP.split(list(map(whole_lines, sizes)), dim=1)
         *parts, chosen_KA = (part_KP[:, :size] for part_KP, size in zip(split, sizes, strict=True))
         quarters = zip(*(iter(parts),) * 4, strict=True)  # four by four
         return [
@@ -133,10 +131,6 @@ class BottleneckBank:
     def _switch_on(self, factors: Factors, spec: BottleneckSpec) -> None:
         factors.biased_K11[0] = float(spec.biases)
         factors.chosen_KA11[0, self.activations.index(spec.activation)] = 1
-
-
-def _aligned(size: int) -> int:
-    return -(-size // LINE) * LINE
 
 
 def tensor_names(place: Place) -> dict[str, str]:

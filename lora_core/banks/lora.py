@@ -15,6 +15,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from lora_core.banks.bank import whole_lines
 from lora_core.banks.lora_sites import LoraGroup, LoraSite
 from lora_core.banks.lora_starts import Principals
 from lora_core.base_model import BaseModel, Site
@@ -43,11 +44,16 @@ class LoraBank:
     @property
     def width(self) -> int:
         """P: how many numbers a user has."""
-        return self._factors_width + self.rank * len(self.sites) * self.patterned
+        return whole_lines(self._scales.stop)
 
     @property
     def _factors_width(self) -> int:
         return sum(self.rank * (site.inputs + site.outputs) for site in self.sites)
+
+    @property
+    def _scales(self) -> slice:
+        """Where the scales lie that sites have of their own."""
+        return slice(self._factors_width, self._factors_width + self.rank * len(self.sites) * self.patterned)
 
     @property
     def size(self) -> int:
@@ -95,7 +101,7 @@ class LoraBank:
         if self.patterned:
             sites = [site for group in self.groups for site in group]
             more = torch.tensor([spec.scale_at(site.name) / spec.scale - 1 for site in sites])
-            row_P[self._factors_width :] = more.repeat_interleave(self.rank)
+            row_P[self._scales] = more.repeat_interleave(self.rank)
         return row_P
 
     def group_scales(self, matrix_KP: Tensor) -> list[Tensor | None]:
@@ -103,7 +109,7 @@ class LoraBank:
         if not self.patterned:
             return [None] * len(self.groups)
         sizes = [self.rank * len(group) for group in self.groups]
-        return [more_KS[:, :, None] for more_KS in matrix_KP[:, self._factors_width :].split(sizes, dim=1)]
+        return [more_KS[:, :, None] for more_KS in matrix_KP[:, self._scales].split(sizes, dim=1)]
 
     def stretches(self, spec: LoraSpec) -> Sequence[Stretch]:
         """Downs at the recipe's rate, ups at theirs (LoRA+; Hayou et al., 2024); a start that is taken off stays."""

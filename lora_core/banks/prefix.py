@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from lora_core.banks.bank import Facts, Method, Shapes
+from lora_core.banks.bank import Facts, Method, Shapes, whole_lines
 from lora_core.banks.virtual_tokens import (
     TENSOR,
     Ahead,
@@ -85,11 +85,12 @@ class PrefixBank:
     @property
     def width(self) -> int:
         """P: how many numbers a user has."""
-        return sum(map(math.prod, self.shapes))
+        return whole_lines(sum(map(math.prod, self.shapes)))
 
     def pieces(self, matrix_KP: Tensor) -> list[Tensor]:
         """The pieces of all rows, as views into the cohort matrix."""
-        parts_KP = matrix_KP.split([math.prod(shape) for shape in self.shapes], dim=1)
+        sizes = [math.prod(shape) for shape in self.shapes]
+        parts_KP = matrix_KP[:, : sum(sizes)].split(sizes, dim=1)
         return [part_KP.unflatten(1, shape) for part_KP, shape in zip(parts_KP, self.shapes, strict=True)]
 
     def start_row(self, spec: PrefixSpec, seed: int) -> Tensor:

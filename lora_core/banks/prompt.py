@@ -1,6 +1,6 @@
 """Prompt tuning (Lester et al., 2021) as rows: embeddings that are read before the text's.
 
-K slots, T tokens a slot, V virtual tokens of the bank, D the base's embedding width, P = V D numbers a user.
+K slots, T tokens a slot, V virtual tokens of the bank, D the base's embedding width, P numbers a user.
 A user of fewer virtual tokens has zeros behind them, which nobody sees: they have zero gradient and stay zero.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.banks.bank import Facts, Method, Shapes
+from lora_core.banks.bank import Facts, Method, Shapes, whole_lines
 from lora_core.banks.virtual_tokens import (
     TENSOR,
     Ahead,
@@ -46,7 +46,12 @@ class PromptBank:
     @property
     def width(self) -> int:
         """P: how many numbers a user has."""
-        return self.size * self.embedding_width
+        return whole_lines(self.size * self.embedding_width)
+
+    def prompts(self, matrix_KP: Tensor) -> Tensor:
+        """The embeddings of all rows, K V D, as a view into the cohort matrix."""
+        mine_KP = matrix_KP[:, : self.size * self.embedding_width]
+        return mine_KP.view(len(mine_KP), self.size, -1)
 
     def start_row(self, spec: PromptSpec, seed: int) -> Tensor:
         """How a user starts, shape P: from chance, a text or the vocabulary, as in PEFT."""
@@ -66,7 +71,7 @@ class PromptBank:
 
     def to_tensors(self, row_P: Tensor, spec: PromptSpec) -> dict[str, Tensor]:
         """A user's row as PEFT's tensor."""
-        return {TENSOR: row_P.view(self.size, -1)[: spec.virtual_tokens].clone()}
+        return {TENSOR: self.prompts(row_P[None])[0, : spec.virtual_tokens].clone()}
 
     def from_tensors(self, tensors: Mapping[str, Tensor], spec: PromptSpec) -> Tensor:
         """The row of P numbers that PEFT's tensor describes."""
@@ -79,17 +84,15 @@ class PromptBank:
     @contextmanager
     def attached(self, base: BaseModel, cohort: Cohort) -> Iterator[None]:
         """While inside, row k of every batch is read behind slot k's virtual tokens, and their answers are cut off."""
-        weights_KVD, gradient_KVD = (
-            matrix_KP.unflatten(1, (self.size, -1)) for matrix_KP in (cohort.working_KP, cohort.gradient_KP)
-        )
-        reading = _Reading(base, Ahead(base, cohort, self.size), as_leaf(weights_KVD, gradient_KVD))
+        prompts_KVD = as_leaf(self.prompts(cohort.working_KP), self.prompts(cohort.gradient_KP))
+        reading = _Reading(base, Ahead(base, cohort, self.size), prompts_KVD)
         with called(base.model.base_model, reading.change, reading.answer):
             yield
 
     def _row(self, own_ND: Tensor) -> Tensor:
-        row_VD = torch.zeros(self.size, self.embedding_width)
-        row_VD[: len(own_ND)] = own_ND
-        return row_VD.flatten()
+        row_P = torch.zeros(self.width)
+        self.prompts(row_P[None])[0, : len(own_ND)] = own_ND
+        return row_P
 
     def _text_tokens(self, spec: PromptSpec) -> list[int]:
         """The start text's tokens, cut or repeated until there is one for each virtual token."""

@@ -165,7 +165,7 @@ def test_a_save_of_a_time_before_answers_were_lists_is_none(llama_base: BaseMode
     one, bank = learner(1), LoraBank(llama_base.sites, 4)
     saves = Saves(tmp_path, "shape", lambda: True)
     whole = run(llama_base, [one], 1, bank, saves=saves)[one.name]
-    assert saves.shaped(1, T, bank).load(one)
+    assert saves.shaped(1, T, bank, bank.width).load(one)
     (path,) = tmp_path.glob("*.safetensors")
     with safe_open(path, framework="pt") as file:
         metadata, rows = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
@@ -173,7 +173,7 @@ def test_a_save_of_a_time_before_answers_were_lists_is_none(llama_base: BaseMode
     old = {"scale": facts["scale"], "heard": [[[1.0], 0.0]], "losses": []}
     save_file(rows, path, {**metadata, "facts": json.dumps(old)})
 
-    assert saves.shaped(1, T, bank).load(one) is None
+    assert saves.shaped(1, T, bank, bank.width).load(one) is None
     assert same(whole, run(llama_base, [one], 1, bank, saves=saves)[one.name])
 
 
