@@ -130,7 +130,7 @@ def main() -> None:
 
 def _rows(learner: Learner, row_tokens: int) -> int:
     """What a plan of the cohort takes it for."""
-    return Student(learner, row_tokens, lambda: torch.zeros(1)).rows_planned
+    return Student(learner, row_tokens, lambda: torch.zeros(1)).rows_left
 
 
 if __name__ == "__main__":

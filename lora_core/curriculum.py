@@ -7,7 +7,7 @@ never on who else is in the cohort, nor on when its rows are read.
 import math
 from collections.abc import Callable, Generator, Sequence
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, islice
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from lora_core.optim import RowStep, rate_at
 from lora_core.preference import Reference
 from lora_core.referee import Answers, Dropped, Referee
 
+TRIED = 4  # batches that are packed to see how many rows a step has
 BASE_READS = 64  # rows that the base is given at once: enough for any number of free slots
 Stream = Generator[Assignment, Heard, Trained]
 
@@ -45,23 +46,42 @@ class Student:
         self.best = math.inf
         self.lessons = 0  # given so far of those that dropout masks are told apart by
         self.base_reads = 0  # rows that the base has read for it
+        self.learnt = 0  # rows of the steps so far
         self.shares = 0  # assignments so far that are, or could be, read once for all rivals
         self.reference = Reference(self.recipe.objective)
         self.planned = self._planned_steps()
 
-    @cached_property
-    def rows_planned(self) -> int:
-        """About how many rows it reads if nothing stops it early: what a plan of the cohort goes by."""
-        lengths = [len(rendered.tokens) for rendered in self.learner.train]
-        step_tokens = self.recipe.batch_size * sum(lengths) / max(1, len(lengths))
-        step_rows = self.recipe.batch_rows or math.ceil(step_tokens / self.row_tokens)
-        of_base = len(self._dense_rows) + len(self._held_out_rows) if self.recipe.objective.paired else 0
-        return of_base + self.planned * step_rows + (self.recipe.epochs + 1) * len(self._held_out_rows)
-
     @property
     def rows_left(self) -> int:
-        """About how many of them are still to be read, at least one."""
-        return max(1, self.rows_planned - self.lessons - self.base_reads)
+        """About how many rows it still reads, at least one: what a plan of the cohort goes by.
+
+        Counted by the steps and examinations that are left if nothing stops it early: then an estimate of how many rows
+        a step has does not add up to long before the end, or long after.
+        """
+        held_out = len(self._held_out_rows)
+        of_base = len(self._dense_rows) + held_out - self.base_reads if self.recipe.objective.paired else 0
+        to_learn = math.ceil((self.planned - self.result.steps) * self._step_rows)
+        return max(1, of_base + to_learn + self._examinations_left * held_out)
+
+    @property
+    def _step_rows(self) -> float:
+        """Rows of an optimiser step, in the mean: as in the steps so far and in an epoch's first."""
+        if self.recipe.batch_rows is not None:
+            return len(self._dense_rows) / max(1, self._epoch_steps)
+        return (self.learnt + sum(self._first_rows)) / max(1, self.result.steps + len(self._first_rows))
+
+    @cached_property
+    def _first_rows(self) -> list[int]:
+        return [len(rows) for rows in islice(self._batches(0), TRIED)]
+
+    @property
+    def _examinations_left(self) -> int:
+        """How many times it is still examined: before the first epoch and after each, and for its referee."""
+        referee, steps = self.learner.referee, self.result.steps
+        rungs = sum(steps < rung < self.planned for rung in referee.rungs(self.planned)) if referee else 0
+        if self.recipe.patience is None:
+            return rungs + (referee is not None)
+        return rungs + 1 + math.ceil(self.planned / max(1, self._epoch_steps)) - len(self.result.held_out)
 
     def study(self) -> Stream:
         """Epoch by epoch, examined after each, until done, no longer better, or not finite.
@@ -174,13 +194,14 @@ class Student:
 
     def _planned_steps(self) -> int:
         """How many optimiser steps it takes if nothing stops it early."""
-        recipe = self.recipe
-        batches = (
-            math.ceil(len(self.learner.train) / recipe.batch_size)
-            if recipe.batch_rows is None
-            else math.ceil(len(self._dense_rows) / recipe.batch_rows)
-        )
-        return min(recipe.epochs * batches, recipe.max_steps or recipe.epochs * batches)
+        steps = self.recipe.epochs * self._epoch_steps
+        return min(steps, self.recipe.max_steps or steps)
+
+    @cached_property
+    def _epoch_steps(self) -> int:
+        if self.recipe.batch_rows is None:
+            return math.ceil(len(self.learner.train) / self.recipe.batch_size)
+        return math.ceil(len(self._dense_rows) / self.recipe.batch_rows)
 
     def _batch(self, rows: Sequence[Row]) -> Generator[Assignment, Heard, None]:
         """One optimiser step: the mean loss over all of the batch's rows."""
@@ -189,7 +210,7 @@ class Student:
         rate = rate_at(self.recipe, step, self.planned)
         total = yield from self._learn(rows, share, RowStep(step, rate, self.recipe))
         self.result.tokens += sum(row.used for row in rows)
-        self.result.steps = step
+        self.result.steps, self.learnt = step, self.learnt + len(rows)
         self.result.losses.append((step, total * share))
 
     def _examine(self, first: bool = False) -> Generator[Assignment, Heard, None]:

@@ -55,7 +55,7 @@ class Room:
     @property
     def rows_left(self) -> int:
         """About how many rows everybody here is still to read."""
-        return sum(seat.student.rows_left for seat in (*self._seated.values(), *self._waiting))
+        return sum(seat.rows_left for seat in (*self._seated.values(), *self._waiting))
 
     def readers(self, lessons: Sequence[Lesson | None]) -> dict[str, int]:
         """Who reads what was dealt, and how many tokens of it."""
@@ -128,7 +128,7 @@ class Room:
         examines = self._rota.examines(pending, len(learning), self.cohort.slots)
         readers, others = (examined, learning) if examines else (learning, examined)
         free = [slot for slot in range(self.cohort.slots) if slot not in self._seated] + [seat.slot for seat in others]
-        left = [seat.student.rows_left for seat in readers]
+        left = [seat.rows_left for seat in readers]
         for seat, further in zip(readers, seating.lanes([s.pending for s in readers], left, len(free)), strict=True):
             seat.slots = [seat.slot, *(self._lend(seat, free) for _ in range(further))]
             for number, slot in enumerate(seat.slots[: seat.pending]):

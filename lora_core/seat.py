@@ -42,6 +42,11 @@ class Seat:
         return len(self.assignment.lessons) - len(self.answers)
 
     @property
+    def rows_left(self) -> int:
+        """About how many rows it still reads, at least one."""
+        return max(1, self.student.rows_left - len(self.answers))
+
+    @property
     def learns(self) -> bool:
         """Whether its assignment is to learn from; else it is examined."""
         return self.assignment.step is not None
@@ -54,7 +59,7 @@ class Seat:
     def standing(self, clock: int) -> Standing:
         """What the plan knows of it."""
         waited = clock - self.since if self.slot < 0 else 0
-        return Standing(self.student.rows_left, self.priority, waited, max(0, self.hold_until - clock))
+        return Standing(self.rows_left, self.priority, waited, max(0, self.hold_until - clock))
 
     def resume(self, progress: Progress) -> None:
         """Go on from saved progress: hear again what was heard before, and take its rows."""

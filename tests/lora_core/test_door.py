@@ -8,13 +8,14 @@ import torch
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
+from lora_core.data.rendering import Rendered
 from lora_core.door import Door
 from lora_core.learner import Learner, Trained
 from lora_core.micro_step import read_rows
 from lora_core.planner import Plan, train_planned
 from lora_core.saves import Saves
 from lora_core.train import train
-from tests.lora_core.conftest import learner
+from tests.lora_core.conftest import learner, recipe
 from tests.lora_core.doors import OneByOne
 
 T = 32
@@ -72,6 +73,19 @@ def test_a_newcomer_sits_down_at_once_and_is_the_same_as_alone(llama_base: BaseM
     assert door.places[0] >= 1
     assert found[late.name].waited <= 1
     assert same(found[late.name], alone(llama_base, late, 2, bank))
+
+
+def test_a_long_user_is_in_nobodys_way_to_its_end(llama_base: BaseModel, bank: LoraBank) -> None:
+    """However empty its rows are, it is no user of a few until it is one: its slot is a newcomer's."""
+    half_rows = tuple(Rendered((1,) * (T // 2 + 1), (True,) * (T // 2 + 1)) for _ in range(16))
+    long = Learner("long", recipe(batch_size=8, row_tokens=T, max_length=T, epochs=4), half_rows)
+    door, late = OneByOne([learner(2, count=2)], after=45), learner(2, count=2)
+
+    found = by_name(list(train(llama_base, [long], 1, T, bank, door=door)))
+
+    assert door.places[44] == 0  # of 64 rows 19 are left
+    assert found[late.name].waited <= 1
+    assert same(found["long"], alone(llama_base, long, 1, bank))
 
 
 def test_who_is_done_may_come_again_under_the_same_name(llama_base: BaseModel, bank: LoraBank) -> None:
