@@ -180,8 +180,11 @@ def _order(dataset: Dataset, base: SharedBase, wanted: Wanted) -> Order:
 
 
 def group(base: Pinned, recipe: Recipe) -> str:
-    """Jobs of one group can share a cohort: with equal base, row length and bank, neighbours change nobody's bytes."""
-    shape: tuple[object, ...] = (base.digest, recipe.row_tokens, *recipe.method.shape)
+    """Jobs of one group can share a cohort: with equal base, row length and bank, neighbours change nobody's bytes.
+
+    Who drops inputs has cohorts apart: the masks are everybody's, and take a quarter more memory and time.
+    """
+    shape: tuple[object, ...] = (base.digest, recipe.row_tokens, bool(recipe.method.dropout), *recipe.method.shape)
     if recipe.search:
         shape = (*shape, recipe.search.rank, recipe.search.layers)
     return hashlib.sha256(repr(shape).encode()).hexdigest()

@@ -333,12 +333,14 @@ def test_runs_are_wanted_for_every_group_and_for_dead_workers_jobs(factory: Fact
     ask("acme/alice")
     ask("acme/bob", rank=2)
     assert runs_wanted(factory) == 2
+    ask("acme/cleo", rank=2, dropout=0.1)  # masks are everybody's in a cohort
+    assert runs_wanted(factory) == 3
 
     with transaction(factory.engine) as session:
         long_ago = now() - timedelta(days=1)
         assert len(jobs.claim(session, "dead", timedelta(minutes=5), 4, long_ago)) == 1
 
-    assert runs_wanted(factory) == 2
+    assert runs_wanted(factory) == 3
 
 
 def test_a_cohort_is_planned_to_fit_into_memory(base_folder: Path, ask: Ask) -> None:
