@@ -182,7 +182,7 @@ def _order(dataset: Dataset, base: SharedBase, wanted: Wanted) -> Order:
 def group(base: Pinned, recipe: Recipe) -> str:
     """Jobs of one group can share a cohort: with equal base, row length and bank, neighbours change nobody's bytes.
 
-    Who drops inputs has cohorts apart: the masks are everybody's, and take a quarter more memory and time.
+    Who drops inputs has cohorts apart: masks are everybody's, and take memory that a plan without has given to slots.
     """
     shape: tuple[object, ...] = (base.digest, recipe.row_tokens, bool(recipe.method.dropout), *recipe.method.shape)
     if recipe.search:

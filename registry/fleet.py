@@ -6,7 +6,7 @@ one is not there any more, somebody moved it meanwhile, and nothing changes at a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, exists, func, insert, literal, or_, select, update
@@ -249,10 +249,9 @@ def _read(text: str, name: str, value: str) -> object:
     refused = NameRefused("condition", text, _CONDITIONS)
     if name in ("since", "until"):
         try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
+            return datetime.fromisoformat(value).astimezone(UTC)
+        except (ValueError, OverflowError):  # no moment, or before or after all that UTC can say
             raise refused from None
-        return moment if moment.tzinfo else moment.astimezone()
     if name == "base" and len(value) <= 64 and value.isascii() and value.isalnum():
         return value
     if name == "user":

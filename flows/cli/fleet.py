@@ -1,7 +1,6 @@
 """`lora promote --all`, `rollback --all` and `protect`: an alias of a whole tenant."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
@@ -13,33 +12,10 @@ from registry.client import Client
 from registry.fleet import Where
 from registry.session import reading, transaction
 
-
-def datable(conditions: list[str] | None) -> list[str] | None:
-    """Conditions as they are, unless a moment of theirs lies before or after all that UTC can say."""
-    for text in conditions or ():
-        name, _, value = text.partition("=")
-        if name in ("since", "until") and not _in_utc(value):
-            raise typer.BadParameter(f"{ascii(text)[:60]} is out of range; give a moment such as {name}=2026-03-01")
-    return conditions
-
-
-def _in_utc(value: str) -> bool:
-    try:
-        given = datetime.fromisoformat(value)
-    except ValueError:  # no moment at all, which the registry tells with what it takes
-        return True
-    try:
-        return bool(given.astimezone(UTC))
-    except (OverflowError, ValueError):
-        return False
-
-
 All = Annotated[bool, typer.Option("--all", help="Of every adapter of a tenant: name the tenant alone.")]
 Conditions = Annotated[
     list[str] | None,
-    typer.Option(
-        "--where", metavar="KEY=VALUE", callback=datable, help="With --all: user=a*, adapter=, base=, since=, until="
-    ),
+    typer.Option("--where", metavar="KEY=VALUE", help="With --all: user=a*, adapter=, base=, since=, until="),
 ]
 Source = Annotated[str, typer.Option("--from", help="With --all: the alias that says where to.")]
 Number = Annotated[

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.fleet import datable
 from flows.cli.printing import AsJson, answer, remark, say
 from registry.client import Client
 from registry.feed import Change
@@ -26,7 +25,6 @@ Conditions = Annotated[
     typer.Option(
         "--where",
         metavar="CONDITION",
-        callback=datable,
         help="user=a*, adapter=, alias=, base=, state=, since=, until=, gain<0.1, gain>, loss<, loss>; all must hold.",
     ),
 ]

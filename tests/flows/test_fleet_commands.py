@@ -70,7 +70,8 @@ def test_what_no_database_can_hold_is_refused(lora_here: LoraHere, words: tuple[
     """Numbers beyond 64 bits, and moments that are before or after all others in UTC."""
     said = lora_here(*words)
 
-    assert (said.code, "Invalid value" in said.err) == (2, True), said
+    assert said.code in (1, 2), said
+    assert "Invalid value" in said.err or "allowed are" in said.err
 
 
 def test_the_first_and_the_last_moment_are_moments(lora_here: LoraHere) -> None:
