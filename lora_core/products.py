@@ -19,7 +19,8 @@ def quick_product(x_NI: Tensor, weight_IO: Tensor, bias_O: Tensor | None = None)
     """x W + b, N O.  In fp32 on a CPU a row has the same bits whoever is beside it, wherever it stands."""
     if not _by_onednn(x_NI):
         return F.linear(x_NI, weight_IO.mT, bias_O)
-    y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, weight_IO.mT, bias_O, "none", [], "")
+    y_MO = torch.ops.mkldnn._linear_pointwise(x_NI.flatten(0, -2), weight_IO.mT, bias_O, "none", [], "")
+    y_NO: Tensor = torch.ops.aten._unsafe_view(y_MO, (*x_NI.shape[:-1], y_MO.shape[1]))  # some bases add to it in place
     return y_NO
 
 

@@ -72,6 +72,8 @@ class LoraGroup:
         return self.down_KSI.to(device), ups_KRO, scale.to(device)
 
     def _compute(self, x_KTI: Tensor) -> Sequence[Tensor]:
+        if x_KTI.dim() == 2:  # rows one behind the other, as OPT's MLP reads them
+            return [y_KTO.flatten(0, 1) for y_KTO in self._compute(x_KTI.unflatten(0, (self.cohort.slots, -1)))]
         keep_KTI = self.cohort.dropout_mask(self.number, x_KTI)
         if torch.compiler.is_compiling():
             factors = self.factors(x_KTI.device)

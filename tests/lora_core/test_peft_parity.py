@@ -1,7 +1,7 @@
 """What we train is what PEFT trains, and what either writes the other reads."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import peft
@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from lora_core.artifact import write_artifact
 from lora_core.banks.bank import Bank
@@ -24,7 +24,7 @@ from lora_core.methods import LoraSpec
 from lora_core.optim import rate_at
 from lora_core.recipe import Recipe
 from lora_core.train import train
-from tests.lora_core.conftest import ARCHITECTURES, T, examples, lora_of, recipe
+from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, examples, lora_of, recipe
 
 STEPS = 200
 
@@ -86,6 +86,38 @@ def peft_loop(
             optimiser.zero_grad()
             losses.append(loss.item())
     return losses
+
+
+def opt() -> PreTrainedModel:
+    """Its MLP reads rows one behind the other."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    return OPTForCausalLM(OPTConfig(vocab_size=WORDS, num_attention_heads=4, max_position_embeddings=128, **sizes))
+
+
+def falcon() -> PreTrainedModel:
+    """It adds to what a linear gives in place, and its heads share one key."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return FalconForCausalLM(FalconConfig(vocab_size=WORDS, alibi=False, **sizes))
+
+
+@pytest.mark.parametrize("make", [opt, falcon])
+def test_layers_that_reshape_or_add_in_place_lose_what_a_plain_peft_loop_loses(
+    make: Callable[[], PreTrainedModel],
+) -> None:
+    """Whatever an architecture does with what a linear gives."""
+    settings, data = recipe(dropout=0, epochs=5, batch_size=4, learning_rate=3e-3), examples(3, count=16)
+    base, other = freeze(make(), None), make().eval()
+    bank = lora_bank(base, [lora_of(settings)])
+    theirs = peft_model(other, lora_of(settings)).eval()
+    load_row(theirs, bank.to_tensors(bank.start_row(lora_of(settings), settings.seed), lora_of(settings)))
+
+    expected = peft_loop(theirs, data, settings, steps=20)
+    neighbour = Learner("n", recipe(seed=7, epochs=5), examples(7, count=16))
+    trained = {one.name: one for one in train(base, [neighbour, Learner("me", settings, data)], 2, T, bank)}["me"]
+
+    assert [loss for _, loss in trained.losses] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
