@@ -21,6 +21,7 @@ FETCHES = {"get", "get_one"}
 # Half-made statements, and those that only run inside somebody else's `with across(...)`: with what filters them.
 ELSEWHERE = {
     ("registry/jobs.py", "_claimed"): "called in the block of `claim`, by the ids it has just taken",
+    ("registry/line.py", "apart_from_others"): "called in the block of `claim`, by the jobs it has just locked",
     ("registry/line.py", "behind"): "a condition on jobs that a statement has filtered",
     ("registry/line.py", "line"): "called in the blocks of `claim`",
     ("registry/schedules.py", "_with_owner"): "its callers filter, or are in a block",

@@ -12,7 +12,18 @@ from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from registry.errors import LeaseLost
-from registry.line import behind, count_served, group_of_first, keep_to_indexes, line, oldest, ready, seat, unclaimed
+from registry.line import (
+    apart_from_others,
+    behind,
+    count_served,
+    group_of_first,
+    keep_to_indexes,
+    line,
+    oldest,
+    ready,
+    seat,
+    unclaimed,
+)
 from registry.models import Adapter, Dataset, Facts, Job, Share, SharedBase, Tenant, User
 from registry.names import AdapterId, DatasetId, JobId, Reference, TenantId
 from registry.queries import note
@@ -87,7 +98,7 @@ def claim(
             sharing = line(session, alike, limit, now)
             if group and (not sharing or oldest(sharing) - oldest(turns) > PATIENCE):
                 break
-            taken = apart(seat(session, alike, limit, sharing), limit)
+            taken = apart(apart_from_others(session, seat(session, alike, limit, sharing), now), limit)
             for job in taken:
                 _take(session, job, worker, now + lease, now)
             session.flush()

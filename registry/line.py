@@ -117,6 +117,23 @@ def seat(session: Session, wanted: ColumnElement[bool], seats: int, turns: Seque
     return taken
 
 
+def apart_from_others(session: Session, taken: Sequence[Job], now: datetime) -> list[Job]:
+    """Those whose adapter no claim beside this one takes a job of: for a claim's block alone.
+
+    Of two jobs of an adapter the later asked for may go first, being urgent.  A claim that does not see yet that the
+    other is taken would take it: so each claim locks its adapters by name until it commits, and then looks again.
+    """
+    if not taken or session.get_bind().dialect.name != "postgresql":  # SQLite has one writer
+        return list(taken)
+    adapters = list({job.adapter_id for job in taken})
+    keys = [int.from_bytes(adapter.bytes[:8], signed=True) for adapter in adapters]
+    locked = session.execute(select(*(func.pg_try_advisory_xact_lock(key) for key in keys))).one()
+    ours = {adapter for adapter, lock in zip(adapters, locked, strict=True) if lock}
+    in_work = select(Job.adapter_id).where(Job.adapter_id.in_(ours), Job.state == "running", Job.lease_until >= now)
+    ours -= set(session.scalars(in_work))
+    return [job for job in taken if job.adapter_id in ours]
+
+
 def allot(seats: int, turns: Sequence[Turn]) -> dict[TenantId, int]:
     """Seats to tenants, one at a time to whoever has been served least, as if each had enough jobs for its room."""
     given: dict[TenantId, int] = {}

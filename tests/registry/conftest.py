@@ -58,13 +58,19 @@ def store(tmp_path: Path) -> FolderStore:
 
 
 def enqueue(
-    session: Session, reference: str, count: int, group: str = "g", now: datetime = NOW, priority: int = 0
+    session: Session,
+    reference: str,
+    count: int,
+    group: str = "g",
+    now: datetime = NOW,
+    priority: int = 0,
+    first: int = 0,
 ) -> list[orders.Enqueued]:
-    """`count` jobs, each on its own data, the last of which is the newest."""
+    """`count` jobs, each on its own data, the last of which is the newest; without the `first` of them."""
     holder = queries.ensure_adapter(session, Reference.parse(reference), NOW)
     base = queries.ensure_base(session, name="tiny", revision="main", digest="b" * 64, parameters=7, now=NOW)
     made = []
-    for number in range(count):
+    for number in range(first, count):
         digest = hashlib.sha256(f"{reference} {number}".encode()).hexdigest()
         dataset = queries.ensure_dataset(
             session, holder.tenant_id, holder, digest=digest, key=f"t/d/{digest}", examples=3, size=9,

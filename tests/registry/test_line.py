@@ -224,3 +224,20 @@ def test_two_claims_at_once_never_take_two_jobs_of_one_adapter(engine: Engine) -
         claimed = [job for got in pool.map(lambda _: claim(engine, 3), range(16)) for job in got]
 
     assert Counter(job.reference.user for job in claimed) == Counter(f"user{user}" for user in range(6))
+
+
+def test_an_urgent_job_does_not_overtake_its_adapters_own_that_is_just_taken(engine: Engine) -> None:
+    """A claim beside the first sees neither that it has taken the adapter, nor anybody before the urgent one."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    with transaction(engine) as session:
+        enqueue(session, "acme/alice", 1)
+    with transaction(engine) as first:
+        (taken,) = jobs.claim(first, "first", LEASE, 1, NOW)
+        with transaction(engine) as session:
+            (urgent,) = enqueue(session, "acme/alice", 2, priority=1, first=1)
+        assert claim(engine, 1) == []
+
+    assert claim(engine, 1) == []
+    close(engine, [taken])
+    assert [job.id for job in claim(engine, 1)] == [urgent.job_id]
