@@ -37,6 +37,7 @@ def digest(one: Trained) -> str:
     return hashlib.sha256(one.row_P.numpy().tobytes()).hexdigest()
 
 
+@pytest.mark.parametrize("base", ["gpt2", pytest.param("llama", marks=pytest.mark.long)], indirect=True)
 def test_compiled_layers_learn_the_same(base: BaseModel) -> None:
     """Losses as without; equal bytes alone, among neighbours who also wait for a slot, and with checkpointing."""
     mine = learner(1)
@@ -75,6 +76,7 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(
         trained(llama_base, [learner(1)], make_bank(llama_base, [learner(1).recipe.method]))
 
 
+@pytest.mark.long
 def test_more_kinds_of_layers_than_were_allowed_for_are_refused_too(
     llama_base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
