@@ -98,7 +98,8 @@ def claim(
             sharing = line(session, alike, limit, now)
             if group and (not sharing or oldest(sharing) - oldest(turns) > PATIENCE):
                 break
-            taken = apart(apart_from_others(session, seat(session, alike, limit, sharing), now), limit)
+            seated = seat(session, alike, limit, sharing)
+            taken = apart(seated if only is not None else apart_from_others(session, seated, now), limit)
             for job in taken:
                 _take(session, job, worker, now + lease, now)
             session.flush()
