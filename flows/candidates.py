@@ -88,9 +88,9 @@ class Candidate:
     @property
     def senseless(self) -> str:
         """Why there is nothing to say about it once it was judged: whose loss is no number.  Empty where it is one."""
-        for name, scores in self.scores.items():
-            if not math.isfinite(scores.loss):
-                return f"the {name}'s loss on held-out examples is not finite ({scores.loss}); lower learning_rate"
+        for name, fix in (("base", "look for odd rows in the data"), ("candidate", "lower learning_rate")):
+            if name in self.scores and not math.isfinite(loss := self.scores[name].loss):
+                return f"the {name}'s loss on held-out examples is not finite ({loss}); {fix}"
         return ""
 
     def slim(self) -> None:

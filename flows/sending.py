@@ -12,7 +12,8 @@ from flows.logs import event
 from flows.outgoing import Done
 from registry.errors import LeaseLost, RegistryError
 from registry.jobs import ClaimedJob
-from registry.publishing import Finished, Published, publish_together
+from registry.names import JobId
+from registry.publishing import Finished, Outcome, Published, publish_together
 
 if TYPE_CHECKING:
     from flows.cohort import Cohort
@@ -26,21 +27,22 @@ def publish_some(factory: Factory, cohort: "Cohort", done: Sequence[Done]) -> No
     """
     here = {job.id: job for job, _ in cohort.work.values() if job.id not in cohort.versions}
     done = [(job, candidate) for job, candidate in done if here.get(job.id) == job]
-    finals = {job.id: _final(cohort, job, candidate) for job, candidate in done}
-    ready = [(job, final) for job, _ in done if isinstance(final := finals[job.id], Finished)]
-    outcomes = publish_together(factory.engine, factory.store, ready, now(), factory.signer)
+    finals = [(job, _final(cohort, job, candidate)) for job, candidate in done]
+    ready = {job.id: (job, final) for job, final in finals if isinstance(final, Finished)}
+    outcomes: dict[JobId, Outcome] = {job.id: final for job, final in finals if isinstance(final, Exception)}
+    outcomes |= publish_together(factory.engine, factory.store, list(ready.values()), now(), factory.signer)
     troubles: list[RegistryError] = []
     for job, candidate in done:
-        final = finals[job.id]
-        outcome = outcomes[job.id] if isinstance(final, Finished) else final
-        if isinstance(outcome, Published) and isinstance(final, Finished):
+        outcome = outcomes[job.id]
+        if isinstance(outcome, Published):
+            _, final = ready[job.id]
             event("version published", job, run=cohort.run_id, version=outcome.number, accepted=outcome.accepted,
                   reason=final.reason, tokens=final.tokens, device_seconds=final.device_seconds)  # fmt: skip
             _settle(cohort, job, candidate, outcome)
         elif isinstance(outcome, RegistryError) and not isinstance(outcome, LeaseLost):
             event("not published", job, logging.ERROR, run=cohort.run_id, reason=str(outcome))
             troubles.append(outcome)
-        elif isinstance(outcome, Exception):
+        else:
             _leave(cohort, job, outcome)
     if troubles:
         raise troubles[0]

@@ -33,6 +33,7 @@ from registry.tenancy import Across, across, enter
 MAX_ERRORS = 3  # a job that ended in an error this often has failed
 MAX_DEATHS = 5  # so has one whose workers died: most of its neighbours, and of whatever else kills, are innocent
 SUSPECT = 2  # after so many deaths it is tried with fewer others, and at last alone, so that nobody shares its blame
+ALONE = 3  # at that suspicion
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=30), timedelta(hours=1)  # after a job broke its worker
 PATIENCE = timedelta(minutes=10)  # how much longer another group may wait while a cohort fills up with its own
 BUSY = ("queued", "running")
@@ -119,7 +120,7 @@ def apart(seated: Sequence[Job], limit: int) -> list[Job]:
     """
     level = _suspicion(seated[0]) if seated else 0
     alike = [job for job in seated if _suspicion(job) == level]
-    return alike[: max(1, limit // 4**level)]
+    return alike[: max(1, limit // 4**level if level < ALONE else 1)]
 
 
 def _suspicion(job: Job) -> int:

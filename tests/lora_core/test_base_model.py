@@ -73,14 +73,13 @@ def test_a_copy_elsewhere_is_the_same_base(folder: Path, tmp_path: Path) -> None
     assert fingerprint(tmp_path / "copy") == fingerprint(folder)
 
 
-@pytest.mark.parametrize("trouble", ["nothing is mounted", "the disk is broken"])
-def test_a_place_without_a_base_has_no_fingerprint(folder: Path, tmp_path: Path, trouble: str) -> None:
-    """Else jobs would be made that nobody can do."""
-    (tmp_path / "empty").mkdir()
-    os.symlink("/proc/self/mem", tmp_path / "empty" / "model.safetensors") if "broken" in trouble else None
-
-    with pytest.raises(BaseModelError, match="no safetensors weights|cannot be read"):
-        fingerprint(tmp_path / "empty")
+def test_a_place_without_a_base_has_no_fingerprint(tmp_path: Path) -> None:
+    """Nothing is mounted there, or the disk is broken: jobs would be made that nobody can do."""
+    with pytest.raises(BaseModelError, match="no safetensors weights"):
+        fingerprint(tmp_path)
+    os.symlink("/proc/self/mem", tmp_path / "model.safetensors")  # reading it is an input/output error
+    with pytest.raises(BaseModelError, match="cannot be read"):
+        fingerprint(tmp_path)
 
 
 def test_pickled_weights_are_never_opened(folder: Path) -> None:
