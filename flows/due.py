@@ -18,7 +18,7 @@ from flows.errors import FlowError
 from flows.factory import Factory, Pinned, Wanted, now, pin_base, request_many
 from lora_core.errors import LoraError
 from lora_core.recipe import make_recipe
-from registry import jobs, schedules, uploads
+from registry import jobs, schedules
 from registry.errors import QuotaReached, RegistryError, StoreError
 from registry.growth import Growth, digests, growth, pair_of
 from registry.names import AdapterId
@@ -177,11 +177,6 @@ def _growths(factory: Factory, moment: datetime) -> dict[AdapterId, Growth | str
         except StoreError as error:
             found[adapter] = str(error)
     return found
-
-
-def sweep(factory: Factory) -> list[str]:
-    """Clear what uploads left that never became versions."""
-    return uploads.sweep(factory.engine, factory.store, now())
 
 
 def runs_wanted(factory: Factory) -> int:

@@ -20,13 +20,11 @@ from prefect.deployments import run_deployment
 
 from flows import due, upkeep
 from flows.factory import Factory, now
-from registry.errors import RegistryError
 
 _MOST_READ = 200  # runs in one answer of Prefect's server
 _BEGINNING = timedelta(minutes=3)  # a run that has been beginning for longer died with its worker
 
 _fire_due = task(name="due", retries=2, persist_result=False)(due.fire_due)
-_sweep = task(name="sweep", retries=2, persist_result=False)(due.sweep)
 _keep_up = task(name="keep-up", retries=2, persist_result=False)(upkeep.keep_up)
 _runs_wanted = task(name="count", persist_result=False)(due.runs_wanted)
 
@@ -44,20 +42,11 @@ def make_tick(factory: Factory, deployment: str) -> Flow[[], int]:
 
         _show(_fire_due(factory, ask))
         ask()
-        for trouble in (*swept(factory), *_keep_up(factory)):
+        for trouble in _keep_up(factory):
             get_run_logger().warning("not kept up: %s", trouble)
         return asked
 
     return tick
-
-
-def swept(factory: Factory) -> list[str]:
-    """What could not be swept: it stays, and holds nothing up."""
-    try:
-        _sweep(factory)
-    except RegistryError as error:
-        return [f"sweep: {error}"]
-    return []
 
 
 def _ask_for_runs(factory: Factory, deployment: str) -> int:

@@ -1,4 +1,4 @@
-"""Upkeep: retention and forgetting over all tenants, and what a machine keeps of users who are gone."""
+"""Upkeep: the sweep, retention and forgetting over all tenants, and what a machine keeps of users who are gone."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from uuid import UUID
 from flows.factory import Factory, now
 from lora_core.errors import LoraError
 from lora_core.recipe import make_recipe
-from registry import collection, eviction, forgetting, retention
+from registry import collection, eviction, forgetting, retention, uploads
 from registry.errors import RegistryError
 from registry.forgetting import Receipt, Wish
 from registry.models import Facts
@@ -25,14 +25,17 @@ EVERY = timedelta(hours=1)  # between two collections; at each tick they would f
 def forget(factory: Factory, wish: Wish) -> Receipt:
     """Forget a user, or go on with it, in the registry, the store and on this machine.
 
-    Raises NotFound, UnderHold, NotYetForgotten and RegistryInUse.
+    Raises NotFound, UnderHold, NotYetForgotten, NamesakeLeft and RegistryInUse.
     """
     return forgetting.forget(factory.engine, factory.store, wish, partial(clean_home, factory), now())
 
 
 def keep_up(factory: Factory) -> list[str]:
-    """Go on with every forgetting; once an hour collect and tidy this machine.  Returns what failed, and why."""
-    jobs: list[tuple[str, Callable[[], object]]] = []
+    """Sweep, and go on with every forgetting; once an hour collect and tidy this machine.
+
+    Returns what failed, and why.  Raises DatabaseUnavailable, before anything is done.
+    """
+    jobs: list[tuple[str, Callable[[], object]]] = [("sweeping", partial(_sweep, factory))]
     for tenant, intent in forgetting.unfinished(factory.engine):
         jobs.append((f"forgetting {intent}", partial(_finish, factory, tenant, intent)))
     for tenant in retention.due(factory.engine, now() - EVERY):
@@ -47,6 +50,11 @@ def keep_up(factory: Factory) -> list[str]:
         except RegistryError as error:
             troubles.append(f"{what}: {error}")
     return troubles
+
+
+def _sweep(factory: Factory) -> None:
+    """Clear what uploads left that never became versions."""
+    uploads.sweep(factory.engine, factory.store, now())
 
 
 def _finish(factory: Factory, tenant: TenantId, intent: UUID) -> None:

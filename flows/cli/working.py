@@ -4,8 +4,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Annotated
 
@@ -24,7 +23,7 @@ from registry.names import Reference
 from registry.session import reading
 
 TROUBLES = (RegistryError, LoraError, FlowError)  # of database, store or data, not of this program
-UPKEEP_SECONDS = 60.0  # at least between two sweeps of a worker that goes on
+UPKEEP_SECONDS = 60.0  # at least between two rounds of upkeep of a worker that goes on
 
 
 def register(app: typer.Typer) -> None:
@@ -97,7 +96,7 @@ def serve_pool(factory: Factory, leave: Leave, pool: str) -> int:
 
 
 def work_once(factory: Factory, leave: Leave, as_json: bool) -> None:
-    """Train all who wait, show them, then sweep and keep up; exit codes are those of `lora train`."""
+    """Train all who wait, show them, then keep up; exit codes are those of `lora train`."""
     rows: list[dict[str, str]] = []
     try:
         tick(factory)
@@ -140,24 +139,15 @@ def next_cohort(factory: Factory, leave: Leave, every: float, quiet: bool) -> li
 
 
 def tidy_up(factory: Factory) -> None:
-    """Sweep, and keep up; what fails is told, and holds up neither the other nor the training."""
-    from flows.due import sweep
+    """Keep up; what fails is told, and does not hold up the training."""
     from flows.upkeep import keep_up
 
-    with telling("sweeping"):
-        sweep(factory)
-    with telling("upkeep"):
-        for trouble in keep_up(factory):
-            event("not kept up", level=logging.WARNING, reason=trouble)
-
-
-@contextmanager
-def telling(what: str) -> Iterator[None]:
-    """Tell of trouble in what is done here, and go on."""
     try:
-        yield
+        troubles = keep_up(factory)
     except TROUBLES as error:
-        event("not kept up", level=logging.WARNING, reason=f"{what}: {error}")
+        troubles = [str(error)]
+    for trouble in troubles:
+        event("not kept up", level=logging.WARNING, reason=trouble)
 
 
 def tick(factory: Factory) -> None:

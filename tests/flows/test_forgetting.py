@@ -18,7 +18,7 @@ from flows.upkeep import clean_home, forget, keep_up
 from lora_core.recipe import Recipe
 from lora_core.saves import file_stem
 from registry import aliases, forgetting, holds, jobs, orders, progress, queries, retention, schedules
-from registry.errors import LeaseLost, NameRefused, NotFound, NotYetForgotten, UnderHold
+from registry.errors import LeaseLost, NameRefused, NotFound, NotYetForgotten, StoreUnavailable, UnderHold
 from registry.forgetting import Wish
 from registry.jobs import ClaimedJob
 from registry.models import Base, Job
@@ -286,6 +286,26 @@ def test_a_worker_that_had_the_job_saves_no_progress_in_the_store(small: Factory
         progress.keep(small.engine, small.store, job, "2", ALICE.encode(), now())
 
     assert found(small) == {}
+
+
+def test_what_cannot_be_swept_is_told_and_holds_nothing_up(small: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One leftover that the store will not delete, and the rest of upkeep is done all the same."""
+    job = claimed(small, "bob", "in work")
+    prefix = declare(small.engine, job, "0" * 64, now())
+    upload(small.store, prefix, made_of("bob", 3).files)
+    works = small.store.clear
+
+    def refuse(below: str) -> int:
+        if below == prefix:
+            raise StoreUnavailable("s3://x", "AccessDenied", "allow s3:DeleteObject")
+        return works(below)
+
+    later = now() + 2 * UPLOAD_LEASE
+    monkeypatch.setattr("flows.upkeep.now", lambda: later)
+    monkeypatch.setattr(small.store, "clear", refuse)
+
+    assert keep_up(small) == ["sweeping: " + str(StoreUnavailable("s3://x", "AccessDenied", "allow s3:DeleteObject"))]
+    assert (small.settings.home_folder / "tidied").is_file()  # the jobs after it were done
 
 
 def test_an_upload_under_way_is_waited_for(small: Factory, monkeypatch: pytest.MonkeyPatch) -> None:

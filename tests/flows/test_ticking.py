@@ -10,12 +10,10 @@ from uuid import uuid4
 import pytest
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
-from flows import ticking
 from flows.clock import Ticks, keep_time
 from flows.factory import Factory, now
 from flows.settings import FactorySettings
 from flows.ticking import may_begin
-from registry.errors import StoreUnavailable
 from tests.flows.conftest import LORA, ROOT
 
 
@@ -52,18 +50,6 @@ def test_neither_a_tick_nor_a_run_that_finds_nobody_loads_torch(base_folder: Pat
     )
 
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_what_cannot_be_swept_is_told_and_holds_nothing_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One leftover that the store will not delete, and nobody would be trained any more."""
-    factory = Factory(FactorySettings(database_url=f"sqlite:///{tmp_path / 'registry.db'}"))
-
-    def refuse(_: Factory) -> None:
-        raise StoreUnavailable("s3://x", "AccessDenied", "allow s3:DeleteObject")
-
-    monkeypatch.setattr(ticking, "_sweep", refuse)
-
-    assert ticking.swept(factory) == ["sweep: store s3://x: AccessDenied; allow s3:DeleteObject"]
 
 
 def test_the_clock_goes_on_after_a_tick_that_failed(tmp_path: Path) -> None:

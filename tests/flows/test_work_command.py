@@ -78,11 +78,6 @@ class Shift:
         """The user's row."""
         return [{"user": cohort, "result": "accepted", "version": "1", "why": ""}]
 
-    def sweep(self, _: Factory) -> list[str]:
-        """A prefix cannot be cleared."""
-        self.done.append("sweep")
-        raise StoreUnavailable("s3://x", "timeout", "try again")
-
     def keep_up(self, _: Factory) -> list[str]:
         """One of its jobs fails."""
         self.done.append("keep up")
@@ -92,7 +87,6 @@ class Shift:
         """From now on."""
         monkeypatch.setattr("flows.work.run_cohort", self.run_cohort)
         monkeypatch.setattr("flows.report.rows", self.rows)
-        monkeypatch.setattr("flows.due.sweep", self.sweep)
         monkeypatch.setattr("flows.upkeep.keep_up", self.keep_up)
 
 
@@ -104,7 +98,7 @@ def test_a_busy_worker_shows_each_cohort_and_keeps_up_between_them(
     pause: float,
     upkeeps: int,
 ) -> None:
-    """Though somebody always waits; a sweep that fails hides nobody, and the rest is done."""
+    """Though somebody always waits; upkeep that fails hides nobody."""
     shift = Shift(["acme/ada", "acme/bob", "acme/eve"], leave := Leave(30))
     shift.take_over(monkeypatch)
     monkeypatch.setattr(working, "UPKEEP_SECONDS", pause)
@@ -113,27 +107,25 @@ def test_a_busy_worker_shows_each_cohort_and_keeps_up_between_them(
     working.work_on(factory, leave, 0.1, as_json=True)
 
     said = capsys.readouterr()
-    assert shift.done[:4] == ["acme/ada", "sweep", "keep up", "acme/bob"]
-    assert (shift.done.count("sweep"), shift.done.count("keep up")) == (upkeeps, upkeeps)
+    assert shift.done[:3] == ["acme/ada", "keep up", "acme/bob"]
+    assert shift.done.count("keep up") == upkeeps
     assert said.out.count('"result": "accepted"') == said.out.count("[\n") == 3
     told = [json.loads(line)["reason"] for line in said.err.splitlines()]
-    assert told[1] == "collecting of tenant 7: timeout"
-    assert "sweeping: " in told[0]
-    assert "s3://x" in told[0]
+    assert told == ["collecting of tenant 7: timeout"] * upkeeps
 
 
 def test_a_worker_that_works_once_shows_all_cohorts_then_keeps_up(
     lora_here: LoraHere, factory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one list; a sweep that fails is told, and changes neither the list nor the exit code."""
+    """In one list; upkeep that fails is told, and changes neither the list nor the exit code."""
     shift = Shift(["acme/ada", "acme/bob"])
     shift.take_over(monkeypatch)
 
     said = lora_here("work", "--once", "--json")
 
-    assert shift.done == ["acme/ada", "acme/bob", "sweep", "keep up"]
+    assert shift.done == ["acme/ada", "acme/bob", "keep up"]
     assert (said.code, [row["user"] for row in json.loads(said.out)]) == (0, ["acme/ada", "acme/bob"])
-    assert [json.loads(line)["event"] for line in said.err.splitlines()] == ["not kept up", "not kept up"]
+    assert [json.loads(line)["event"] for line in said.err.splitlines()] == ["not kept up"]
 
 
 def test_trouble_between_two_cohorts_hides_nobody(
