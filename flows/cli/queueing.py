@@ -97,6 +97,8 @@ def retry(
 ) -> None:
     """Let jobs that have failed wait again, with all their attempts: one user's, or all of a tenant for a reason.
 
+    One whose data retention has removed stays as it is; `lora queue list --state failed` says so.
+
     lora queue retry acme/alice
 
     lora queue retry acme --reason "no space"
@@ -111,7 +113,7 @@ def retry(
             wanted = Wanted(states, reason, one.user, one.adapter)
         count = len(queue.retry(session, tenant, wanted, now()))
     if not count:
-        raise NotFound("failed job of", whose, "see `lora queue list --state failed`")
+        raise NotFound("job to try again of", whose, "see `lora queue list --state failed`")
     say(f"{whose}: {count} jobs wait again")
 
 

@@ -25,7 +25,7 @@ Conditions = Annotated[
     typer.Option(
         "--where",
         metavar="CONDITION",
-        help="user=a*, adapter=, alias=, base=, state=, since=, until=, gain<0.1, gain>, loss<, loss>; all must hold.",
+        help="user=a*, adapter=, alias=, base=, state=, since=, until=, gain<0.1, gain>=, loss>, loss<=; all of them.",
     ),
 ]
 
