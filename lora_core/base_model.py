@@ -113,9 +113,7 @@ def load_base(
     placed = _placement(device, dtype, quantise)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", trust_remote_code=False, **placed
-        )
+        model = _read(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **placed)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         why = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
         raise BaseModelError(name, why, "give a causal language model that transformers knows") from None
@@ -123,6 +121,19 @@ def load_base(
         raise BaseModelError(name, "it does not fit on the GPUs here", "add GPUs, or set LORA_QUANTISE to 8bit or 4bit")
     model = model if placed else model.to(device)
     return freeze(model, tokenizer, name, revision or "main", fingerprint(folder, quantise), quantise)
+
+
+def _read(folder: Path, **how: Any) -> PreTrainedModel:  # transformers' own arguments
+    """The weights, with attention as torch's fused kernel, or as plain products where an architecture has no other way.
+
+    Gemma 2, which caps the scores, is one of those.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **how)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **how)
 
 
 def _placement(device: str, dtype: torch.dtype, quantise: str) -> dict[str, Any]:  # transformers' own arguments

@@ -63,10 +63,10 @@ def restart_postgres(folder: Path) -> None:
     pgexec("pg_ctl", command, bin_path=server.bin_path, user=server.system_user)
 
 
-def new_database(server: str) -> str:
-    """The URL of a fresh, empty database on a PostgreSQL."""
+def new_database(server: str, like: str = "template1") -> str:
+    """The URL of a fresh database on a PostgreSQL: empty, or a copy of another that nobody is connected to."""
     name = f"test_{uuid.uuid4().hex}"
-    execute(server, f"CREATE DATABASE {name}")
+    execute(server, f"CREATE DATABASE {name} TEMPLATE {like}")
     return server.replace("/postgres?", f"/{name}?", 1)
 
 

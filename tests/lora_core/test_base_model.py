@@ -162,6 +162,17 @@ def test_losses_are_the_models_own_whatever_its_head_does(make: Callable[[], Pre
     assert base.plain_head == (make in ARCHITECTURES.values())
 
 
+@pytest.mark.parametrize("make", [capped, scaled])
+def test_attention_is_fused_where_an_architecture_has_it(make: Callable[[], PreTrainedModel], folder: Path) -> None:
+    """Gemma 2 caps its scores, which no fused kernel of torch does: it is loaded all the same."""
+    (folder / "model.safetensors").unlink()
+    make().save_pretrained(folder)
+
+    loaded = load_base(str(folder))
+
+    assert loaded.model.config._attn_implementation == ("eager" if make is capped else "sdpa")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [64, 256])
 def test_a_head_is_plain_at_every_width(width: int, dtype: torch.dtype) -> None:
