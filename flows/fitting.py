@@ -46,8 +46,8 @@ def load_within_budget(settings: FactorySettings, job: ClaimedJob) -> BaseModel:
     name, revision = _place_of(settings, job)
     if settings.memory:
         known = outline(locate(name, revision))
-        width = default_dtype(device).itemsize
-        check_base_fits(Weights(known.parameters, known.sites, width), job.base_quantised, settings.memory)
+        weights = Weights.of(known, default_dtype(device).itemsize)
+        check_base_fits(weights, job.base_quantised, settings.memory)
     return load_base(name, revision, device, quantise=job.base_quantised)
 
 

@@ -23,7 +23,7 @@ SHARDED = "auto"  # the device that means all GPUs: layers lie on one after anot
 
 @dataclass(frozen=True)
 class Site:
-    """One frozen linear that can be adapted: its path in the model, how wide it is, and what it reads."""
+    """One frozen linear that text goes through, so it can be adapted: its path, how wide it is, and what it reads."""
 
     name: str
     inputs: int
@@ -176,12 +176,12 @@ def freeze(
     quicken(model)
     model.requires_grad_(False).eval()
     linears = adaptable(model)
-    if not linears:
-        raise BaseModelError(name, "it has no linear layer to adapt", "choose a transformer language model")
     longest = longest_example(model.config)
     check_sharing(model, name, longest)
     reads = _what_is_read(model, linears)
-    sites = tuple(Site(path, *widths(linear), reads[path]) for path, linear in linears.items())
+    sites = tuple(Site(path, *widths(linear), reads[path]) for path, linear in linears.items() if path in reads)
+    if not sites:
+        raise BaseModelError(name, "it has no linear layer to adapt", "choose a transformer language model")
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     plain_head = _has_plain_head(model)
     return BaseModel(model, tokenizer, name, revision, digest, sites, transposed, longest, plain_head, quantised)
@@ -189,7 +189,7 @@ def freeze(
 
 @torch.inference_mode()
 def _what_is_read(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> dict[str, int]:
-    """A number for the tensor that each linear reads, tried on a few tokens; one that is not run reads its own."""
+    """A number for the tensor that each linear reads, tried on a few tokens; none where only pictures or sound go."""
     seen: dict[str, Tensor] = {}  # kept, lest a later tensor has the address of an earlier one
 
     def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -200,7 +200,7 @@ def _what_is_read(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> d
     for hook in hooks:
         hook.remove()
     numbers = {id(tensor): number for number, tensor in enumerate(seen.values())}
-    return {path: numbers[id(seen[path])] if path in seen else -1 - n for n, path in enumerate(linears)}
+    return {path: numbers[id(tensor)] for path, tensor in seen.items()}
 
 
 def _few_tokens(model: PreTrainedModel) -> Tensor:

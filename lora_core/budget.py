@@ -6,7 +6,7 @@ Nothing is loaded: shapes are enough.  What a whole pack takes is in `memory.py`
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lora_core.base_model import BaseModel, Site
+from lora_core.base_model import BaseModel, adaptable, widths
 from lora_core.errors import MemoryTooSmall
 
 # Bytes a packed weight: bitsandbytes' int8; NF4 with a byte of scale for 64 numbers, and four for 256 of those.
@@ -19,20 +19,21 @@ class Weights:
     """A base's numbers: how many there are, how many of them lie in linears that can be packed, and bytes of one."""
 
     parameters: int
-    sites: tuple[Site, ...]
+    linears: tuple[tuple[int, int], ...]  # inputs and outputs of each
     width: int  # bytes a number where it is not packed
 
     @classmethod
-    def of(cls, base: BaseModel) -> "Weights":
-        """Those of a base, however it is kept."""
-        return cls(base.parameters, base.sites, base.model.dtype.itemsize)
+    def of(cls, base: BaseModel, width: int | None = None) -> "Weights":
+        """Those of a base, however it is kept; in its own width unless another is asked for."""
+        linears = tuple(widths(linear) for linear in adaptable(base.model).values())
+        return cls(base.parameters, linears, width or base.model.dtype.itemsize)
 
     def bytes(self, quantise: str = "") -> int:
         """About what they take: in few bits, the widest linear is a plain matrix while it is multiplied."""
         if not quantise:
             return self.parameters * self.width
-        sizes = [site.inputs * site.outputs for site in self.sites]
-        scales = sum(ROW_SCALE[quantise] * site.outputs for site in self.sites)
+        sizes = [inputs * outputs for inputs, outputs in self.linears]
+        scales = sum(ROW_SCALE[quantise] * outputs for _, outputs in self.linears)
         plain = self.parameters - sum(sizes) + max(sizes)
         return plain * self.width + round(sum(sizes) * PACKED[quantise]) + scales
 

@@ -24,8 +24,10 @@ Forward = Callable[..., Any]  # a layer's own: what it takes and gives is the ar
 
 
 def decoder_layers(base: BaseModel) -> list[nn.Module]:
-    """The layers that transformers marks as such; empty for an architecture that marks none."""
-    return [module for module in base.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The layers of text that transformers marks as such; empty for an architecture that marks none."""
+    marked = {path: module for path, module in base.model.named_modules()
+              if isinstance(module, GradientCheckpointingLayer)}  # fmt: skip
+    return [layer for path, layer in marked.items() if any(site.name.startswith(f"{path}.") for site in base.sites)]
 
 
 @contextmanager

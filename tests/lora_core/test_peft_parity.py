@@ -9,7 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from lora_core.artifact import write_artifact
 from lora_core.banks.bank import Bank
@@ -19,6 +27,7 @@ from lora_core.cohort import Cohort
 from lora_core.data.packing import epoch_batches
 from lora_core.data.rendering import Rendered
 from lora_core.intake import read_artifact
+from lora_core.layers import decoder_layers
 from lora_core.learner import Learner
 from lora_core.methods import LoraSpec
 from lora_core.optim import rate_at
@@ -171,20 +180,52 @@ def test_our_files_load_in_peft_with_equal_logits(
     """Stock PEFT, from the folder that is published."""
     if targets != "all-linear":
         targets = [t for t in ("q_proj", "v_proj", "c_attn") if any(site.name.endswith(t) for site in base.sites)]
-    spec = lora_of(recipe(use_rslora=rslora, targets=targets))
+    check_peft_loads(base, lora_of(recipe(use_rslora=rslora, targets=targets)), ARCHITECTURES[base.name](), tmp_path)
+
+
+def check_peft_loads(base: BaseModel, spec: LoraSpec, model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Some row's files give the same logits in stock PEFT, on a model like the base."""
     bank = lora_bank(base, [spec])
     row_P = random_row(bank, spec)
     tensors = bank.to_tensors(row_P, spec)
     for name, data in write_artifact(base, spec, tensors, {}).items():
-        (tmp_path / name).write_bytes(data)
+        (folder / name).write_bytes(data)
     tokens = torch.tensor([examples(5)[0].tokens])
 
-    loaded = PeftModel.from_pretrained(ARCHITECTURES[base.name]().eval(), tmp_path)
+    loaded = PeftModel.from_pretrained(model.eval(), folder)
 
     ours = our_logits(base, bank, row_P, spec.scale, tokens)
     with torch.inference_mode():
         torch.testing.assert_close(loaded(tokens).logits, ours, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(base.model(tokens).logits, ours, atol=1e-3)
+    return loaded
+
+
+def seeing() -> PreTrainedModel:
+    """Gemma 3 of the sizes that see pictures too: a tower of layers whose linears have the same names."""
+    torch.manual_seed(0)
+    size = {"intermediate_size": 48, "num_hidden_layers": 2}
+    text = size | {"vocab_size": WORDS, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+                   "head_dim": 8, "max_position_embeddings": 128}  # fmt: skip
+    vision = size | {"hidden_size": 32, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=95)
+    )
+
+
+@pytest.mark.parametrize("layers", [None, (1,)])
+def test_a_base_that_sees_pictures_too_is_adapted_where_text_goes(
+    layers: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    """And there alone, in PEFT too."""
+    base = freeze(seeing(), None, "gemma3")
+
+    loaded = check_peft_loads(base, lora_of(recipe(layers=layers)), seeing(), tmp_path)
+
+    adapted = {name.split(".lora_")[0] for name, _ in loaded.named_parameters() if ".lora_" in name}
+    assert len(adapted) == (7 if layers else 14)
+    assert all(".language_model.layers." in name for name in adapted)
+    assert len(decoder_layers(base)) == 2
 
 
 @pytest.mark.parametrize("rslora", [False, True])
