@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from benchmarks.measuring import Enough, Floor, Turns
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
-from lora_core.batch import Batch, stack
+from lora_core.batch import Batch
 from lora_core.data.packing import Row, pack
 from lora_core.data.rendering import IGNORED, Rendered
 from lora_core.forward import token_losses
@@ -175,7 +175,7 @@ def packed_batches(
     base: BaseModel, users: Sequence[Examples], load: Load, row_tokens: int, steps: int
 ) -> Iterator[Batch]:
     """The same, on the device."""
-    return (stack(rows, base.model) for rows in packed_rows(users, load, row_tokens, steps))
+    return (base.stack(rows) for rows in packed_rows(users, load, row_tokens, steps))
 
 
 def peft_twin(base: BaseModel, rank: int) -> nn.Module:
@@ -269,7 +269,7 @@ def run_flat(base: BaseModel, micro_steps: Iterable[Sequence[Row]], micro: int, 
     """
     parameters = optimiser.param_groups[0]["params"]
     for number, rows in enumerate(micro_steps, 1):
-        losses_KT, _ = token_losses(base, stack(rows, base.model))
+        losses_KT, _ = token_losses(base, base.stack(rows))
         losses_KT.sum().backward()
         if number % micro == 0:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -176,7 +176,7 @@ def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: in
 
 
 def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[AnyRendered, ...]:
-    longest = min(recipe.max_length, base.longest - recipe.method.positions)
+    longest = min(recipe.max_length, base.room(recipe.method.positions))
     found: list[AnyRendered] = []
     for example in examples:
         with suppress(TemplateRefused):  # that one teaches nothing
@@ -216,7 +216,7 @@ def _score_answers(base: BaseModel, bank: Bank, named: Sequence[tuple[Candidate,
 
 
 def _prompts(candidate: Candidate, base: BaseModel) -> list[tuple[list[int], str]]:
-    limit = min(candidate.recipe.max_length, base.longest - candidate.recipe.method.positions - ANSWER_TOKENS)
+    limit = min(candidate.recipe.max_length, base.room(candidate.recipe.method.positions) - ANSWER_TOKENS)
     prompts = (_shown(render_prompt, example, base.tokenizer) for example in candidate.held_out)
     return list(islice((prompt for prompt in prompts if prompt and 0 < len(prompt[0]) <= limit), ANSWERS_JUDGED))
 

@@ -42,7 +42,7 @@ def own_task(
 
 def _learner(base: BaseModel, snapshot: Snapshot, label: str, recipe: Recipe) -> Learner:
     """A learner whose examples leave room for the virtual tokens of every contender."""
-    room = base.longest - max(spec.positions for spec in CONTENDERS.values())
+    room = base.room(max(spec.positions for spec in CONTENDERS.values()))
     shorter = recipe.model_copy(update={"max_length": min(recipe.max_length, room)})
     return make_candidate(label, shorter, snapshot, base).learner
 

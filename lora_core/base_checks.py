@@ -6,19 +6,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_core.batch import as_batch, fields_of
+from lora_core.batch import Windows, as_batch, fields_of
 from lora_core.data.packing import pack
 from lora_core.data.rendering import Rendered
 from lora_core.errors import BaseUnfit
 
-ENDLESS = 1 << 30  # tokens an example may have where a base names no limit
+ENDLESS = 1 << 30  # tokens an example may have, or a layer looks back, where a base names no limit
 FEW = 4  # tokens of a document that is tried
 DENSE = "choose a dense base whose layers all attend under a mask, as those of Llama, Mistral, Qwen3, Gemma or GPT-2 do"
 
 
-def longest_example(config: PreTrainedConfig) -> int:
-    """Tokens an example may have: a base has so many positions, or looks no further back."""
-    return min(positions(config), getattr(config.get_text_config(), "sliding_window", None) or ENDLESS)
+def windows_of(config: PreTrainedConfig) -> Windows:
+    """How far back a base's layers look, by the rule of transformers' own masks: all alike, or by the kind of layer."""
+    text = config.get_text_config()
+    window: int | None = getattr(text, "sliding_window", None) or None
+    if window is None or not getattr(text, "layer_types", None):
+        return window
+    return {"full_attention": None, "sliding_attention": window}
 
 
 def positions(config: PreTrainedConfig) -> int:
@@ -36,14 +40,14 @@ def _switches(config: PreTrainedConfig) -> Iterator[int | None]:
             yield one.get("original_max_position_embeddings")
 
 
-def check_sharing(model: PreTrainedModel, name: str, longest: int) -> None:
+def check_sharing(model: PreTrainedModel, name: str, longest: int, windows: Windows) -> None:
     """Refuse a base in which a document would depend on others, of its row or of other rows.  Raises BaseUnfit."""
     if any(type(module).__name__.endswith("Experts") for module in model.modules()):  # transformers' name
         why = "its experts multiply all users' tokens together, so a user's bytes would depend on its neighbours"
         raise BaseUnfit(name, why, DENSE)
     length, last = min(FEW, longest), 0 if longest == ENDLESS else longest - 1
     try:
-        one, two = _behind(model, length, 0, 0), _behind(model, length, 1, last)
+        one, two = _behind(model, windows, length, 0, 0), _behind(model, windows, length, 1, last)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an architecture's own code raises
@@ -56,14 +60,14 @@ def check_sharing(model: PreTrainedModel, name: str, longest: int) -> None:
 
 
 @torch.inference_mode()
-def _behind(model: PreTrainedModel, length: int, other: int, position: int) -> Tensor:
+def _behind(model: PreTrainedModel, windows: Windows, length: int, other: int, position: int) -> Tensor:
     """A document's last hidden states, behind one of the `other` token and beside a row with a token at `position`."""
     words: int = model.config.get_text_config().vocab_size
     mine, earlier = _document(range(length), words), _document([other] * length, words)
     rows = [pack(documents, 2 * length)[0] for documents in ([(0, earlier), (1, mine)], [(0, earlier)])]
     fields_4KT = fields_of(rows, model.device)
     fields_4KT[2, 1, -1] = position
-    batch = as_batch(fields_4KT, model.dtype)
+    batch = as_batch(fields_4KT, model.dtype, windows)
     hidden_KTD: Tensor = model.base_model(**batch.inputs).last_hidden_state
     return hidden_KTD[0, length:]
 

@@ -1,7 +1,7 @@
 """The shared base: loaded once, frozen, fingerprinted, and the list of its adaptable sites."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.base_checks import check_sharing, longest_example
+from lora_core.base_checks import check_sharing, positions, windows_of
 from lora_core.base_files import CONVERT, WEIGHTS, check_quantise, fingerprint, locate
+from lora_core.batch import Batch, Windows, as_batch, fields_of
+from lora_core.data.packing import Row
 from lora_core.errors import BaseModelError, DeviceMissing
 from lora_core.products import quick_product, quicken
 from lora_core.quantised import QuantisedLinear, quantisation, unpack_on_use
@@ -42,7 +44,8 @@ class BaseModel:
     digest: str
     sites: tuple[Site, ...]
     transposed: bool  # linears keep their weight as [in, out] (GPT-2's Conv1D): PEFT's fan_in_fan_out
-    longest: int  # tokens an example may have: the base knows no later position, or looks no further back
+    longest: int  # tokens an example may have: the base knows no later position
+    windows: Windows  # how far back its layers look
     plain_head: bool  # logits are the last hidden state times the head's weight: no bias, scale or soft cap
     quantised: str = ""  # 8bit, 4bit, or not
 
@@ -52,6 +55,16 @@ class BaseModel:
         packed = [module for module in self.model.modules() if isinstance(module, QuantisedLinear)]
         scales = [tensor for module in packed for tensor in module.scales]
         return [*self.model.parameters(), *self.model.buffers(), *scales]
+
+    def room(self, virtual_tokens: int) -> int:
+        """Tokens an example may have behind so many virtual ones, which every layer must see from its end."""
+        windows = self.windows.values() if isinstance(self.windows, Mapping) else (self.windows,)
+        sight = min((window for window in windows if window), default=self.longest)
+        return min(self.longest, sight) - virtual_tokens if virtual_tokens else self.longest
+
+    def stack(self, rows: Sequence[Row]) -> Batch:
+        """K rows as one batch, on the base's device."""
+        return as_batch(fields_of(rows, self.model.device), self.model.dtype, self.windows)
 
     @property
     def parameters(self) -> int:
@@ -84,8 +97,8 @@ def outline(folder: Path) -> BaseModel:
     linears = adaptable(model)
     sites = tuple(Site(path, *widths(linear), -1 - n) for n, (path, linear) in enumerate(linears.items()))
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
-    longest = longest_example(model.config)
-    return BaseModel(model, None, str(folder), "", "", sites, transposed, longest, plain_head=False)
+    longest, windows = positions(model.config), windows_of(model.config)
+    return BaseModel(model, None, str(folder), "", "", sites, transposed, longest, windows, plain_head=False)
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -176,15 +189,17 @@ def freeze(
     quicken(model)
     model.requires_grad_(False).eval()
     linears = adaptable(model)
-    longest = longest_example(model.config)
-    check_sharing(model, name, longest)
+    longest, windows = positions(model.config), windows_of(model.config)
+    check_sharing(model, name, longest, windows)
     reads = _what_is_read(model, linears)
     sites = tuple(Site(path, *widths(linear), reads[path]) for path, linear in linears.items() if path in reads)
     if not sites:
         raise BaseModelError(name, "it has no linear layer to adapt", "choose a transformer language model")
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     plain_head = _has_plain_head(model)
-    return BaseModel(model, tokenizer, name, revision, digest, sites, transposed, longest, plain_head, quantised)
+    return BaseModel(
+        model, tokenizer, name, revision, digest, sites, transposed, longest, windows, plain_head, quantised
+    )
 
 
 @torch.inference_mode()

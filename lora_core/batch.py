@@ -1,32 +1,34 @@
 """Packed rows as tensors: what a model reads in one forward pass.  K slots, T tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lora_core.data.packing import Row
+
+Windows = int | Mapping[str, int | None] | None  # how many tokens back layers look, all or by kind; None: to the start
+Masks = Tensor | Mapping[str, Tensor]  # K 1 T S, added to attention: 0 where a token may look; of all layers or by kind
 
 
 @dataclass(frozen=True)
 class Batch:
-    """K rows as tensors on the base's device.  `mask_K1TT` is added to attention: 0 where a token may look."""
+    """K rows as tensors on the base's device."""
 
     tokens_KT: Tensor
     targets_KT: Tensor
     positions_KT: Tensor
     documents_KT: Tensor
-    mask_K1TT: Tensor
+    masks: Masks
 
     @property
     def inputs(self) -> dict[str, Any]:  # tensors and a flag, as transformers' models take them
         """What a model reads of it."""
         return {
             "input_ids": self.tokens_KT,
-            "attention_mask": self.mask_K1TT,
+            "attention_mask": self.masks,
             "position_ids": self.positions_KT,
             "use_cache": False,
         }
@@ -39,18 +41,22 @@ def fields_of(rows: Sequence[Row], device: torch.device) -> Tensor:
     return fields_4KT.to(device, copy=True)
 
 
-def as_batch(fields_4KT: Tensor, dtype: torch.dtype) -> Batch:
-    """As one batch; a token sees its own document's earlier tokens and nothing else."""
+def as_batch(fields_4KT: Tensor, dtype: torch.dtype, windows: Windows) -> Batch:
+    """As one batch; a token sees its own document's earlier tokens, as far back as a layer looks, and nothing else."""
     tokens_KT, targets_KT, positions_KT, documents_KT = fields_4KT.unbind()
-    together_KTT = documents_KT[:, :, None] == documents_KT[:, None, :]
+    seen_KTT = (documents_KT[:, :, None] == documents_KT[:, None, :]).tril()
     # The mask is always given, even where plain causal attention would do: the kernel that runs, and so every
     # bit of a row, must not depend on how the neighbours' rows are packed.
-    hidden_K1TT = ~together_KTT.tril()[:, None]
-    mask_K1TT = torch.zeros(hidden_K1TT.shape, dtype=dtype, device=fields_4KT.device)
-    mask_K1TT.masked_fill_(hidden_K1TT, torch.finfo(dtype).min)  # added, not boolean: eager attention adds it
-    return Batch(tokens_KT, targets_KT, positions_KT, documents_KT, mask_K1TT)
+    masks: Masks
+    if isinstance(windows, Mapping):
+        masks = {kind: _mask(seen_KTT, window, dtype) for kind, window in windows.items()}
+    else:
+        masks = _mask(seen_KTT, windows, dtype)
+    return Batch(tokens_KT, targets_KT, positions_KT, documents_KT, masks)
 
 
-def stack(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
-    """K rows as one batch, on the base's device."""
-    return as_batch(fields_of(rows, model.device), model.dtype)
+def _mask(seen_KTT: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What is added to attention, K 1 T T; a window counts the token that looks."""
+    hidden_K1TT = ~(seen_KTT if window is None else seen_KTT.triu(1 - window))[:, None]
+    mask_K1TT = torch.zeros(hidden_K1TT.shape, dtype=dtype, device=seen_KTT.device)
+    return mask_K1TT.masked_fill_(hidden_K1TT, torch.finfo(dtype).min)  # added, not boolean: eager attention adds it

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_core.banks.bank import Bank
 from lora_core.banks.table import banks_for
 from lora_core.base_model import BaseModel
-from lora_core.batch import Batch, stack
+from lora_core.batch import Batch
 from lora_core.cohort import Cohort
 from lora_core.data.packing import Row, empty_row, pack
 from lora_core.data.rendering import IGNORED, AnyRendered
@@ -109,7 +109,7 @@ def evaluate(base: BaseModel, bank: Bank, trials: Sequence[Trial], slots: int, r
                     _seat(cohort, slot, trials[number])
                     seated[slot] = number
             rows = [row for _, row in group] + [empty_row(row_tokens)] * (slots - len(group))
-            batch = stack(rows, base.model)
+            batch = base.stack(rows)
             loss_KT, right_KT = token_losses(base, batch)
             for (number, row), scores in zip(group, _by_document(batch, loss_KT, right_KT), strict=False):
                 found[number].update(zip(row.examples, scores, strict=False))

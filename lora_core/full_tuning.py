@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_core.base_model import BaseModel
-from lora_core.batch import stack
 from lora_core.curriculum import Student
 from lora_core.data.packing import empty_row
 from lora_core.errors import TrainingError
@@ -100,7 +99,7 @@ def adamw(base: BaseModel) -> torch.optim.AdamW:
 def backward(base: BaseModel, lesson: Lesson) -> Tensor:
     """A row's summed loss, still on the device; its gradient is added unless the lesson only measures."""
     with _computed_in(base), torch.set_grad_enabled(bool(lesson.weight)):
-        loss_1T, _ = token_losses(base, stack([lesson.row], base.model))
+        loss_1T, _ = token_losses(base, base.stack([lesson.row]))
         loss = loss_1T.sum()
     if lesson.weight:
         (loss * lesson.weight).backward()

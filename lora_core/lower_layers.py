@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
-from lora_core.batch import stack
 from lora_core.cohort import Cohort
 from lora_core.data.packing import Row, empty_row, pack
 from lora_core.data.rendering import Rendered
@@ -110,7 +109,7 @@ class LowerLayers:
             return hidden_KTD
 
         with _forward_of(self.layers[self.first :], note):
-            self.base.model.base_model(**stack(rows, self.base.model).inputs)
+            self.base.model.base_model(**self.base.stack(rows).inputs)
         return entering[0].cpu()
 
     @torch.no_grad()
@@ -119,7 +118,7 @@ class LowerLayers:
         words = self.base.model.config.get_text_config().vocab_size
         documents = [Rendered(tuple(n % words for n in range(start, start + 4)), (True,) * 4) for start in range(4)]
         rows = pack(list(enumerate(documents)), min(8, self.base.longest))
-        inputs = stack(rows, self.base.model).inputs
+        inputs = self.base.stack(rows).inputs
         whole_KTD = self.base.model.base_model(**inputs).last_hidden_state
         try:
             with self.entered(self._run_lower(rows).to(self.base.model.device)):

@@ -63,7 +63,7 @@ def _read(base: BaseModel, fields_4KT: Tensor, weight_K: Tensor, lessons: Sequen
     """Answers K x N; on the device alone, unless there are pairs."""
     learns = _learns(lessons)
     with torch.set_grad_enabled(learns):
-        loss_KT, _ = token_losses(base, as_batch(fields_4KT, base.model.dtype))
+        loss_KT, _ = token_losses(base, as_batch(fields_4KT, base.model.dtype, base.windows))
         loss_K, answers_KN = lesson_losses(loss_KT, [lesson.pairs if lesson else None for lesson in lessons])
     if learns:
         (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch

@@ -44,7 +44,7 @@ class Server:
         self, base: BaseModel, bank: Bank, slots: int, load: Callable[[str], Adapter], positions: int = 0
     ) -> None:
         self.base, self.bank, self.load = base, bank, load
-        self.longest = base.longest - positions  # of a prompt and its answer
+        self.longest = base.room(positions)  # of a prompt and its answer
         self.cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype, learns=False)
         self.seated: dict[int, str | None] = dict.fromkeys(range(slots))  # by slot, the least recently used first
 

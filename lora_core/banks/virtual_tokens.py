@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lora_core.banks.bank import Facts, Shapes
 from lora_core.base_checks import positions
 from lora_core.base_model import BaseModel
+from lora_core.batch import Masks
 from lora_core.cohort import Cohort
 from lora_core.errors import ArtifactRefused, TrainingError
 from lora_core.methods import VirtualTokensSpec
@@ -61,21 +62,32 @@ class Ahead:
             given_KT = torch.arange(read, read + tokens, device=self.cohort.scale_K11.device)[None]
         return torch.minimum(given_KT + self.counts(), given_KT.clamp_min(self.there_are - 1))
 
-    def mask(self, asked: Arguments, tokens: int, read: int) -> Tensor:
+    def mask(self, asked: Arguments, tokens: int, read: int) -> Masks:
         """What tokens see, K S or, added to attention, K 1 T S: as asked, behind the slot's own virtual tokens."""
         visible_KV, given = self.visible(), asked.get("attention_mask")
         if given is None:
             given = torch.ones(len(visible_KV), read + tokens, dtype=torch.int64, device=visible_KV.device)
+        return _each(given, lambda mask: self._behind(visible_KV, mask))
+
+    def _behind(self, visible_KV: Tensor, given: Tensor) -> Tensor:
         if given.dim() == 2:
             return torch.cat([visible_KV.to(given), given], dim=1)
         return torch.cat([_added(visible_KV[:, None, None], given).expand(-1, 1, given.shape[2], -1), given], dim=3)
 
-    def mask_with_themselves(self, mask: Tensor) -> Tensor:
+    def mask_with_themselves(self, masks: Masks) -> Masks:
         """A mask for rows that begin with the virtual tokens themselves: they see each other, causally, and no text."""
+        return _each(masks, self._with_themselves)
+
+    def _with_themselves(self, mask: Tensor) -> Tensor:
         if mask.dim() == 2:
             return mask
         square_VS = torch.ones(self.most, mask.shape[3], dtype=torch.bool, device=mask.device).tril()
         return torch.cat([_added(square_VS, mask).expand(len(mask), 1, -1, -1), mask], dim=2)
+
+
+def _each(masks: Masks, change: Callable[[Tensor], Tensor]) -> Masks:
+    """The one mask changed, or that of each kind of layer."""
+    return change(masks) if isinstance(masks, Tensor) else {kind: change(mask) for kind, mask in masks.items()}
 
 
 def _added(visible: Tensor, like: Tensor) -> Tensor:
@@ -107,9 +119,10 @@ def cache_name(model: PreTrainedModel) -> str:
 
 
 def check_room(base: BaseModel, spec: VirtualTokensSpec) -> None:
-    """Raises TrainingError where a base has too few positions."""
-    if spec.virtual_tokens + LEAST_TEXT > base.longest:
-        why = f"knows {base.longest} positions, too few for {spec.virtual_tokens} virtual tokens and a text"
+    """Raises TrainingError where a base knows too few positions, or its layers look too few tokens back."""
+    if base.room(spec.virtual_tokens) < LEAST_TEXT:
+        most = base.room(1) + 1
+        why = f"has room for {most} tokens, too few for {spec.virtual_tokens} virtual ones and a text"
         raise TrainingError(base.name, why, "lower num_virtual_tokens")
 
 
@@ -126,6 +139,7 @@ def read_virtual_tokens(config: Facts) -> int:
 
 def one_tensor(base: BaseModel, spec: VirtualTokensSpec, width: int) -> list[Shapes]:
     """What files of virtual tokens hold, so many numbers a token.  Raises ArtifactRefused for a base too short."""
-    if spec.virtual_tokens + LEAST_TEXT > base.longest:
-        raise ArtifactRefused(CONFIG, f"the base knows only {base.longest} positions", "is it for this base?")
+    if base.room(spec.virtual_tokens) < LEAST_TEXT:
+        why = f"the base has room for only {base.room(1) + 1} tokens"
+        raise ArtifactRefused(CONFIG, why, "is it for this base?")
     return [{TENSOR: [spec.virtual_tokens, width]}]

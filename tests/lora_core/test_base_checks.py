@@ -27,9 +27,8 @@ from transformers import (
 )
 
 from lora_core.banks.table import make_bank
-from lora_core.base_checks import check_sharing, longest_example
+from lora_core.base_checks import check_sharing, positions
 from lora_core.base_model import BaseModel, freeze
-from lora_core.batch import stack
 from lora_core.data.packing import pack
 from lora_core.errors import BaseModelError
 from lora_core.forward import token_losses
@@ -94,7 +93,7 @@ def test_a_base_whose_layers_heed_the_mask_is_shared(config: PreTrainedConfig) -
     base, mine = frozen(config), examples(5, 1, 16)[0]
     rows = [pack([(0, other), (1, mine)], T)[0] for other in examples(1, 40, 16) if len(other.tokens) == 9]
 
-    losses = [token_losses(base, stack([row], base.model))[0][0, 9:] for row in rows]
+    losses = [token_losses(base, base.stack([row]))[0][0, 9:] for row in rows]
 
     assert len(rows) > 1
     assert all(torch.equal(losses[0], one) for one in losses)
@@ -129,11 +128,11 @@ def test_an_example_ends_where_a_rotary_embedding_turns_otherwise() -> None:
     by_layer = Gemma3TextConfig(**HEADED)
     by_layer.rope_parameters = {"full_attention": LONG, "sliding_attention": {"rope_type": "default"}}
 
-    assert (base.longest, longest_example(by_layer)) == (24, 24)
-    assert longest_example(LlamaConfig(**SMALL, rope_parameters=DYNAMIC)) == 128
-    check_sharing(base.model, "tiny", 24)
+    assert (base.longest, positions(by_layer)) == (24, 24)
+    assert positions(LlamaConfig(**SMALL, rope_parameters=DYNAMIC)) == 128
+    check_sharing(base.model, "tiny", 24, None)
     with pytest.raises(BaseModelError, match="change each other"):
-        check_sharing(base.model, "tiny", 25)
+        check_sharing(base.model, "tiny", 25, None)
 
 
 @pytest.mark.usefixtures("one_thread")

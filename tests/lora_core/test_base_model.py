@@ -22,7 +22,6 @@ from transformers import (
 
 from lora_core.base_files import count_parameters, fingerprint
 from lora_core.base_model import BaseModel, freeze, load_base
-from lora_core.batch import stack
 from lora_core.data.packing import pack
 from lora_core.data.rendering import IGNORED
 from lora_core.errors import BaseModelError, DeviceMissing
@@ -152,7 +151,7 @@ def test_losses_are_the_models_own_whatever_its_head_does(make: Callable[[], Pre
     one = examples(1)[0]
     row = pack([(0, one)], T)[0]
 
-    losses_KT, _ = token_losses(base, stack([row], base.model))
+    losses_KT, _ = token_losses(base, base.stack([row]))
 
     with torch.inference_mode():
         logits = base.model(torch.tensor([one.tokens])).logits[0, :-1]

@@ -5,7 +5,6 @@ import torch
 
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
-from lora_core.batch import stack
 from lora_core.cohort import Cohort
 from lora_core.data.packing import pack
 from lora_core.errors import TrainingError
@@ -69,12 +68,12 @@ def test_unused_ranks_and_sites_stay_zero_through_training(llama_base: BaseModel
 def test_a_document_does_not_see_its_neighbours_in_the_row(base: BaseModel) -> None:
     """Attention and positions restart at each example."""
     data = examples(4, count=3, longest=14)
-    together = stack(pack(list(enumerate(data)), T), base.model)
+    together = base.stack(pack(list(enumerate(data)), T))
     losses_KT, _ = token_losses(base, together)
 
     start = 0
     for number, one in enumerate(data):
-        alone_KT, _ = token_losses(base, stack(pack([(number, one)], T), base.model))
+        alone_KT, _ = token_losses(base, base.stack(pack([(number, one)], T)))
         length = len(one.tokens)
         torch.testing.assert_close(losses_KT[0, start : start + length], alone_KT[0, :length], atol=1e-5, rtol=1e-5)
         start += length
@@ -84,8 +83,8 @@ def test_a_rows_losses_do_not_depend_on_the_other_rows(base: BaseModel) -> None:
     """To the bit, whatever the neighbours hold."""
     (mine,), (theirs,) = pack([(0, examples(1)[0])], T), pack([(0, examples(2)[0])], T)
     with torch.inference_mode():
-        one, _ = token_losses(base, stack([mine, theirs], base.model))
-        two, _ = token_losses(base, stack([mine, mine], base.model))
+        one, _ = token_losses(base, base.stack([mine, theirs]))
+        two, _ = token_losses(base, base.stack([mine, mine]))
 
     assert torch.equal(one[0], two[0])
 

@@ -15,7 +15,6 @@ from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.banks.lora_sites import Link, LoraGroup, LoraSite, Lows, Sums
 from lora_core.base_files import fingerprint
 from lora_core.base_model import BaseModel, check_device, load_base
-from lora_core.batch import stack
 from lora_core.cohort import Cohort
 from lora_core.data.packing import pack
 from lora_core.errors import BaseModelError
@@ -197,8 +196,8 @@ def test_a_quantised_conv1d_is_a_linear(tmp_path: Path) -> None:
     assert base.sites == whole.sites
     assert (whole.transposed, base.transposed) == (True, False)
     assert base.plain_head
-    losses_KT, _ = token_losses(base, stack([row], base.model))
-    torch.testing.assert_close(losses_KT, token_losses(whole, stack([row], whole.model))[0], atol=1e-2, rtol=1e-2)
+    losses_KT, _ = token_losses(base, base.stack([row]))
+    torch.testing.assert_close(losses_KT, token_losses(whole, whole.stack([row]))[0], atol=1e-2, rtol=1e-2)
 
 
 def test_auto_is_handed_to_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

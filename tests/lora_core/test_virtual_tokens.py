@@ -16,7 +16,6 @@ from lora_core.artifact import write_artifact
 from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
-from lora_core.batch import stack
 from lora_core.cohort import Cohort
 from lora_core.data.packing import pack
 from lora_core.errors import ArtifactRefused, RecipeError, TrainingError
@@ -123,8 +122,8 @@ def test_documents_of_a_row_see_the_virtual_tokens_and_not_each_other(base: Base
     cohort.admit(0, bank.start_row(settings.method, 3), settings.method.scale)
 
     with bank.attached(base, cohort), torch.inference_mode():
-        together_KT, _ = token_losses(base, stack(pack(list(enumerate(data)), T), base.model))
-        alone = [token_losses(base, stack(pack([(0, one)], T), base.model))[0][0, : len(one.tokens)] for one in data]
+        together_KT, _ = token_losses(base, base.stack(pack(list(enumerate(data)), T)))
+        alone = [token_losses(base, base.stack(pack([(0, one)], T)))[0][0, : len(one.tokens)] for one in data]
 
     torch.testing.assert_close(together_KT[0, : sum(map(len, alone))], torch.cat(alone), atol=1e-5, rtol=1e-5)
 
@@ -301,7 +300,7 @@ HOSTILE: dict[str, tuple[dict[str, object], str]] = {
     "truth": ({"num_virtual_tokens": True}, "num_virtual_tokens is True"),
     "none": ({"num_virtual_tokens": 0}, "num_virtual_tokens is 0"),
     "other": ({"num_virtual_tokens": 4}, "shape"),
-    "longer than the base": ({"num_virtual_tokens": 125}, "knows only 128"),
+    "longer than the base": ({"num_virtual_tokens": 125}, "room for only 128"),
     "encoder": ({"num_transformer_submodules": 2}, "num_transformer_submodules"),
     "more modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "another task": ({"task_type": "SEQ_2_SEQ_LM"}, "task_type"),
@@ -352,7 +351,7 @@ def test_a_recipe_with_anothers_settings_says_so(given: dict[str, object], words
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_of_few_positions_is_refused(llama_base: BaseModel, kind: str) -> None:
     """Before the first step."""
-    with pytest.raises(TrainingError, match="positions"):
+    with pytest.raises(TrainingError, match="has room for 128 tokens"):
         make_bank(llama_base, [virtual(kind, num_virtual_tokens=121).method])
 
 
