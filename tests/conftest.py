@@ -74,7 +74,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
         opened = open_database(f"sqlite:///{copied}")
     else:
         server, tables = (request.getfixturevalue(name) for name in ("postgres_server", "postgres_tables"))
-        opened = _as_application(new_database(server, tables))
+        opened = as_application(new_database(server, tables))
     yield opened
     opened.dispose()
 
@@ -87,10 +87,11 @@ def set_up(url: str) -> Engine:
         return owner
     migrate(owner, application=APPLICATION)
     owner.dispose()
-    return _as_application(url)
+    return as_application(url)
 
 
-def _as_application(url: str) -> Engine:
+def as_application(url: str) -> Engine:
+    """A database as the role that owns nothing."""
     return open_database(make_url(url).set(username=APPLICATION).render_as_string(hide_password=False))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +23,8 @@ from registry.publishing import Finished
 from registry.session import reading, transaction
 from registry.store import FolderStore, ObjectStore
 from registry.tenancy import enter
+from tests.conftest import as_application
+from tests.servers import new_database
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 LEASE = timedelta(minutes=5)
@@ -55,6 +58,30 @@ def store(tmp_path: Path) -> FolderStore:
     made = FolderStore(tmp_path / "store")
     made.set_up()
     return made
+
+
+@pytest.fixture(scope="session")
+def furnished(postgres_server: str, postgres_tables: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A database and a folder store, to be copied: two tenants alike in users, versions, aliases, schedules, jobs."""
+    from tests.registry.twins import OURS, THEIRS, furnish  # it takes from here what it enqueues
+
+    url, folder = new_database(postgres_server, postgres_tables), tmp_path_factory.mktemp("furnished") / "store"
+    made, engine = FolderStore(folder), as_application(url)
+    made.set_up()
+    for tenant in (THEIRS, OURS):
+        furnish(engine, made, tenant)
+    engine.dispose()
+    return str(engine.url.database), folder
+
+
+@pytest.fixture
+def twins(postgres_server: str, furnished: tuple[str, Path], store: FolderStore) -> Iterator[Engine]:
+    """Two tenants alike, and the application's engine."""
+    database, folder = furnished
+    shutil.copytree(folder, store.root, dirs_exist_ok=True)
+    engine = as_application(new_database(postgres_server, database))
+    yield engine
+    engine.dispose()
 
 
 def enqueue(

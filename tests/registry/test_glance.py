@@ -1,6 +1,6 @@
 """Look-ups in one round trip: as well kept apart, and as hard to kill, as in a transaction."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,18 +23,11 @@ from registry.store import FolderStore
 from registry.tenancy import enter
 from tests.conftest import tampering
 from tests.registry.conftest import NOW, Claim, finished
-from tests.registry.twins import OURS, THEIRS, furnished, tenant_of
+from tests.registry.twins import OURS, THEIRS, tenant_of
 from tests.servers import APPLICATION, execute
 
 SETTINGS = text("SELECT current_setting('lora.tenant', true), current_setting('lora.tenant_name', true)")
 REFERENCES = [f"{tenant}/alice{which}" for tenant in (OURS, THEIRS) for which in ("", ":1", ":9", "@canary", "@none")]
-
-
-@pytest.fixture
-def twins(postgres_url: str, store: FolderStore) -> Iterator[Engine]:
-    """Two tenants alike, and the application's engine."""
-    with furnished(postgres_url, store) as engine:
-        yield engine
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Two tenants alike in every name: what PostgreSQL keeps apart, whatever the code forgets."""
 
 import uuid
-from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
@@ -16,15 +15,8 @@ from registry.store import FolderStore
 from registry.tenancy import Across, across, unbound
 from tests.conftest import looking
 from tests.registry.conftest import NOW
-from tests.registry.twins import OURS, TABLES, THEIRS, busy, furnished, tenant_of
+from tests.registry.twins import OURS, TABLES, THEIRS, busy, tenant_of
 from tests.servers import APPLICATION
-
-
-@pytest.fixture
-def twins(postgres_url: str, store: FolderStore) -> Iterator[Engine]:
-    """Two tenants alike, and the application's engine."""
-    with furnished(postgres_url, store) as engine:
-        yield engine
 
 
 def test_the_policies_cover_every_table_of_tenants_for_its_owner_too(twins: Engine) -> None:

@@ -57,18 +57,11 @@ from registry.timing import Timing
 from tests.conftest import looking
 from tests.registry.conftest import LEASE, NOW, finished
 from tests.registry.mutants import alive, mutants
-from tests.registry.twins import OURS, TABLES, THEIRS, busy, furnished, tenant_of
+from tests.registry.twins import OURS, TABLES, THEIRS, busy, tenant_of
 from tests.servers import APPLICATION
 
 UNDO = "done, and to be undone"
 LEAKING = 15  # mutants at least that must leak without row-level security, or the test has no teeth
-
-
-@pytest.fixture
-def twins(postgres_url: str, store: FolderStore) -> Iterator[Engine]:
-    """Two tenants alike, and the application's engine."""
-    with furnished(postgres_url, store) as engine:
-        yield engine
 
 
 def doings(session: Session, job: ClaimedJob) -> dict[str, Callable[[], object]]:

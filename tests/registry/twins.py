@@ -1,7 +1,5 @@
 """Two tenants alike in every name, on PostgreSQL as the role that owns nothing."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import select
@@ -17,21 +15,10 @@ from registry.session import reading, transaction
 from registry.store import FolderStore
 from registry.tenancy import Across, across
 from registry.timing import Timing
-from tests.conftest import set_up
 from tests.registry.conftest import LEASE, NOW, enqueue, finished
 
 OURS, THEIRS = "globex", "acme"
 TABLES = {name: table for name, table in Base.metadata.tables.items() if "tenant_id" in table.c}
-
-
-@contextmanager
-def furnished(url: str, store: FolderStore) -> Iterator[Engine]:
-    """Both tenants have the same users, adapters, versions, aliases, schedules and one job in work."""
-    engine = set_up(url)
-    for tenant in (THEIRS, OURS):
-        furnish(engine, store, tenant)
-    yield engine
-    engine.dispose()
 
 
 def furnish(engine: Engine, store: FolderStore, tenant: str) -> None:
