@@ -189,12 +189,12 @@ def freeze(
     quicken(model)
     model.requires_grad_(False).eval()
     linears = adaptable(model)
+    if not linears:
+        raise BaseModelError(name, "it has no linear layer to adapt", "choose a transformer language model")
     longest, windows = positions(model.config), windows_of(model.config)
     check_sharing(model, name, longest, windows)
     reads = _what_is_read(model, linears)
-    sites = tuple(Site(path, *widths(linear), reads[path]) for path, linear in linears.items() if path in reads)
-    if not sites:
-        raise BaseModelError(name, "it has no linear layer to adapt", "choose a transformer language model")
+    sites = tuple(Site(path, *widths(linear), reads[path]) for path, linear in linears.items())
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     plain_head = _has_plain_head(model)
     return BaseModel(
@@ -204,7 +204,7 @@ def freeze(
 
 @torch.inference_mode()
 def _what_is_read(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> dict[str, int]:
-    """A number for the tensor that each linear reads, tried on a few tokens; none where only pictures or sound go."""
+    """A number for the tensor that each linear reads, tried on a few tokens; one that is not run reads its own."""
     seen: dict[str, Tensor] = {}  # kept, lest a later tensor has the address of an earlier one
 
     def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -215,7 +215,7 @@ def _what_is_read(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> d
     for hook in hooks:
         hook.remove()
     numbers = {id(tensor): number for number, tensor in enumerate(seen.values())}
-    return {path: numbers[id(tensor)] for path, tensor in seen.items()}
+    return {path: numbers[id(seen[path])] if path in seen else -1 - n for n, path in enumerate(linears)}
 
 
 def _few_tokens(model: PreTrainedModel) -> Tensor:
@@ -236,6 +236,12 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
 
 
 def adaptable(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear but the output head that text goes through, by path; none of a part that sees or hears."""
+    text = {id(module) for module in model.get_decoder().modules()}
+    return {path: linear for path, linear in linears_of(model).items() if id(linear) in text}
+
+
+def linears_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every linear but the output head, by path: what PEFT calls all-linear."""
     head = model.get_output_embeddings()
     return {

@@ -6,7 +6,7 @@ Nothing is loaded: shapes are enough.  What a whole pack takes is in `memory.py`
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lora_core.base_model import BaseModel, adaptable, widths
+from lora_core.base_model import BaseModel, linears_of, widths
 from lora_core.errors import MemoryTooSmall
 
 # Bytes a packed weight: bitsandbytes' int8; NF4 with a byte of scale for 64 numbers, and four for 256 of those.
@@ -25,7 +25,7 @@ class Weights:
     @classmethod
     def of(cls, base: BaseModel, width: int | None = None) -> "Weights":
         """Those of a base, however it is kept; in its own width unless another is asked for."""
-        linears = tuple(widths(linear) for linear in adaptable(base.model).values())
+        linears = tuple(widths(linear) for linear in linears_of(base.model).values())
         return cls(base.parameters, linears, width or base.model.dtype.itemsize)
 
     def bytes(self, quantise: str = "") -> int:

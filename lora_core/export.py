@@ -39,6 +39,11 @@ FAMILIES = {
     "mistral": Family("llama", permuted=True),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
+    "gemma": Family("gemma"),
+    "gemma2": Family("gemma2"),
+    "gemma3": Family("gemma3"),  # what of it reads text
+    "gemma3_text": Family("gemma3"),
+    "phi3": Family("phi3"),
     "gpt2": Family("gpt2"),
 }
 
@@ -104,10 +109,10 @@ def _named(config: PretrainedConfig, family: Family, found: Mapping[str, Delta])
     import gguf
 
     (number,) = [number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name]
-    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    names, text = gguf.get_tensor_name_map(number, config.get_text_config().num_hidden_layers), "language_model."
     named = {}
     for path, delta in found.items():
-        name = names.get_name(path)
+        name = names.get_name(path.replace(text, ""))  # llama.cpp has a model that sees pictures in two files
         if name is None:
             why = f"llama.cpp's {family.name} has no weight for {path}"
             raise ExportRefused("as gguf, this adapter", why, "train it without that target, or export it merged")

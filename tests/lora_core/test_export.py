@@ -11,10 +11,18 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -31,7 +39,7 @@ from lora_core.export import Delta, deltas, merge, stored_dtype, write_gguf, wri
 from lora_core.intake import read_artifact
 from lora_core.methods import LoraSpec
 from tests.lora_core.conftest import ARCHITECTURES, CHATML, WORDS, examples, lora_of, make_tokenizer, recipe
-from tests.lora_core.test_peft_parity import our_logits, random_row
+from tests.lora_core.test_peft_parity import our_logits, random_row, seeing
 
 SMALL = {
     "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -42,12 +50,21 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=True)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SMALL)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL)),
+    "gemma3": seeing,
+    "gemma3_text": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SMALL, pad_token_id=0)),
 }
 # What llama.cpp calls the linears of a layer, from its own tables, written down here once more.
 NAMES = {
     "llama": {
         "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    },
+    "phi3": {
+        "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj",
         "ffn_down": "mlp.down_proj",
     },
     "gpt2": {"attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
@@ -89,9 +106,9 @@ def apply_gguf(path: Path, model: PreTrainedModel) -> dict[str, object]:
         change = up_OR @ down_RI * (keys["adapter.lora.alpha"] / up_OR.shape[1])  # llama_adapter_lora_weight::get_scale
         read = processor.process(change.numpy(), name=name).weights
         _, layer, what, _ = name.split(".")
-        gpt2 = keys["general.architecture"] == "gpt2"
-        where = f"transformer.h.{layer}" if gpt2 else f"model.layers.{layer}"
-        weight = model.get_submodule(f"{where}.{NAMES['gpt2' if gpt2 else 'llama'][what]}").weight
+        names = NAMES.get(str(keys["general.architecture"]), NAMES["llama"])
+        layers = model.get_decoder().h if names is NAMES["gpt2"] else model.get_decoder().layers
+        weight = layers[int(layer)].get_submodule(names[what]).weight
         with torch.no_grad():
             weight += torch.from_numpy(read.copy())
     return keys
@@ -111,7 +128,7 @@ def test_a_gguf_adapter_gives_the_adapters_logits(architecture: str, rslora: boo
         torch.testing.assert_close(other(TOKENS).logits, ours, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(base.model(TOKENS).logits, ours, atol=1e-3)
     assert (keys["general.type"], keys["adapter.type"]) == ("adapter", "lora")
-    assert keys["general.architecture"] == {"mistral": "llama"}.get(architecture, architecture)
+    assert keys["general.architecture"] == {"mistral": "llama", "gemma3_text": "gemma3"}.get(architecture, architecture)
     assert keys["adapter.lora.alpha"] == pytest.approx(16 if rslora else 8)  # rank 4, alpha 8: 8 / sqrt(4) * 4
 
 
