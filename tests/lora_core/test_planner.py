@@ -27,6 +27,7 @@ def bank(base: BaseModel) -> LoraBank:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base", ["llama", pytest.param("gpt2", marks=pytest.mark.long)], indirect=True)
 def test_slots_are_as_many_as_fit(base: BaseModel, bank: LoraBank) -> None:
     """To the byte: with one byte less it is checkpointing, and below that half of them."""
     eight, eight_forgetful = (predict(base, bank, 8, T, True, forget) for forget in (False, True))
@@ -63,6 +64,7 @@ def test_the_bits_that_would_fit_are_told(base: BaseModel, bank: LoraBank) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base", ["llama", pytest.param("gpt2", marks=pytest.mark.long)], indirect=True)
 def test_rows_are_shortened_only_where_not_even_one_slot_fits(base: BaseModel, bank: LoraBank) -> None:
     """By halves, and never below the longest example."""
     least = min(predict(base, bank, 1, T, True, forget) for forget in (False, True))
