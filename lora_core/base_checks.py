@@ -18,7 +18,12 @@ DENSE = "choose a dense base whose layers all attend under a mask, as those of L
 
 def longest_example(config: PreTrainedConfig) -> int:
     """Tokens an example may have: a base has so many positions, or looks no further back."""
-    return min(positions(config), getattr(config.get_text_config(), "sliding_window", None) or ENDLESS)
+    return min(positions(config), window(config) or ENDLESS)
+
+
+def window(config: PreTrainedConfig) -> int | None:
+    """How many tokens back some of its layers look, padding counted; None where all of them look as far as they can."""
+    return getattr(config.get_text_config(), "sliding_window", None)
 
 
 def positions(config: PreTrainedConfig) -> int:
