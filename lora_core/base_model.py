@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.base_checks import check_sharing, longest_example
+from lora_core.base_checks import DENSE, check_sharing, longest_example
 from lora_core.base_files import CONVERT, WEIGHTS, check_quantise, fingerprint, locate
-from lora_core.errors import BaseModelError, DeviceMissing
+from lora_core.errors import BaseModelError, BaseUnfit, DeviceMissing
 from lora_core.products import quick_product, quicken
 from lora_core.quantised import QuantisedLinear, quantisation, unpack_on_use
 
@@ -114,15 +114,22 @@ def load_base(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", trust_remote_code=False, **placed
-        )
+            folder, dtype=dtype, use_safetensors=True, attn_implementation=None, trust_remote_code=False, **placed
+        )  # None: whatever config.json names, the fused attention where the architecture has one (Gemma 2 has none)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         why = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
         raise BaseModelError(name, why, "give a causal language model that transformers knows") from None
-    if any(parameter.is_meta for parameter in model.parameters()):  # accelerate's word for what is left on CPU or disk
-        raise BaseModelError(name, "it does not fit on the GPUs here", "add GPUs, or set LORA_QUANTISE to 8bit or 4bit")
+    _check_loaded(name, model)
     model = model if placed else model.to(device)
     return freeze(model, tokenizer, name, revision or "main", fingerprint(folder, quantise), quantise)
+
+
+def _check_loaded(name: str, model: PreTrainedModel) -> None:
+    """Whether all of it is here, and its attention as long as rows are.  Raises BaseModelError."""
+    if any(parameter.is_meta for parameter in model.parameters()):  # accelerate's word for what is left on CPU or disk
+        raise BaseModelError(name, "it does not fit on the GPUs here", "add GPUs, or set LORA_QUANTISE to 8bit or 4bit")
+    if model.config._attn_implementation != "sdpa" and not model._supports_attention_backend:
+        raise BaseUnfit(name, "its attention is of an older kind, whose tables end where its positions do", DENSE)
 
 
 def _placement(device: str, dtype: torch.dtype, quantise: str) -> dict[str, Any]:  # transformers' own arguments

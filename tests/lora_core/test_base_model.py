@@ -1,5 +1,6 @@
 """The shared base: loaded once, frozen, pinned by its bytes."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -25,7 +28,7 @@ from lora_core.base_model import BaseModel, freeze, load_base
 from lora_core.batch import stack
 from lora_core.data.packing import pack
 from lora_core.data.rendering import IGNORED
-from lora_core.errors import BaseModelError, DeviceMissing
+from lora_core.errors import BaseModelError, BaseUnfit, DeviceMissing
 from lora_core.forward import token_losses
 from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, examples
 
@@ -132,6 +135,29 @@ def test_a_device_that_is_none_is_told(folder: Path, device: str) -> None:
     """With the variable that names it."""
     with pytest.raises(DeviceMissing, match=f"{device}.*LORA_DEVICE"):
         load_base(str(folder), device=device)
+
+
+def test_a_base_whose_attention_cannot_be_fused_is_loaded(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Gemma 2 caps its attention; whatever kind config.json asks for is not heeded."""
+    capped().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attn_implementation": "flash_attention_2"}))
+
+    base = load_base(str(tmp_path))
+
+    assert base.model.config._attn_implementation == "eager"
+    assert base.digest
+
+
+def test_an_attention_with_tables_of_its_own_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """GPT-Neo's are as long as its positions, and a packed row may be longer."""
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    GPTNeoForCausalLM(GPTNeoConfig(vocab_size=WORDS, max_position_embeddings=128, **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    with pytest.raises(BaseUnfit, match="of an older kind, whose tables end"):
+        load_base(str(tmp_path))
 
 
 def capped() -> Gemma2ForCausalLM:
