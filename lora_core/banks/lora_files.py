@@ -62,10 +62,13 @@ def _modules(tensors: Mapping[str, Tensor]) -> set[str]:
 
 
 def _targets(base: BaseModel, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The last parts of the modules' paths where they name exactly these modules, else the whole paths."""
+    """The last parts of the modules' paths where they name exactly these modules, else the whole paths.
+
+    Of all that the base has, layers too: PEFT would adapt, or choke on, whatever else is called so.
+    """
     modules = _modules(tensors)
     ends = {module.rpartition(".")[2] for module in modules}
-    named = {site.name for site in base.sites if site.name.rpartition(".")[2] in ends}
+    named = {path for path, _ in base.model.named_modules() if path.rpartition(".")[2] in ends}
     return sorted(ends if named == modules else modules)
 
 
