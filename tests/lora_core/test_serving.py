@@ -141,6 +141,26 @@ def test_an_answer_ends_at_the_bases_end_token(llama_base: BaseModel) -> None:
     assert len(ended[0]) <= 4
 
 
+@pytest.mark.parametrize(
+    "advised",
+    [
+        {"min_length": 40}, {"no_repeat_ngram_size": 2}, {"return_dict_in_generate": True}, {"suppress_tokens": [3, 5]},
+        {"cache_implementation": "static"}, {"do_sample": True, "temperature": 9.0}, {"repetition_penalty": 3.0},
+    ],
+)  # fmt: skip
+def test_what_a_base_advises_changes_no_answer(llama_base: BaseModel, advised: dict[str, object]) -> None:
+    """Of its generation_config only the end tokens count: a least length, say, would count a batch's padding."""
+    shelf, config = Shelf(llama_base), llama_base.model.generation_config
+    config.eos_token_id = list(range(0, WORDS, 7))
+    asked = [Request(f"user{n}", (5, 6, 7 + n) * (1 + 4 * n), 20) for n in range(3)]
+    plain = shelf.server(llama_base, 3).answer(asked)
+
+    config.update(**advised)
+
+    assert shelf.server(llama_base, 3).answer(asked) == plain
+    assert llama_base.model.generation_config is config
+
+
 def test_an_adapter_is_swapped_between_requests(base: BaseModel) -> None:
     """A new version answers the next request, the neighbours and the base's own modules stay as they are."""
     shelf = Shelf(base)
