@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from lora_core.base_checks import DENSE, check_sharing, longest_example
@@ -75,9 +82,8 @@ def outline(folder: Path) -> BaseModel:
     Raises BaseModelError.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         why = f"transformers cannot read its config.json: {str(error).strip().splitlines()[0]}"
         raise BaseModelError(str(folder), why, "give a causal language model that transformers knows") from None
@@ -86,6 +92,13 @@ def outline(folder: Path) -> BaseModel:
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     longest = longest_example(model.config)
     return BaseModel(model, None, str(folder), "", "", sites, transposed, longest, plain_head=False)
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    """Its config.json, whatever attention that asks for: fused where the architecture has it, which Gemma 2 has not."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config._attn_implementation = None
+    return config
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -114,8 +127,8 @@ def load_base(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation=None, trust_remote_code=False, **placed
-        )  # None: whatever config.json names, the fused attention where the architecture has one (Gemma 2 has none)
+            folder, config=_config(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, **placed
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         why = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
         raise BaseModelError(name, why, "give a causal language model that transformers knows") from None

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from lora_core.base_files import count_parameters, fingerprint
-from lora_core.base_model import BaseModel, freeze, load_base
+from lora_core.base_model import BaseModel, freeze, load_base, outline
 from lora_core.batch import stack
 from lora_core.data.packing import pack
 from lora_core.data.rendering import IGNORED
@@ -137,17 +137,20 @@ def test_a_device_that_is_none_is_told(folder: Path, device: str) -> None:
         load_base(str(folder), device=device)
 
 
-def test_a_base_whose_attention_cannot_be_fused_is_loaded(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Gemma 2 caps its attention; whatever kind config.json asks for is not heeded."""
-    capped().save_pretrained(tmp_path)
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize(("architecture", "kind"), [("llama", "sdpa"), ("gemma2", "eager")])
+def test_attention_is_fused_where_it_can_be(
+    architecture: str, kind: str, key: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Gemma 2 caps its attention, and is loaded all the same; what a config.json asks for needs not be installed."""
+    {**ARCHITECTURES, "gemma2": capped}[architecture]().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "attn_implementation": "flash_attention_2"}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: "flash_attention_2"}))
 
-    base = load_base(str(tmp_path))
+    base, known = load_base(str(tmp_path)), outline(tmp_path)
 
-    assert base.model.config._attn_implementation == "eager"
-    assert base.digest
+    assert base.model.config._attn_implementation == known.model.config._attn_implementation == kind
 
 
 def test_an_attention_with_tables_of_its_own_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
