@@ -21,6 +21,7 @@ from lora_core.base_files import FINGERPRINTED
 from lora_core.base_model import BaseModel
 from lora_core.errors import BaseModelError, ExportRefused
 from lora_core.intake import AdapterFiles
+from lora_core.methods import AnyMethod, LoraSpec
 
 PREFIX = "base_model.model."  # PEFT's
 
@@ -57,11 +58,16 @@ class Delta:
         return self.scale * len(self.down_RI)
 
 
-def deltas(files: AdapterFiles) -> dict[str, Delta]:
-    """An adapter's deltas by the path of the linear that each adds to.  Raises ExportRefused for another method's."""
-    spec, tensors = files.spec, files.tensors
+def as_lora(spec: AnyMethod) -> LoraSpec:
+    """The settings of a LoRA, which alone can be exported.  Raises ExportRefused for another method's."""
     if spec.name != "lora":
         raise ExportRefused(f"an adapter of {spec.name}", "it is no change of weights", "train it as a LoRA")
+    return spec
+
+
+def deltas(files: AdapterFiles) -> dict[str, Delta]:
+    """An adapter's deltas by the path of the linear that each adds to.  Raises ExportRefused for another method's."""
+    spec, tensors = as_lora(files.spec), files.tensors
     down, up = ".lora_A.weight", ".lora_B.weight"
     paths = sorted(name.removeprefix(PREFIX).removesuffix(down) for name in tensors if name.endswith(down))
     return {
