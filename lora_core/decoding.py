@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lora_core.base_model import BaseModel
+from lora_core.data.rendering import turn_end
 
 STEP = 16  # prompts are padded to a multiple: batches of about the same length are of one shape
 
@@ -77,11 +78,14 @@ def _asked_for_alone(model: PreTrainedModel) -> Iterator[None]:
 
 
 def end_tokens(base: BaseModel) -> list[int] | None:
-    """Tokens that end an answer: the tokenizer's, and those that the base's makers name; None where there are none."""
+    """Tokens that end an answer: the tokenizer's, its chat template's, and those that the base's makers name.
+
+    None where there are none.
+    """
     named = base.model.generation_config.eos_token_id
     own = [named] if isinstance(named, int) else list(named or ())
-    if base.tokenizer is not None and base.tokenizer.eos_token_id is not None:
-        own.append(base.tokenizer.eos_token_id)
+    if base.tokenizer is not None:
+        own += [end for end in (base.tokenizer.eos_token_id, turn_end(base.tokenizer)) if end is not None]
     return sorted(set(own)) or None
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lora_core import serving
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
-from lora_core.decoding import GREEDY, Sampling, draw
+from lora_core.decoding import GREEDY, Sampling, draw, end_tokens
 from lora_core.errors import PromptRefused
 from lora_core.serving import Adapter, Request, Server
-from tests.lora_core.conftest import WORDS, lora_of, recipe
+from tests.lora_core.conftest import CHATML, WORDS, lora_of, make_tokenizer, recipe
 from tests.lora_core.test_peft_parity import random_row
 
 RANK = 6  # of the bank; users have it or a lower one
@@ -139,6 +139,17 @@ def test_an_answer_ends_at_the_bases_end_token(llama_base: BaseModel) -> None:
         stops = [place for place, token in enumerate(before) if token in (end, WORDS - 1)]
         assert after == before[: stops[0] if stops else 20]
     assert len(ended[0]) <= 4
+
+
+def test_an_answer_ends_where_the_bases_template_ends_a_turn(llama_base: BaseModel) -> None:
+    """Adapters learn it behind each answer; the tokenizer's own end may be another, as in Qwen2.5's bases."""
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.eos_token = "<|endoftext|>"
+    llama_base.model.generation_config.eos_token_id = 7
+
+    ends = end_tokens(replace(llama_base, tokenizer=tokenizer))
+
+    assert ends == [*tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]), 7]
 
 
 @pytest.mark.parametrize(
