@@ -13,9 +13,9 @@ from flows.factory import Factory
 from flows.records import recorded_methods
 from lora_core.base_files import fingerprint, locate
 from lora_core.base_model import load_base, outline
-from lora_core.export import check_mergeable, deltas, merge, stored_dtype, write_gguf, write_merged
+from lora_core.export import as_lora, check_mergeable, deltas, merge, stored_dtype, write_gguf, write_merged
 from lora_core.intake import read_artifact
-from lora_core.methods import AnyMethod
+from lora_core.methods import LoraSpec
 from registry import queries
 from registry.client import Resolved
 from registry.models import SharedBase
@@ -35,11 +35,14 @@ class Origin:
     adapter: Path
     base: SharedBase
     base_folder: Path
-    recorded: Sequence[AnyMethod]  # settings that it can have been trained with
+    recorded: Sequence[LoraSpec]  # settings that it can have been trained with
 
     @classmethod
     def of(cls, factory: Factory, text: str, base_name: str | None) -> "Origin":
-        """What a reference means.  Raises Unready where the base is another one than it was trained on."""
+        """What a reference means.
+
+        Raises ExportRefused where it is no LoRA, Unready where the base is another one than it was trained on.
+        """
         version = factory.client.resolve(text)
         wanted = version.reference
         with reading(factory.engine) as session:
@@ -47,10 +50,11 @@ class Origin:
             exactly = Reference(wanted.tenant, wanted.user, wanted.adapter, number=version.number)
             row = queries.version(session, tenant, exactly)
             _, base, _ = queries.lineage(session, tenant, row)
+        recorded = [as_lora(spec) for spec in recorded_methods(row.recipe)]
         folder = locate(base_name or base.name, base.revision)
         if fingerprint(folder, base.quantised) != base.digest:
             raise Unready(f"{base_name or base.name} is not the base that {text} was trained on", "pass it with --base")
-        return cls(version, factory.client.fetch(version), base, folder, recorded_methods(row.recipe))
+        return cls(version, factory.client.fetch(version), base, folder, recorded)
 
     @property
     def label(self) -> str:

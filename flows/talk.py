@@ -108,9 +108,12 @@ class Talk:
         return own, plain[0] if plain else ""
 
     def _prompt(self, turns: Sequence[Message], tokens: int) -> list[int]:
-        """The conversation as the base reads it; its oldest exchanges are left out where it would be too long."""
-        prompt = turns_to_prompt(turns, self.base.tokenizer)
-        while len(prompt) + tokens > self.server.longest and len(turns) > 1:
+        """The conversation as the base reads it; its oldest exchanges are left out where it would be too long.
+
+        Half of what the base can read is the conversation's, however long an answer may get.
+        """
+        prompt, longest = turns_to_prompt(turns, self.base.tokenizer), self.server.longest
+        while len(prompt) > longest - min(tokens, longest // 2) and len(turns) > 1:
             turns = turns[2:]
             prompt = turns_to_prompt(turns, self.base.tokenizer)
         return prompt

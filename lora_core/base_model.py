@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.base_checks import check_sharing, positions, windows_of
+from lora_core.base_checks import DENSE, check_sharing, positions, windows_of
 from lora_core.base_files import CONVERT, WEIGHTS, check_quantise, fingerprint, locate
 from lora_core.batch import Batch, Windows, as_batch, fields_of
 from lora_core.data.packing import Row
-from lora_core.errors import BaseModelError, DeviceMissing
+from lora_core.errors import BaseModelError, BaseUnfit, DeviceMissing
 from lora_core.products import quick_product, quicken
 from lora_core.quantised import QuantisedLinear, quantisation, unpack_on_use
 
@@ -88,9 +95,8 @@ def outline(folder: Path) -> BaseModel:
     Raises BaseModelError.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         why = f"transformers cannot read its config.json: {str(error).strip().splitlines()[0]}"
         raise BaseModelError(str(folder), why, "give a causal language model that transformers knows") from None
@@ -99,6 +105,13 @@ def outline(folder: Path) -> BaseModel:
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     longest, windows = positions(model.config), windows_of(model.config)
     return BaseModel(model, None, str(folder), "", "", sites, transposed, longest, windows, plain_head=False)
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    """Its config.json, whatever attention that asks for: fused where the architecture has it, which Gemma 2 has not."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config._attn_implementation = None
+    return config
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -126,27 +139,23 @@ def load_base(
     placed = _placement(device, dtype, quantise)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = _read(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **placed)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=_config(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, **placed
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         why = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
         raise BaseModelError(name, why, "give a causal language model that transformers knows") from None
-    if any(parameter.is_meta for parameter in model.parameters()):  # accelerate's word for what is left on CPU or disk
-        raise BaseModelError(name, "it does not fit on the GPUs here", "add GPUs, or set LORA_QUANTISE to 8bit or 4bit")
+    _check_loaded(name, model)
     model = model if placed else model.to(device)
     return freeze(model, tokenizer, name, revision or "main", fingerprint(folder, quantise), quantise)
 
 
-def _read(folder: Path, **how: Any) -> PreTrainedModel:  # transformers' own arguments
-    """The weights, with attention as torch's fused kernel, or as plain products where an architecture has no other way.
-
-    Gemma 2, which caps the scores, is one of those.
-    """
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **how)
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **how)
+def _check_loaded(name: str, model: PreTrainedModel) -> None:
+    """Whether all of it is here, and its attention as long as rows are.  Raises BaseModelError."""
+    if any(parameter.is_meta for parameter in model.parameters()):  # accelerate's word for what is left on CPU or disk
+        raise BaseModelError(name, "it does not fit on the GPUs here", "add GPUs, or set LORA_QUANTISE to 8bit or 4bit")
+    if model.config._attn_implementation != "sdpa" and not model._supports_attention_backend:
+        raise BaseUnfit(name, "its attention is of an older kind, whose tables end where its positions do", DENSE)
 
 
 def _placement(device: str, dtype: torch.dtype, quantise: str) -> dict[str, Any]:  # transformers' own arguments

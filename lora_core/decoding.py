@@ -5,14 +5,16 @@ vocabulary, N new tokens.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from lora_core.base_model import BaseModel
+from lora_core.data.rendering import turn_end
 
 STEP = 16  # prompts are padded to a multiple: batches of about the same length are of one shape
 
@@ -54,10 +56,8 @@ def decode(base: BaseModel, lines: Sequence[Line]) -> list[list[int]]:
     tokens = [[0] * rest + list(line.tokens) for rest, line in zip(rests, lines, strict=True)]
     seen = [[0] * rest + [1] * len(line.tokens) for rest, line in zip(rests, lines, strict=True)]
     steps, ends, device = max(line.most for line in lines), end_tokens(base), base.model.device
-    settings = GenerationConfig(
-        max_new_tokens=steps, do_sample=False, num_beams=1, repetition_penalty=1.0, eos_token_id=ends, pad_token_id=0
-    )
-    with torch.inference_mode():
+    settings = GenerationConfig(max_new_tokens=steps, eos_token_id=ends, pad_token_id=0)  # the likeliest token, always
+    with torch.inference_mode(), _asked_for_alone(base.model):
         output_KT = base.model.generate(
             input_ids=torch.tensor(tokens, device=device), attention_mask=torch.tensor(seen, device=device),
             generation_config=settings, stopping_criteria=[_Limits(lines, width, device)],
@@ -67,12 +67,25 @@ def decode(base: BaseModel, lines: Sequence[Line]) -> list[list[int]]:
     return [_until_the_end(tokens, line.most, ends or ()) for tokens, line in zip(said, lines, strict=True)]
 
 
+@contextmanager
+def _asked_for_alone(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, nothing of what a base's makers advise fills in what is not set: some of it counts the padding."""
+    advised, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = advised
+
+
 def end_tokens(base: BaseModel) -> list[int] | None:
-    """Tokens that end an answer: the tokenizer's, and those that the base's makers name; None where there are none."""
+    """Tokens that end an answer: the tokenizer's, its chat template's, and those that the base's makers name.
+
+    None where there are none.
+    """
     named = base.model.generation_config.eos_token_id
     own = [named] if isinstance(named, int) else list(named or ())
-    if base.tokenizer is not None and base.tokenizer.eos_token_id is not None:
-        own.append(base.tokenizer.eos_token_id)
+    if base.tokenizer is not None:
+        own += [end for end in (base.tokenizer.eos_token_id, turn_end(base.tokenizer)) if end is not None]
     return sorted(set(own)) or None
 
 

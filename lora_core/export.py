@@ -21,6 +21,7 @@ from lora_core.base_files import FINGERPRINTED
 from lora_core.base_model import BaseModel
 from lora_core.errors import BaseModelError, ExportRefused
 from lora_core.intake import AdapterFiles
+from lora_core.methods import AnyMethod, LoraSpec
 
 PREFIX = "base_model.model."  # PEFT's
 
@@ -62,16 +63,21 @@ class Delta:
         return self.scale * len(self.down_RI)
 
 
+def as_lora(spec: AnyMethod) -> LoraSpec:
+    """The settings of a LoRA, which alone can be exported.  Raises ExportRefused for another method's."""
+    if spec.name != "lora":
+        raise ExportRefused(f"an adapter of {spec.name}", "it is no change of weights", "train it as a LoRA")
+    return spec
+
+
 def deltas(files: AdapterFiles) -> dict[str, Delta]:
     """An adapter's deltas by the path of the linear that each adds to.  Raises ExportRefused for another method's."""
-    if files.spec.name != "lora":
-        raise ExportRefused(f"an adapter of {files.spec.name}", "it is no change of weights", "train it as a LoRA")
-    downs = [name for name in files.tensors if ".lora_A." in name]
+    spec, tensors = as_lora(files.spec), files.tensors
+    down, up = ".lora_A.weight", ".lora_B.weight"
+    paths = sorted(name.removeprefix(PREFIX).removesuffix(down) for name in tensors if name.endswith(down))
     return {
-        name.removeprefix(PREFIX).removesuffix(".lora_A.weight"): Delta(
-            files.tensors[name], files.tensors[name.replace(".lora_A.", ".lora_B.")], files.spec.scale
-        )
-        for name in sorted(downs)
+        path: Delta(tensors[f"{PREFIX}{path}{down}"], tensors[f"{PREFIX}{path}{up}"], spec.scale_at(path))
+        for path in paths
     }
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_core.banks.bank import Facts, Method, Shapes
 from lora_core.banks.lora import PREFIX, LoraBank, adapts, lora_bank
-from lora_core.base_model import BaseModel, linears_of
+from lora_core.base_model import BaseModel
 from lora_core.errors import ArtifactRefused
 from lora_core.methods import MOST_ALPHA, MOST_KEYS, MOST_RANK, LoraSpec
 
@@ -62,10 +62,13 @@ def _modules(tensors: Mapping[str, Tensor]) -> set[str]:
 
 
 def _targets(base: BaseModel, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The last parts of the modules' paths where they name exactly these modules, else the whole paths."""
+    """The last parts of the modules' paths where they name exactly these modules, else the whole paths.
+
+    Of all that the base has, layers too: PEFT would adapt, or choke on, whatever else is called so.
+    """
     modules = _modules(tensors)
     ends = {module.rpartition(".")[2] for module in modules}
-    named = {path for path in linears_of(base.model) if path.rpartition(".")[2] in ends}
+    named = {path for path, _ in base.model.named_modules() if path.rpartition(".")[2] in ends}
     return sorted(ends if named == modules else modules)
 
 

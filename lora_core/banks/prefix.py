@@ -25,6 +25,7 @@ from lora_core.banks.virtual_tokens import (
     check_room,
     one_tensor,
     read_virtual_tokens,
+    reader,
 )
 from lora_core.base_model import BaseModel, Site
 from lora_core.cohort import Cohort
@@ -133,20 +134,20 @@ class PrefixBank:
         """While inside, row k of every batch sees slot k's keys and values before its own, in every layer."""
         leaves = [piece.detach().requires_grad_() for piece in self.pieces(cohort.working_KP)]
         gradients = self.pieces(cohort.gradient_KP)
-        ahead, name = Ahead(base, cohort, self.size), cache_name(base.model.base_model)
+        ahead, name = Ahead(base, cohort, self.size), cache_name(reader(base))
 
         def change(asked: Arguments) -> Arguments:
             tokens = next(asked[key] for key in ("input_ids", "inputs_embeds") if asked.get(key) is not None).shape[1]
             cache = asked.get(name)
             read = ahead.read(cache)
             mask, positions_KT = ahead.mask(asked, tokens, read), ahead.positions(asked, tokens, read)
-            if cache is None or not cache.get_seq_length():
+            if ahead.begins(cache):
                 pairs = zip(leaves, gradients, strict=True)
                 prefix_KVF = _prefix([_Learnt.apply(*pair) for pair in pairs])  # type: ignore[no-untyped-call]  # torch's
                 cache = self._cache(base, cache, prefix_KVF, asked.get("use_cache") is not False)
             return asked | {name: cache, "attention_mask": mask, "position_ids": positions_KT}
 
-        with called(base.model.base_model, change, lambda _: None), _each_its_own(decoder_layers(base)):
+        with called(reader(base), change, lambda _: None), _each_its_own(decoder_layers(base)):
             yield
 
     def _cache(self, base: BaseModel, given: Cache | None, prefix_KVF: Tensor, grows: bool) -> Cache:
@@ -154,7 +155,7 @@ class PrefixBank:
         pairs = self.keys.by_layer(prefix_KVF)
         if not grows:
             return _Prefix(layers=[_Before(*pair) for pair in pairs])
-        cache = DynamicCache(config=base.model.config) if given is None else given
+        cache = DynamicCache() if given is None else given
         for number, pair in enumerate(pairs):
             cache.update(*pair, number)
         return cache

@@ -22,6 +22,7 @@ from lora_core.banks.virtual_tokens import (
     check_room,
     one_tensor,
     read_virtual_tokens,
+    reader,
 )
 from lora_core.base_model import BaseModel, Site
 from lora_core.cohort import Cohort, as_leaf
@@ -86,7 +87,7 @@ class PromptBank:
         """While inside, row k of every batch is read behind slot k's virtual tokens, and their answers are cut off."""
         prompts_KVD = as_leaf(self.prompts(cohort.working_KP), self.prompts(cohort.gradient_KP))
         reading = _Reading(base, Ahead(base, cohort, self.size), prompts_KVD)
-        with called(base.model.base_model, reading.change, reading.answer):
+        with called(reader(base), reading.change, reading.answer):
             yield
 
     def _row(self, own_ND: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class _Reading:
     """One call of the base at a time: how it is changed, and its answer."""
 
     def __init__(self, base: BaseModel, ahead: Ahead, prompts_KVD: Tensor) -> None:
-        self.embeddings, self.cache = base.model.get_input_embeddings(), cache_name(base.model.base_model)
+        self.embeddings, self.cache = base.model.get_input_embeddings(), cache_name(reader(base))
         self.ahead, self.prompts_KVD = ahead, prompts_KVD
         self.added = 0  # tokens that this call reads before those that were asked for
 
@@ -117,7 +118,7 @@ class _Reading:
         if embedded_KTD is None:
             embedded_KTD = self.embeddings(ids_KT)
         cache, tokens = asked.get(self.cache), embedded_KTD.shape[1]
-        read, begins = self.ahead.read(cache), cache is None or not cache.get_seq_length()
+        read, begins = self.ahead.read(cache), self.ahead.begins(cache)
         mask, positions_KT = self.ahead.mask(asked, tokens, read), self.ahead.positions(asked, tokens, read)
         self.added = self.ahead.most if begins else 0
         if begins:

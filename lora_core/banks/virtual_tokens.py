@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from lora_core.banks.bank import Facts, Shapes
 from lora_core.base_checks import positions
@@ -37,7 +38,8 @@ class Ahead:
 
     def __init__(self, base: BaseModel, cohort: Cohort, most: int) -> None:
         self.cohort, self.most = cohort, most
-        self.there_are = positions(base.model.config)
+        self.there_are, self.dtype = positions(base.model.config), base.model.dtype
+        self.windowed = base.windows is not None
 
     def counts(self) -> Tensor:
         """n_k, K 1."""
@@ -50,6 +52,13 @@ class Ahead:
     def read(self, cache: Any) -> int:  # transformers' cache
         """How many tokens of a row's own a cache holds; the virtual ones are in it before the first of them."""
         return max(0, cache.get_seq_length() - self.most) if cache is not None else 0
+
+    def begins(self, cache: Any) -> bool:  # transformers' cache
+        """Whether a call is the first of its rows; their cache is made to keep all: a window's would drop the first."""
+        first = cache is None or not cache.get_seq_length()
+        if first and cache is not None and self.windowed:
+            cache.layers = [DynamicLayer() for _ in cache.layers]
+        return first
 
     def positions(self, asked: Arguments, tokens: int, read: int) -> Tensor:
         """Where tokens are, K T: as asked, behind the slot's own virtual tokens.
@@ -67,12 +76,22 @@ class Ahead:
         visible_KV, given = self.visible(), asked.get("attention_mask")
         if given is None:
             given = torch.ones(len(visible_KV), read + tokens, dtype=torch.int64, device=visible_KV.device)
-        return _each(given, lambda mask: self._behind(visible_KV, mask))
+        return _each(given, lambda mask: self._behind(visible_KV, mask, tokens))
 
-    def _behind(self, visible_KV: Tensor, given: Tensor) -> Tensor:
+    def _behind(self, visible_KV: Tensor, given: Tensor, tokens: int) -> Tensor:
         if given.dim() == 2:
-            return torch.cat([visible_KV.to(given), given], dim=1)
+            seen_KS = torch.cat([visible_KV.to(given), given], dim=1)
+            return self._without_window(seen_KS, tokens) if self.windowed else seen_KS
         return torch.cat([_added(visible_KV[:, None, None], given).expand(-1, 1, given.shape[2], -1), given], dim=3)
+
+    def _without_window(self, seen_KS: Tensor, tokens: int) -> Tensor:
+        """What the last tokens see of all, K 1 T S: a window would count the padding that lies before their own text.
+
+        No row of text with its virtual tokens is longer than the window.
+        """
+        earlier_TS = torch.ones(tokens, seen_KS.shape[1], dtype=torch.bool, device=seen_KS.device)
+        earlier_TS = earlier_TS.tril(seen_KS.shape[1] - tokens)
+        return _added(seen_KS[:, None, None].bool() & earlier_TS, seen_KS.to(self.dtype))
 
     def mask_with_themselves(self, masks: Masks) -> Masks:
         """A mask for rows that begin with the virtual tokens themselves: they see each other, causally, and no text."""
@@ -111,6 +130,12 @@ def called(
     finally:
         before.remove()
         after.remove()
+
+
+def reader(base: BaseModel) -> PreTrainedModel:
+    """What reads every row: the base's own model, or the decoder in it, which OPT's calls go to straight away."""
+    whole: PreTrainedModel = base.model.base_model
+    return getattr(whole, "decoder", whole)
 
 
 def cache_name(model: PreTrainedModel) -> str:

@@ -153,6 +153,19 @@ def turns_to_prompt(turns: Sequence[Message], tokenizer: "PreTrainedTokenizerBas
     return _encode(_template(turns, tokenizer, prompting=True), tokenizer, special=False)
 
 
+def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The special token that ends an answer by the base's chat template: learnt as a part of it, and not always eos."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        whole = _template([Message("user", "asked"), Message("assistant", "answered")], tokenizer, prompting=False)
+    except TemplateRefused:
+        return None
+    tokens = _encode(whole.rpartition("answered")[2], tokenizer, special=False)
+    added = tokenizer.added_tokens_decoder.get(tokens[0]) if tokens else None
+    return tokens[0] if added and added.special else None
+
+
 def _conversation(
     messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[str, list[tuple[int, int]]]:

@@ -13,6 +13,7 @@ from flows.settings import FactorySettings
 from flows.talk import Talk, Version
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel, load_base
+from lora_core.data.examples import Message
 from lora_core.decoding import Sampling
 from lora_core.errors import PromptRefused
 from lora_core.intake import AdapterFiles
@@ -191,6 +192,17 @@ def test_a_conversation_that_grows_too_long_loses_its_oldest_turns(talk: Talk, r
     with pytest.raises(PromptRefused):
         talk.ask("the dog " * 200, 12)
     assert len(talk.said["acme/alice"]) == 18
+
+
+def test_an_answer_that_may_fill_the_base_leaves_the_conversation_half_of_it(
+    talk: Talk, requests: list[Request]
+) -> None:
+    """Else whoever allows long answers would speak to somebody who forgets each line at once."""
+    talk.said["acme/alice"] = [Message("user", "the fox"), Message("assistant", "the dog")]
+
+    talk.ask("hello", talk.base.longest)
+
+    assert "the fox" in read(talk, requests[0])
 
 
 def test_a_base_without_a_chat_template_reads_each_line_by_itself(talk: Talk, requests: list[Request]) -> None:

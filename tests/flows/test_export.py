@@ -160,3 +160,17 @@ def test_a_version_on_a_quantised_base_is_exported_as_gguf_alone(base_folder: Pa
 
     assert (tmp_path / "eve.gguf").is_file()
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("kind", [*Kind])
+def test_what_is_no_lora_is_told_before_its_base_is_looked_at(factory: Factory, kind: Kind, tmp_path: Path) -> None:
+    """Adapter layers have places that only a base with weights can show."""
+    reference = Reference.parse("acme/lena")
+    add_data(factory, reference, [str(write_user(tmp_path / "data.jsonl", "hello fox"))])
+    settings = [*QUICK[1:], "method=bottleneck", "width=4", "max_steps=2"]
+    with transaction(factory.engine) as session:
+        request_training(session, reference, pin_base(factory), load_recipe(None, settings))
+    run_cohort(factory)
+
+    with pytest.raises(ExportRefused, match="an adapter of bottleneck cannot be exported: it is no change of weights"):
+        EXPORTS[kind](factory, "acme/lena:1", tmp_path / "x")

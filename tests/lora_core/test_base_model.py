@@ -1,5 +1,6 @@
 """The shared base: loaded once, frozen, pinned by its bytes."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,16 +16,18 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from lora_core.base_files import count_parameters, fingerprint
-from lora_core.base_model import BaseModel, freeze, load_base
+from lora_core.base_model import BaseModel, freeze, load_base, outline
 from lora_core.data.packing import pack
 from lora_core.data.rendering import IGNORED
-from lora_core.errors import BaseModelError, DeviceMissing
+from lora_core.errors import BaseModelError, BaseUnfit, DeviceMissing
 from lora_core.forward import token_losses
 from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, examples
 
@@ -133,6 +136,32 @@ def test_a_device_that_is_none_is_told(folder: Path, device: str) -> None:
         load_base(str(folder), device=device)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize(("architecture", "kind"), [("llama", "sdpa"), ("gemma2", "eager")])
+def test_attention_is_fused_where_it_can_be(
+    architecture: str, kind: str, key: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Gemma 2 caps its attention, and is loaded all the same; what a config.json asks for needs not be installed."""
+    {**ARCHITECTURES, "gemma2": capped}[architecture]().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: "flash_attention_2"}))
+
+    base, known = load_base(str(tmp_path)), outline(tmp_path)
+
+    assert base.model.config._attn_implementation == known.model.config._attn_implementation == kind
+
+
+def test_an_attention_with_tables_of_its_own_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """GPT-Neo's are as long as its positions, and a packed row may be longer."""
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    GPTNeoForCausalLM(GPTNeoConfig(vocab_size=WORDS, max_position_embeddings=128, **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    with pytest.raises(BaseUnfit, match="of an older kind, whose tables end"):
+        load_base(str(tmp_path))
+
+
 def capped() -> Gemma2ForCausalLM:
     """Caps its logits softly."""
     return Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=5.0))
@@ -159,17 +188,6 @@ def test_losses_are_the_models_own_whatever_its_head_does(make: Callable[[], Pre
     expected = cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none")
     torch.testing.assert_close(losses_KT[0, : len(expected)], expected, atol=1e-5, rtol=1e-4)
     assert base.plain_head == (make in ARCHITECTURES.values())
-
-
-@pytest.mark.parametrize("make", [capped, scaled])
-def test_attention_is_fused_where_an_architecture_has_it(make: Callable[[], PreTrainedModel], folder: Path) -> None:
-    """Gemma 2 caps its scores, which no fused kernel of torch does: it is loaded all the same."""
-    (folder / "model.safetensors").unlink()
-    make().save_pretrained(folder)
-
-    loaded = load_base(str(folder))
-
-    assert loaded.model.config._attn_implementation == ("eager" if make is capped else "sdpa")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -161,6 +161,25 @@ def test_deltas_of_different_scales_share_one_alpha(llama_base: BaseModel, tmp_p
     torch.testing.assert_close(other(TOKENS).logits, merged(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_linears_with_ranks_and_alphas_of_their_own_are_exported_at_their_own_scale(
+    architecture: str, rslora: bool, tmp_path: Path
+) -> None:
+    """Patterns of ranks, of alphas, of both at once: merged and as GGUF."""
+    names = {"llama": ("q_proj", "down_proj", "o_proj"), "gpt2": ("c_attn", "c_fc", "1.mlp.c_proj")}[architecture]
+    patterns = {"rank_pattern": {names[0]: 2, names[1]: 3}, "alpha_pattern": {names[1]: 30, names[2]: 1}}
+    base, other, merged = (made(architecture) for _ in range(3))
+    found, ours = adapted(freeze(base, None), tmp_path / "adapter", use_rslora=rslora, **patterns)
+
+    write_gguf(tmp_path / "adapter.gguf", base.config, found)
+    apply_gguf(tmp_path / "adapter.gguf", other)
+    merge(freeze(merged, None), found)
+
+    for model in (other, merged):
+        torch.testing.assert_close(model(TOKENS).logits, ours, atol=2e-5, rtol=1e-5)
+
+
 def test_the_same_adapter_is_the_same_gguf_file(llama_base: BaseModel, tmp_path: Path) -> None:
     """Byte by byte."""
     found, _ = adapted(llama_base, tmp_path / "adapter")

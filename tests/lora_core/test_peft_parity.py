@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
+    CTRLConfig,
+    CTRLLMHeadModel,
     FalconConfig,
     FalconForCausalLM,
     Gemma3Config,
@@ -226,6 +228,27 @@ def test_a_base_that_sees_pictures_too_is_adapted_where_text_goes(
     assert len(adapted) == (7 if layers else 14)
     assert all(".language_model.layers." in name for name in adapted)
     assert len(decoder_layers(base)) == 2
+
+
+def ctrl() -> PreTrainedModel:
+    """Its MLP's linears are called 0 and 2, and so are layers."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "dff": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}
+    return CTRLLMHeadModel(CTRLConfig(vocab_size=WORDS, **sizes))
+
+
+def test_linears_that_are_called_as_other_modules_are_load_in_peft(tmp_path: Path) -> None:
+    """By their whole paths."""
+    base, settings = freeze(ctrl(), None), lora_of(recipe())
+    bank = lora_bank(base, [settings])
+    tensors = bank.to_tensors(random_row(bank, settings), settings)
+    for name, data in write_artifact(base, settings, tensors, {}).items():
+        (tmp_path / name).write_bytes(data)
+
+    loaded = peft.get_peft_model_state_dict(PeftModel.from_pretrained(ctrl().eval(), tmp_path))
+
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("rslora", [False, True])

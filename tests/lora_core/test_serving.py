@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lora_core import serving
 from lora_core.banks.lora import LoraBank
 from lora_core.base_model import BaseModel
-from lora_core.decoding import GREEDY, Sampling, draw
+from lora_core.decoding import GREEDY, Sampling, draw, end_tokens
 from lora_core.errors import PromptRefused
 from lora_core.serving import Adapter, Request, Server
-from tests.lora_core.conftest import WORDS, lora_of, recipe
+from tests.lora_core.conftest import CHATML, WORDS, lora_of, make_tokenizer, recipe
 from tests.lora_core.test_peft_parity import random_row
 
 RANK = 6  # of the bank; users have it or a lower one
@@ -139,6 +139,37 @@ def test_an_answer_ends_at_the_bases_end_token(llama_base: BaseModel) -> None:
         stops = [place for place, token in enumerate(before) if token in (end, WORDS - 1)]
         assert after == before[: stops[0] if stops else 20]
     assert len(ended[0]) <= 4
+
+
+def test_an_answer_ends_where_the_bases_template_ends_a_turn(llama_base: BaseModel) -> None:
+    """Adapters learn it behind each answer; the tokenizer's own end may be another, as in Qwen2.5's bases."""
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.eos_token = "<|endoftext|>"
+    llama_base.model.generation_config.eos_token_id = 7
+
+    ends = end_tokens(replace(llama_base, tokenizer=tokenizer))
+
+    assert ends == [*tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]), 7]
+
+
+@pytest.mark.parametrize(
+    "advised",
+    [
+        {"min_length": 40}, {"no_repeat_ngram_size": 2}, {"return_dict_in_generate": True}, {"suppress_tokens": [3, 5]},
+        {"cache_implementation": "static"}, {"do_sample": True, "temperature": 9.0}, {"repetition_penalty": 3.0},
+    ],
+)  # fmt: skip
+def test_what_a_base_advises_changes_no_answer(llama_base: BaseModel, advised: dict[str, object]) -> None:
+    """Of its generation_config only the end tokens count: a least length, say, would count a batch's padding."""
+    shelf, config = Shelf(llama_base), llama_base.model.generation_config
+    config.eos_token_id = list(range(0, WORDS, 7))
+    asked = [Request(f"user{n}", (5, 6, 7 + n) * (1 + 4 * n), 20) for n in range(3)]
+    plain = shelf.server(llama_base, 3).answer(asked)
+
+    config.update(**advised)
+
+    assert shelf.server(llama_base, 3).answer(asked) == plain
+    assert llama_base.model.generation_config is config
 
 
 def test_an_adapter_is_swapped_between_requests(base: BaseModel) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from benchmarks.memory_law import Setting, make_base, measured
 from lora_core.artifact import write_artifact
@@ -33,6 +34,7 @@ from lora_core.saves import Saves
 from lora_core.train import train
 from tests.lora_core.conftest import ARCHITECTURES, T, examples, gpt2, llama, make_tokenizer
 from tests.lora_core.killing import killed_and_resumed
+from tests.lora_core.test_peft_parity import opt
 
 KINDS: dict[str, dict[str, object]] = {
     "prompt": {"method": "prompt_tuning"},
@@ -241,12 +243,25 @@ def test_the_memory_law_holds(architecture: str, kind: str, forget: bool) -> Non
     assert predicted == pytest.approx(measured(base, bank, setting), rel=0.0025)
 
 
+def windowed() -> PreTrainedModel:
+    """A token sees the 24 before it; what a batch is padded to and a prefix are more together."""
+    torch.manual_seed(0)
+    settings = llama().config.to_diff_dict() | {"sliding_window": 24, "model_type": "mistral"}
+    return MistralForCausalLM(MistralConfig(**settings))
+
+
+ANSWERING = {**ARCHITECTURES, "opt": opt, "windowed": windowed}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ANSWERING)
 def test_answers_of_a_mixed_batch_are_each_users_own(architecture: str, kind: str) -> None:
-    """With a cache, prompts of unlike lengths: each token is the one that reading everything anew would choose."""
+    """With a cache, prompts of unlike lengths: each token is the one that reading everything anew would choose.
+
+    OPT's calls go past its `base_model`; in a window neither padding nor others' virtual tokens count.
+    """
     tokenizer = make_tokenizer(None)
-    model = llama() if architecture == "llama" else gpt2()
+    model = ANSWERING[architecture]()
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     base = freeze(model, tokenizer, architecture)
     several = [virtual(kind, num_virtual_tokens=number) for number in (2, 6)]
@@ -267,6 +282,22 @@ def test_answers_of_a_mixed_batch_are_each_users_own(architecture: str, kind: st
             while len(said) < len(prompt) + 6 and tokenizer.eos_token_id not in said[len(prompt) :]:
                 said.append(int(base.model(torch.tensor([said]), use_cache=False).logits[0, -1].argmax()))
         assert answer == tokenizer.decode(said[len(prompt) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ANSWERING)
+def test_who_answers_reads_what_was_trained(architecture: str, kind: str) -> None:
+    """Training calls the model inside of a base, generation the whole: either sees the virtual tokens."""
+    base, settings = freeze(ANSWERING[architecture](), None), virtual(kind)
+    bank, tokens = make_bank(base, [settings.method]), torch.tensor([examples(1)[0].tokens])
+    cohort = Cohort(1, bank.width, base.model.device, base.model.dtype)
+    cohort.admit(0, bank.start_row(settings.method, 1), settings.method.scale)
+
+    with bank.attached(base, cohort), torch.inference_mode():
+        whole = base.model(tokens).logits
+        inside = base.model.get_output_embeddings()(base.model.base_model(tokens).last_hidden_state)
+
+    torch.testing.assert_close(whole, inside, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lora_core.data.examples import Completion, Conversation, Message, Preference, Role, Text
-from lora_core.data.rendering import AnyRendered, Rendered, RenderedPair, render, render_prompt, turns_to_prompt
+from lora_core.data.rendering import (
+    AnyRendered,
+    Rendered,
+    RenderedPair,
+    render,
+    render_prompt,
+    turn_end,
+    turns_to_prompt,
+)
 from lora_core.errors import TemplateRefused
 from tests.lora_core.conftest import CHATML, make_tokenizer
 
@@ -173,3 +181,21 @@ def test_a_pair_is_cut_as_a_whole_and_a_short_answer_leaves_its_room_to_the_long
     assert (len(cut.rejected.tokens), cut.truncated) == (60, True)
     assert render(long, tokenizer, 60) is None
     assert render_prompt(short, tokenizer) == render_prompt(short.chosen, tokenizer)
+
+
+REFUSING = "{{ raise_exception('no') }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, "<|im_end|>"), (INST, "<|im_end|>"), (TRIMMING, "<|im_end|>"), (CHATML.replace("<|im_end|>", "."), ""),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", ""), (REFUSING, ""), (None, ""),
+    ],
+)  # fmt: skip
+def test_a_template_tells_what_ends_a_turn(template: str | None, end: str) -> None:
+    """Where that is a special token: no other is nothing but an end."""
+    tokenizer = make_tokenizer(template)
+    tokenizer.eos_token = "<|endoftext|>"
+
+    assert turn_end(tokenizer) == (tokenizer.convert_tokens_to_ids(end) if end else None)
