@@ -134,18 +134,24 @@ def _single(
 def render_prompt(example: Example, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], str] | None:
     """What to generate from, and the answer to compare with: the last assistant turn, the completion, or the chosen.
 
-    Raises TemplateRefused.
+    The answer is as it was learnt, with what the template puts around the assistant's words.  Raises TemplateRefused.
     """
     match example:
         case Preference(chosen):
             return render_prompt(chosen, tokenizer)
         case Conversation(messages) if messages[-1].role == "assistant":
-            text = _template(messages[:-1], tokenizer, prompting=True)
-            return _encode(text, tokenizer, special=False), messages[-1].content
+            asked = _template(messages[:-1], tokenizer, prompting=True)
+            whole, (*_, last) = _conversation(messages, tokenizer)
+            return _encode(asked, tokenizer, special=False), _read(whole[slice(*last)], tokenizer)
         case Completion(prompt, completion) if prompt:
             return _encode(prompt, tokenizer, special=True), completion
         case _:
             return None
+
+
+def _read(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A text as answers are read: without the tokens that end it."""
+    return str(tokenizer.decode(_encode(text, tokenizer, special=False), skip_special_tokens=True)).strip()
 
 
 def turns_to_prompt(turns: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -222,7 +228,9 @@ def _plain(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", pr
     """Chat for a base without a template: `role: words`, a blank line between, the end token after each answer."""
     end = tokenizer.eos_token or ""
     turns = [f"{m.role}: {m.content}{end if m.role == 'assistant' else ''}\n\n" for m in messages]
-    return (tokenizer.bos_token or "") + "".join(turns) + ("assistant: " if prompting else "")
+    return (
+        (tokenizer.bos_token or "") + "".join(turns) + ("assistant:" if prompting else "")
+    )  # tokenizers join the blank and what follows
 
 
 def _encode(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool) -> list[int]:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from lora_core.data.examples import Conversation, Message
-from lora_core.data.rendering import Rendered, render, turns_to_prompt
+from lora_core.data.rendering import Rendered, render, render_prompt, turns_to_prompt
 from tests.lora_core.conftest import CHATML, make_tokenizer
 
 # Only the last answer has room for thoughts (Qwen3).
@@ -59,6 +59,16 @@ def test_every_answer_is_learnt_and_no_word_of_anybody_else(name: str, first: tu
 
     bare = text.replace("<think>\n\n</think>\n\n", "").replace("[end]", "")
     assert [answer.strip() for answer in bare.split("<|im_end|>")] == ["hello dog", "quick", "the end", ""]
+
+
+def test_an_answer_is_compared_with_what_was_learnt() -> None:
+    """A template's empty thoughts are learnt with the answer, and said before it."""
+    talk = Conversation((Message("user", "the fox"), Message("assistant", "hello dog")))
+
+    found = render_prompt(talk, make_tokenizer(THINKING))
+
+    assert found
+    assert found[1] == "<think>\n\n</think>\n\nhello dog"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
