@@ -132,7 +132,7 @@ def test_the_prompt_is_what_the_answer_follows(name: str) -> None:
     talk = Conversation((Message("user", "the fox"), Message("assistant", "hello")))
     rendered, prompt = render(talk, tokenizer, 100), render_prompt(talk, tokenizer)
 
-    assert rendered
+    assert isinstance(rendered, Rendered)
     assert prompt
     tokens, reference = prompt
     assert list(rendered.tokens[: len(tokens)]) == tokens
