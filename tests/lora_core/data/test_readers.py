@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -259,6 +260,29 @@ def test_a_csv_row_of_the_wrong_shape_is_told(tmp_path: Path, line: bytes) -> No
     (problem,) = read_rows(str(tmp_path / "x.csv"))
 
     assert isinstance(problem, RowProblem)
+
+
+def test_numbers_that_are_none_stand_in_nobodys_way(tmp_path: Path) -> None:
+    """A table's columns of scores and the like hold NaN and infinities, which JSON does not know."""
+    odd = [math.nan, math.inf]
+    table = pa.table(
+        {"text": ["a", "b"], "score": odd, "scores": [odd, odd], "more": [{"deep": number} for number in odd]}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+
+    found = list(read_rows(str(tmp_path / "a.parquet")))
+
+    assert [row.value["text"] for row in found if isinstance(row, RawRow)] == ["a", "b"]
+
+
+def test_a_row_may_be_as_long_in_every_format(tmp_path: Path) -> None:
+    """Counted as UTF-8, in which a letter beyond ASCII takes a half of what JSON's escapes do, or less."""
+    rows = [{"text": "\u8a9e" * 300_000}]
+    for name in FILES:
+        path = tmp_path / name
+        path.write_bytes(FILES[name](rows) if name != "a.json" else json.dumps(rows, ensure_ascii=False).encode())
+
+        assert [row.value for row in read_rows(str(path)) if isinstance(row, RawRow)] == rows
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
