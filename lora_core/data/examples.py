@@ -63,7 +63,11 @@ Example = Conversation | Completion | Text | Preference
 
 
 def parse_example(row: Mapping[str, object]) -> Example:
-    """One row of any accepted format.  Raises BadRow with the field, why, and how to mend it."""
+    """One row of any accepted format; null is as good as absent, as exports of tables write it.
+
+    Raises BadRow with the field, why, and how to mend it.
+    """
+    row = {field: value for field, value in row.items() if value is not None} or row
     if "chosen" in row or "rejected" in row:
         return _preference(row)
     if "messages" in row:
@@ -131,8 +135,23 @@ def _turn(turn: object, field: str, role_key: str, text_key: str) -> Message:
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise BadRow(f"{field}.{role_key}", f"is {_shown(role)}", "use system, user or assistant")
     known = ROLES[role.lower()]
+    if known == "assistant":
+        _check_is_said(turn, field)
     content = _text(turn.get(text_key), f"{field}.{text_key}", blank=known != "assistant")
     return Message(known, content)
+
+
+def _check_is_said(turn: Mapping[str, object], field: str) -> None:
+    """Refuse an answer that is more than its words or shall not be learnt: it would be learnt as it is not meant."""
+    for call in ("tool_calls", "function_call"):
+        if turn.get(call):
+            raise BadRow(
+                f"{field}.{call}", "calls a tool, which is not learnt", "write the call as text, or drop the row"
+            )
+    if turn.get("weight") == 0:
+        raise BadRow(
+            f"{field}.weight", "is 0, and every answer is learnt", "end the conversation before it, or drop the row"
+        )
 
 
 def _preference(row: Mapping[str, object]) -> Preference:

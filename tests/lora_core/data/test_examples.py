@@ -48,6 +48,11 @@ some_example = st.one_of(
 )
 
 
+def turns(*messages: Message) -> list[dict[str, str]]:
+    """As rows have them."""
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -62,6 +67,16 @@ def test_chats_of_every_format_are_one_kind_of_example(row: dict[str, object]) -
     assert parse_example(row) == TALK
 
 
+@pytest.mark.parametrize("row", [
+    {"messages": turns(Message("user", "hi"), Message("assistant", "hello")), "text": None, "chosen": None},
+    {"messages": None, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+    {"chosen": None, "rejected": None, "prompt": None, "messages": None, "instruction": "hi", "output": "hello"},
+])  # fmt: skip
+def test_a_field_that_is_null_is_absent(row: dict[str, object]) -> None:
+    """Tables of several formats have every column in every row, and JSON lines made of them say null."""
+    assert parse_example(row) == TALK
+
+
 def test_alpacas_input_follows_the_instruction() -> None:
     """With a blank line between."""
     row = {"instruction": "Sum up.", "input": "Long text.", "output": "Short."}
@@ -73,11 +88,6 @@ def test_alpacas_input_follows_the_instruction() -> None:
 
 ASKED, GOOD, POOR = Message("user", "2+2?"), Message("assistant", "4"), Message("assistant", "5")
 BETTER = Preference(Conversation((ASKED, GOOD)), Conversation((ASKED, POOR)))
-
-
-def turns(*messages: Message) -> list[dict[str, str]]:
-    """As rows have them."""
-    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +131,12 @@ BAD: list[tuple[object, str, str]] = [
     ({"messages": [{"role": "assistant", "content": "  "}]}, "messages[0].content", "empty"),
     ({"messages": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "y"}]}, "messages[1]", "front"),
     ({"messages": ["hi"]}, "messages[0]", "not an object"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "as text"),
+    (
+        {"messages": [{"role": "assistant", "content": "x", "weight": 0}]},
+        "messages[0].weight",
+        "every answer is learnt",
+    ),
     ({"prompt": "q", "completion": 3}, "completion", "int"),
     ({"prompt": "q", "completion": ""}, "completion", "empty"),
     ({"prompt": "q", "completoin": "a"}, "completion", "rename 'completoin'"),
