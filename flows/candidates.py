@@ -47,7 +47,7 @@ class Candidate:
     learner: Learner
     held_out: tuple[Example, ...]
     cut: int  # examples that were longer than max_length
-    dropped: int  # examples that had nothing to learn in that length, or that the base's template refuses
+    dropped: int  # examples with nothing to learn in that length, refused by the template, or read like a held-out one
     live: AdapterFiles | None = None  # the version that `latest` points to now
     live_number: int | None = None
     search: Halving | None = None  # where its recipe asks for one

@@ -1,6 +1,6 @@
 """A user's examples as a base reads them: those to learn from, those to judge by, and what became of the others."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from lora_core.base_model import BaseModel
@@ -19,7 +19,7 @@ class Lessons:
     judged: tuple[AnyRendered, ...]
     held_out: tuple[Example, ...]
     cut: int  # examples that were longer than max_length
-    dropped: int  # examples that had nothing to learn in that length, or that the base's template refuses
+    dropped: int  # examples with nothing to learn in that length, refused by the template, or read like a held-out one
 
 
 def read_lessons(label: str, examples: tuple[Example, ...], recipe: Recipe, base: BaseModel) -> Lessons:
@@ -27,7 +27,7 @@ def read_lessons(label: str, examples: tuple[Example, ...], recipe: Recipe, base
     halves = split(examples, recipe.holdout.share, recipe.holdout.by, recipe.holdout.minimum)
     reader = _Reader(base, min(recipe.max_length, base.longest - recipe.method.positions))
     judged = reader.read(halves.held_out)
-    learned = reader.read(halves.train)
+    learned = reader.read(halves.train, {rendered.tokens for rendered in judged})
     if not learned or not judged:
         why = f"{len(learned)} examples to learn from and {len(judged)} to judge by"
         raise TrainingError(label, ", ".join([why, *reader.losses]), reader.fix)
@@ -45,11 +45,14 @@ class _Reader:
     def __init__(self, base: BaseModel, longest: int) -> None:
         self._base, self._longest = base, longest
         self._refused: list[str] = []
-        self._nothing = 0
+        self._nothing = self._known = 0
 
-    def read(self, examples: Iterable[Example]) -> tuple[AnyRendered, ...]:
-        """Those of which something came, in their order."""
-        return tuple(rendered for example in examples if (rendered := self._one(example)))
+    def read(self, examples: Iterable[Example], known: Container[tuple[int, ...]] = ()) -> tuple[AnyRendered, ...]:
+        """Those of which something came that is not known by its tokens, in their order."""
+        rendered = [rendered for example in examples if (rendered := self._one(example))]
+        found = tuple(one for one in rendered if one.tokens not in known)
+        self._known += len(rendered) - len(found)
+        return found
 
     def _one(self, example: Example) -> AnyRendered | None:
         try:
@@ -68,6 +71,8 @@ class _Reader:
             found.append(f"{self._nothing} have nothing to learn in their first {self._longest} tokens")
         if self._refused:
             found.append(f"{len(self._refused)} are refused by the base's chat template ({self._refused[0]})")
+        if self._known:
+            found.append(f"{self._known} are read like one to judge by in their first {self._longest} tokens")
         return found
 
     @property
@@ -75,6 +80,6 @@ class _Reader:
         """What to do against most of the losses."""
         if not self.losses:
             return "add examples"
-        if self._nothing < len(self._refused):
+        if self._nothing + self._known < len(self._refused):
             return "change their turns or choose another base"
         return "raise max_length, and row_tokens with it, or shorten what comes before the answers"

@@ -23,6 +23,7 @@ def texts(count: int) -> list[Example]:
     return [Text(f"hello {number}") for number in range(count)]
 
 
+TWINS: list[Example] = [Text("the quick fox " * 40 + str(number)) for number in range(20)]
 LONG: list[Example] = [Completion("the fox " * 40 + str(number), " dog") for number in range(20)]
 TALKS: list[Example] = [
     Conversation((Message("user", f"say {number}"), Message("assistant", "dog"))) for number in range(20)
@@ -36,6 +37,7 @@ TALKS: list[Example] = [
         (LONG, [], r"0 .* 0 to judge by, 20 have nothing to learn in their first 64 tokens; raise max_length"),
         (TALKS, [], r"20 are refused by the base's chat template \(No chats today\); change their turns"),
         ([*TALKS, *LONG[:2]], [], "have nothing to learn .*, 20 are refused .*; change their turns"),
+        (TWINS, [], "0 examples .* 12 are read like one to judge by in their first 64 tokens; raise max_length"),
         (texts(20), ["max_tokens=2"], r"max_tokens 2 is less than the last example has, \d+; raise it"),
     ],
 )
@@ -56,3 +58,14 @@ def test_what_nothing_comes_of_is_counted(reading_base: BaseModel) -> None:
     found = read_lessons("acme/alice", (*texts(30), *TALKS[:3]), recipe, reading_base)
 
     assert (len(found.learned) + len(found.judged), found.dropped, found.cut) == (30, 3, 0)
+
+
+def test_what_is_read_like_an_example_to_judge_by_is_not_learnt(reading_base: BaseModel) -> None:
+    """Texts that differ behind what is read only, or that the tokenizer makes equal, would be judged by as learnt."""
+    recipe = load_recipe(None, ["row_tokens=64", "max_length=64"])
+    twins = [Text(f"{number} " + "the quick fox " * 40 + end) for number in range(20) for end in ("dog", "fox")]
+
+    found = read_lessons("acme/alice", tuple(twins), recipe, reading_base)
+
+    assert not {one.tokens for one in found.learned} & {one.tokens for one in found.judged}
+    assert len(found.learned) + len(found.judged) + found.dropped == len(twins)
