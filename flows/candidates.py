@@ -108,7 +108,13 @@ def _slim(learner: Learner) -> Learner:
 
 
 def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel) -> Candidate:
-    """Split and render one user's examples.  Raises TrainingError where nothing is left to learn from."""
+    """Split and render one user's examples.
+
+    Raises TrainingError where nothing is left to learn from, or where the base lacks what the recipe adapts: what one
+    user asks for in vain is no trouble of a cohort.
+    """
+    if not recipe.search:  # whose trials are tried below
+        make_bank(base, [recipe.method])
     _check_kind(label, snapshot.examples, recipe.objective)
     lessons = read_lessons(label, snapshot.examples, recipe, base)
     learner = Learner(label, recipe, lessons.learned, lessons.judged)

@@ -281,6 +281,18 @@ def test_who_asks_for_a_base_that_is_gone_waits_alone(factory: Factory, ask: Ask
     assert "no such folder" in str(state(factory, lost).error)
 
 
+def test_who_asks_for_what_the_base_does_not_have_fails_alone(factory: Factory, ask: Ask) -> None:
+    """At once, and in words; whoever would share a cohort with them is trained."""
+    alice = ask("acme/alice", rank_pattern={"q_proj": 2}).job_id
+    eve = ask("globex/eve", rank_pattern={"nope": 2}).job_id
+
+    run_cohort(factory)
+
+    assert (state(factory, alice).state, state(factory, alice).attempts) == ("published", 1)
+    assert state(factory, eve).state == "failed"
+    assert "has no linear at 'nope'; choose from" in str(state(factory, eve).error)
+
+
 def test_who_asks_for_a_base_that_nobody_can_share_fails(
     factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:

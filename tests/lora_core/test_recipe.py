@@ -99,6 +99,8 @@ UGLY: list[tuple[dict[str, object], str]] = [
     ({"beta": 0.3}, "beta belong to objective dpo; add objective=dpo"),
     ({"objective": {"beat": 0.3}}, "not a key"),
     ({"": 1}, "not a key"),
+    ({"layers": []}, "method.layers = .*at least 1 item"),
+    ({"targets": []}, "method.targets.*at least 1 item"),
 ]
 
 
