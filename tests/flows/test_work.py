@@ -22,6 +22,7 @@ from flows.factory import Factory, Pinned, add_data, now, pin_base, request_trai
 from flows.finished import finished
 from flows.fitting import usual_plan
 from flows.records import recorded_methods
+from flows.reproduce import reproduce
 from flows.settings import FactorySettings
 from flows.work import run_cohort
 from lora_core import train
@@ -318,6 +319,7 @@ def test_a_base_that_lies_elsewhere_here_is_the_same_base(base_folder: Path, ask
     run_cohort(worker)
 
     assert state(worker, job).state == "published"
+    assert reproduce(worker, "acme/alice:1").equal
 
 
 def test_a_lost_lease_is_told_once_and_publishes_nothing(
