@@ -87,6 +87,39 @@ def test_a_folder_is_read_in_order_of_name_and_hidden_files_are_not(tmp_path: Pa
     assert found == ROWS[:3]
 
 
+class Bucket:
+    """What boto3 says of a folder, as if it lay in a bucket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get_paginator(self, _: str) -> "Bucket":
+        """Itself: one page holds all."""
+        return self
+
+    def paginate(self, Bucket: str, Prefix: str) -> list[dict[str, list[dict[str, str]]]]:
+        """Every key."""
+        files = [file for file in self.folder.rglob("*") if file.is_file()]
+        return [{"Contents": [{"Key": Prefix + file.relative_to(self.folder).as_posix()} for file in files]}]
+
+    def get_object(self, Bucket: str, Key: str) -> dict[str, io.BytesIO]:
+        """One object."""
+        return {"Body": io.BytesIO((self.folder / Key.removeprefix("bob/")).read_bytes())}
+
+
+def test_a_folder_and_its_copy_in_a_bucket_are_read_alike(tmp_path: Path) -> None:
+    """In one order, without what editors and systems leave behind: equal data has one digest wherever it lies."""
+    for name, row in (("a/c.jsonl", ROWS[0]), ("a.jsonl", ROWS[1]), ("a-1/b.jsonl", ROWS[2]), ("._a.jsonl", ROWS[3]),
+                      (".ipynb_checkpoints/a.jsonl", ROWS[3])):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl([row]))
+
+    here = [row.value for row in read_rows(str(tmp_path)) if isinstance(row, RawRow)]
+    there = [row.value for row in read_rows("s3://x/bob/", s3=Bucket(tmp_path)) if isinstance(row, RawRow)]
+
+    assert here == there == [ROWS[2], ROWS[1], ROWS[0]]
+
+
 @pytest.fixture
 def bucket(s3_url: str) -> tuple[str, Any]:
     """The URL of a new bucket, and a client that reaches it."""
