@@ -145,6 +145,16 @@ def test_an_override_that_is_none_is_refused(override: str) -> None:
         load_recipe(None, [override])
 
 
+def test_a_files_search_is_switched_off_by_null(tmp_path: Path) -> None:
+    """As its own `search: null` would; the rest of the file stays."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("rank: 4\nsearch:\n  rank: [4, 8]\n")
+
+    found = load_recipe(file, ["search=null", "lr=1e-3"])
+
+    assert found == make_recipe({"rank": 4, "lr": 1e-3})
+
+
 def test_a_missing_file_is_named() -> None:
     """Not a traceback."""
     with pytest.raises(RecipeError, match="nowhere.yaml: cannot be read"):
