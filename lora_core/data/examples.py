@@ -71,9 +71,9 @@ def parse_example(row: Mapping[str, object]) -> Example:
     if "chosen" in row or "rejected" in row:
         return _preference(row)
     if "messages" in row:
-        return Conversation(_turns(row["messages"], "messages", "role", "content"))
+        return Conversation(_opened(row, _turns(row["messages"], "messages", "role", "content")))
     if "conversations" in row:
-        return Conversation(_turns(row["conversations"], "conversations", "from", "value"))
+        return Conversation(_opened(row, _turns(row["conversations"], "conversations", "from", "value")))
     if "instruction" in row:
         return _alpaca(row)
     if "prompt" in row or "completion" in row:
@@ -212,7 +212,30 @@ def _alpaca(row: Mapping[str, object]) -> Conversation:
     instruction, output = _string(row, "instruction"), _string(row, "output")
     more = _string(row, "input", blank=True) if row.get("input") is not None else ""
     asked = f"{instruction}\n\n{more}" if more.strip() else instruction
-    return Conversation((Message("user", asked), Message("assistant", output)))
+    return Conversation(_opened(row, (*_history(row), Message("user", asked), Message("assistant", output))))
+
+
+def _opened(row: Mapping[str, object], turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Turns behind the system turn that a row may have apart from them, as LLaMA-Factory and Axolotl write it."""
+    if row.get("system") is None or turns[0].role == "system":
+        return turns
+    system = _string(row, "system", blank=True)
+    return (Message("system", system), *turns) if system.strip() else turns
+
+
+def _history(row: Mapping[str, object]) -> tuple[Message, ...]:
+    """What was said before an instruction: LLaMA-Factory's list of questions with their answers."""
+    pairs = row.get("history") or ()
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    ):
+        raise BadRow("history", f"is {_shown(pairs)}, not questions with answers", "give [[question, answer], ...]")
+    roles: tuple[Role, ...] = ("user", "assistant")
+    return tuple(
+        Message(role, _text(text, f"history[{index}]", blank=role == "user"))
+        for index, pair in enumerate(pairs)
+        for role, text in zip(roles, pair, strict=True)
+    )
 
 
 def _string(row: Mapping[str, object], field: str, blank: bool = False) -> str:
