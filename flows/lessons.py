@@ -25,7 +25,7 @@ class Lessons:
 def read_lessons(label: str, examples: tuple[Example, ...], recipe: Recipe, base: BaseModel) -> Lessons:
     """Split and render one user's examples.  Raises TrainingError where nothing is left to learn or to judge by."""
     halves = split(examples, recipe.holdout.share, recipe.holdout.by, recipe.holdout.minimum)
-    reader = _Reader(base, min(recipe.max_length, base.longest - recipe.method.positions))
+    reader = _Reader(base, max(0, min(recipe.max_length, base.longest - recipe.method.positions)))
     judged = reader.read(halves.held_out)
     learned = reader.read(halves.train, {rendered.tokens for rendered in judged})
     if not learned or not judged:
