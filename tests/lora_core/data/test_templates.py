@@ -3,6 +3,8 @@
 from datetime import datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -59,6 +61,24 @@ def test_every_answer_is_learnt_and_no_word_of_anybody_else(name: str, first: tu
 
     bare = text.replace("<think>\n\n</think>\n\n", "").replace("[end]", "")
     assert [answer.strip() for answer in bare.split("<|im_end|>")] == ["hello dog", "quick", "the end", ""]
+
+
+TOKENIZERS = {name: make_tokenizer(template) for name, template in TEMPLATES.items()}
+odd = st.text(st.sampled_from("ab .<[é😀\n\t"), max_size=8)
+
+
+@given(st.sampled_from(sorted(TEMPLATES)), st.lists(st.tuples(odd, odd), min_size=1, max_size=3), st.booleans())
+def test_whatever_the_words_are_only_answers_are_learnt(name: str, said: list[tuple[str, str]], opened: bool) -> None:
+    """Words that begin or end as a template's own do move no boundary."""
+    turns = [Message("system", "SYSTEM")] if opened else []
+    for before, after in said:
+        turns += [Message("user", f"{before}USER{after}"), Message("assistant", f"{after}ANSWER{before}")]
+
+    text = learnt(Conversation(tuple(turns)), TOKENIZERS[name])
+
+    assert text.count("ANSWER") == len(said)
+    assert all(turn.content in text for turn in turns if turn.role == "assistant")
+    assert not {word for word in ("USER", "SYSTEM", "INST") if word in text}
 
 
 def test_an_answer_is_compared_with_what_was_learnt() -> None:
