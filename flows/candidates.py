@@ -5,7 +5,6 @@ Pure of databases and stores: `cohort.py` brings snapshots and earlier versions 
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -13,13 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from flows.lessons import read_lessons
 from lora_core.banks.bank import Bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.data.examples import Example, Preference
-from lora_core.data.rendering import AnyRendered, render, render_prompt
+from lora_core.data.rendering import render_prompt
 from lora_core.data.snapshot import Snapshot
-from lora_core.data.splits import newest, split
 from lora_core.errors import TemplateRefused, TrainingError
 from lora_core.evaluate import Asked, Scores, Trial, evaluate_all
 from lora_core.gate import Verdict, judge
@@ -48,7 +47,7 @@ class Candidate:
     learner: Learner
     held_out: tuple[Example, ...]
     cut: int  # examples that were longer than max_length
-    dropped: int  # examples that had nothing to learn in that length, or that the base's template refuses
+    dropped: int  # examples with nothing to learn in that length, refused by the template, or read like a held-out one
     live: AdapterFiles | None = None  # the version that `latest` points to now
     live_number: int | None = None
     search: Halving | None = None  # where its recipe asks for one
@@ -109,20 +108,18 @@ def _slim(learner: Learner) -> Learner:
 
 
 def make_candidate(label: str, recipe: Recipe, snapshot: Snapshot, base: BaseModel) -> Candidate:
-    """Split and render one user's examples.  Raises TrainingError where nothing is left to learn from."""
+    """Split and render one user's examples.
+
+    Raises TrainingError where nothing is left to learn from, or where the base lacks what the recipe adapts: what one
+    user asks for in vain is no trouble of a cohort.
+    """
+    if not recipe.search:  # whose trials are tried below
+        make_bank(base, [recipe.method])
     _check_kind(label, snapshot.examples, recipe.objective)
-    halves = split(snapshot.examples, recipe.holdout.share, recipe.holdout.by, recipe.holdout.minimum)
-    learned = _rendered(halves.train, base, recipe)
-    judged = _rendered(halves.held_out, base, recipe)
-    if not learned or not judged:
-        raise TrainingError(
-            label, f"{len(learned)} examples to learn from and {len(judged)} to judge by", "add examples"
-        )
-    cut = sum(rendered.truncated for rendered in (*learned, *judged))
-    dropped = len(snapshot.examples) - len(learned) - len(judged)
-    learner = Learner(label, recipe, newest(learned, recipe.max_tokens), judged)
+    lessons = read_lessons(label, snapshot.examples, recipe, base)
+    learner = Learner(label, recipe, lessons.learned, lessons.judged)
     search = Halving(learner, lambda spec: _file_bytes(base, spec)) if recipe.search else None
-    return Candidate(label, recipe, learner, halves.held_out, cut, dropped, search=search)
+    return Candidate(label, recipe, learner, lessons.held_out, lessons.cut, lessons.dropped, search=search)
 
 
 def _file_bytes(base: BaseModel, spec: AnyMethod) -> int:
@@ -173,16 +170,6 @@ def judge_candidates(base: BaseModel, candidates: Sequence[Candidate], slots: in
         candidate.verdict = _verdict(candidate)
     answering = [(one, name, asked.trial(trained_in)) for one, name, asked in named if name != "previous"]
     _score_answers(base, trained_in, answering, slots)
-
-
-def _rendered(examples: Iterable[Example], base: BaseModel, recipe: Recipe) -> tuple[AnyRendered, ...]:
-    longest = min(recipe.max_length, base.room(recipe.method.positions))
-    found: list[AnyRendered] = []
-    for example in examples:
-        with suppress(TemplateRefused):  # that one teaches nothing
-            rendered = render(example, base.tokenizer, longest)
-            found += [rendered] if rendered else []
-    return tuple(found)
 
 
 def _rivals(candidate: Candidate, bank: Bank) -> Mapping[str, Asked]:

@@ -22,6 +22,7 @@ from lora_core.errors import BaseChanged, BaseModelError, MemoryTooSmall
 from lora_core.planner import Plan, free_bytes
 from lora_core.recipe import Recipe
 from registry.jobs import ClaimedJob
+from registry.models import SharedBase
 
 
 def load_for(factory: Factory, job: ClaimedJob) -> BaseModel:
@@ -43,7 +44,7 @@ def load_for(factory: Factory, job: ClaimedJob) -> BaseModel:
 def load_within_budget(settings: FactorySettings, job: ClaimedJob) -> BaseModel:
     """A job's base.  Raises MemoryTooSmall, before it is read, where a stated budget is too small for it alone."""
     device = settings.device or default_device()
-    name, revision = _place_of(settings, job)
+    name, revision = _place_of(settings, job.base_name, job.base_revision, job.base_quantised, job.base_digest)
     if settings.memory:
         known = outline(locate(name, revision))
         weights = Weights.of(known, default_dtype(device).itemsize)
@@ -51,14 +52,22 @@ def load_within_budget(settings: FactorySettings, job: ClaimedJob) -> BaseModel:
     return load_base(name, revision, device, quantise=job.base_quantised)
 
 
-def _place_of(settings: FactorySettings, job: ClaimedJob) -> tuple[str, str | None]:
-    """Where a job's base is on this machine: as it was asked for, or where LORA_BASE is the same base elsewhere."""
-    if settings.base and settings.base != job.base_name and not os.path.isdir(job.base_name):
-        revision = settings.base_revision or None
+def load_recorded(settings: FactorySettings, made_on: SharedBase) -> BaseModel:
+    """The base that a version was trained on, as it is here now: whether it is the same, its digest tells."""
+    name, revision = _place_of(settings, made_on.name, made_on.revision, made_on.quantised, made_on.digest)
+    return load_base(name, revision, settings.device or None, quantise=made_on.quantised)
+
+
+def _place_of(
+    settings: FactorySettings, name: str, revision: str, quantised: str, digest: str
+) -> tuple[str, str | None]:
+    """Where a base is on this machine: as it was asked for, or where LORA_BASE is the same base elsewhere."""
+    if settings.base and settings.base != name and not os.path.isdir(name):
+        ours = settings.base_revision or None
         with suppress(BaseModelError):
-            if fingerprint(locate(settings.base, revision), job.base_quantised) == job.base_digest:
-                return settings.base, revision
-    return job.base_name, job.base_revision
+            if fingerprint(locate(settings.base, ours), quantised) == digest:
+                return settings.base, ours
+    return name, revision
 
 
 def usual_plan(settings: FactorySettings, seats: int, recipe: Recipe, quantised: str) -> Plan:

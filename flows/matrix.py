@@ -7,8 +7,9 @@ from statistics import fmean
 from flows.candidates import make_candidate
 from flows.errors import Unready
 from flows.factory import Factory
+from flows.fitting import load_recorded
 from flows.records import recorded_methods
-from lora_core.base_model import BaseModel, load_base
+from lora_core.base_model import BaseModel
 from lora_core.data.rendering import AnyRendered
 from lora_core.data.snapshot import load_snapshot
 from lora_core.evaluate import Asked, evaluate_all
@@ -89,8 +90,7 @@ def pull_all(factory: Factory, references: Sequence[str]) -> tuple[BaseModel, li
             tenant = queries.tenant_id(session, reference.tenant)
             version = queries.version(session, tenant, reference)
             dataset, made_on, _ = queries.lineage(session, tenant, version)
-        device = factory.settings.device or None
-        base = base or load_base(made_on.name, made_on.revision, device, quantise=made_on.quantised)
+        base = base or load_recorded(factory.settings, made_on)
         if base.digest != made_on.digest:
             raise Unready(f"{text} was trained on another base than the rest", "compare users of one base")
         files = read_artifact(factory.client.pull(reference), base, recorded_methods(version.recipe))

@@ -10,9 +10,10 @@ from flows.candidates import make_candidate
 from flows.errors import Unready
 from flows.factory import Factory
 from flows.finished import code_versions, computed_on
+from flows.fitting import load_recorded
 from lora_core.artifact import MANIFEST, WEIGHTS, safetensors_bytes
 from lora_core.banks.table import make_bank
-from lora_core.base_model import BaseModel, load_base
+from lora_core.base_model import BaseModel
 from lora_core.data.snapshot import load_snapshot
 from lora_core.halving import trials
 from lora_core.planner import Plan, train_planned
@@ -49,8 +50,7 @@ def reproduce(factory: Factory, text: str) -> Reproduction:
         version = queries.version(session, tenant, reference)
         dataset, made_on, _ = queries.lineage(session, tenant, version)
     manifest = json.loads((factory.client.pull(reference) / MANIFEST).read_text(encoding="utf-8"))
-    device = factory.settings.device or None
-    base = load_base(made_on.name, made_on.revision, device, quantise=made_on.quantised)
+    base = load_recorded(factory.settings, made_on)
     if base.digest != made_on.digest:
         raise Unready(f"the files of {made_on.name} have changed since {text} was trained", "bring them back")
 

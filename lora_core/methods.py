@@ -26,7 +26,7 @@ class MethodSpec(Frozen, ABC):
 
     name: str
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of what enters the adapted places, in training
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # None adapts every layer
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None  # None: every layer
 
     @property
     def scale(self) -> float:
@@ -74,7 +74,7 @@ class LoraSpec(MethodSpec):
     name: Literal["lora"] = "lora"
     rank: Rank = 16
     alpha: Alpha = 32.0
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski, 2023)
     loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1024)] = 1.0  # B's rate over A's (Hayou et al., 2024)
     init_lora_weights: Literal[True, "pissa"] = True  # True: no delta; pissa: the weights' principal part

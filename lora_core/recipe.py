@@ -119,7 +119,10 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     where = str(source) if source else "recipe"
     given = _read_yaml(Path(source)) if source else {}
     try:
-        return make_recipe({**_spelled(given, where), **_spelled(_overrides(overrides, where), where)}, where)
+        changes = _overrides(overrides, where)
+        if changes.get("search", given) is None:
+            given = {key: value for key, value in given.items() if str(key).partition(".")[0] != "search"}
+        return make_recipe({**_spelled(given, where), **_spelled(changes, where)}, where)
     except RecursionError:
         raise RecipeError(where, ("a value holds itself (& and *); write it out",)) from None
 

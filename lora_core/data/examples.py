@@ -63,13 +63,17 @@ Example = Conversation | Completion | Text | Preference
 
 
 def parse_example(row: Mapping[str, object]) -> Example:
-    """One row of any accepted format.  Raises BadRow with the field, why, and how to mend it."""
+    """One row of any accepted format; null is as good as absent, as exports of tables write it.
+
+    Raises BadRow with the field, why, and how to mend it.
+    """
+    row = {field: value for field, value in row.items() if value is not None} or row
     if "chosen" in row or "rejected" in row:
         return _preference(row)
     if "messages" in row:
-        return Conversation(_turns(row["messages"], "messages", "role", "content"))
+        return Conversation(_opened(row, _turns(row["messages"], "messages", "role", "content")))
     if "conversations" in row:
-        return Conversation(_turns(row["conversations"], "conversations", "from", "value"))
+        return Conversation(_opened(row, _turns(row["conversations"], "conversations", "from", "value")))
     if "instruction" in row:
         return _alpaca(row)
     if "prompt" in row or "completion" in row:
@@ -131,8 +135,23 @@ def _turn(turn: object, field: str, role_key: str, text_key: str) -> Message:
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise BadRow(f"{field}.{role_key}", f"is {_shown(role)}", "use system, user or assistant")
     known = ROLES[role.lower()]
+    if known == "assistant":
+        _check_is_said(turn, field)
     content = _text(turn.get(text_key), f"{field}.{text_key}", blank=known != "assistant")
     return Message(known, content)
+
+
+def _check_is_said(turn: Mapping[str, object], field: str) -> None:
+    """Refuse an answer that is more than its words or shall not be learnt: it would be learnt as it is not meant."""
+    for call in ("tool_calls", "function_call"):
+        if turn.get(call):
+            raise BadRow(
+                f"{field}.{call}", "calls a tool, which is not learnt", "write the call as text, or drop the row"
+            )
+    if turn.get("weight") == 0:
+        raise BadRow(
+            f"{field}.weight", "is 0, and every answer is learnt", "end the conversation before it, or drop the row"
+        )
 
 
 def _preference(row: Mapping[str, object]) -> Preference:
@@ -193,7 +212,30 @@ def _alpaca(row: Mapping[str, object]) -> Conversation:
     instruction, output = _string(row, "instruction"), _string(row, "output")
     more = _string(row, "input", blank=True) if row.get("input") is not None else ""
     asked = f"{instruction}\n\n{more}" if more.strip() else instruction
-    return Conversation((Message("user", asked), Message("assistant", output)))
+    return Conversation(_opened(row, (*_history(row), Message("user", asked), Message("assistant", output))))
+
+
+def _opened(row: Mapping[str, object], turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Turns behind the system turn that a row may have apart from them, as LLaMA-Factory and Axolotl write it."""
+    if row.get("system") is None or turns[0].role == "system":
+        return turns
+    system = _string(row, "system", blank=True)
+    return (Message("system", system), *turns) if system.strip() else turns
+
+
+def _history(row: Mapping[str, object]) -> tuple[Message, ...]:
+    """What was said before an instruction: LLaMA-Factory's list of questions with their answers."""
+    pairs = row.get("history") or ()
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    ):
+        raise BadRow("history", f"is {_shown(pairs)}, not questions with answers", "give [[question, answer], ...]")
+    roles: tuple[Role, ...] = ("user", "assistant")
+    return tuple(
+        Message(role, _text(text, f"history[{index}]", blank=role == "user"))
+        for index, pair in enumerate(pairs)
+        for role, text in zip(roles, pair, strict=True)
+    )
 
 
 def _string(row: Mapping[str, object], field: str, blank: bool = False) -> str:

@@ -4,6 +4,7 @@ It imports nothing of this project: a file that takes it over has the rights of 
 """
 
 import json
+import math
 import os
 import resource
 import sys
@@ -40,8 +41,17 @@ def write_rows() -> None:
         raise ValueError("two columns have one name")
     for batch in file.iter_batches(batch_size=ROWS, use_threads=False):
         for row in batch.to_pylist():
-            cells = {key: value for key, value in row.items() if value is not None and value == value}
-            sys.stdout.write(json.dumps(cells, default=_named) + "\n")
+            cells = {key: value for key, cell in row.items() if (value := _finite(cell)) is not None}
+            sys.stdout.buffer.write(json.dumps(cells, default=_named, ensure_ascii=False).encode() + b"\n")
+
+
+def _finite(value: object) -> object:
+    """The same with nothing in place of numbers that are none, which JSON does not know."""
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def _named(value: object) -> object:

@@ -1,9 +1,11 @@
 """Examples as tokens of one base, with a mark on each token that is to be learnt."""
 
+import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from datetime import date
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import TemplateError
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 
 IGNORED = -100  # the target of a token whose prediction does not count
+_MARK = "\ue0a7answer\ue0a7"  # letters of nobody's alphabet, which no template changes
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_DAY = date(2024, 7, 26)  # what stands for today: the day that Llama's templates fall back to
 
 Numbers: TypeAlias = "array[int]"  # of 64 bits
 
@@ -129,18 +134,24 @@ def _single(
 def render_prompt(example: Example, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], str] | None:
     """What to generate from, and the answer to compare with: the last assistant turn, the completion, or the chosen.
 
-    Raises TemplateRefused.
+    The answer is as it was learnt, with what the template puts around the assistant's words.  Raises TemplateRefused.
     """
     match example:
         case Preference(chosen):
             return render_prompt(chosen, tokenizer)
         case Conversation(messages) if messages[-1].role == "assistant":
-            text = _template(messages[:-1], tokenizer, prompting=True)
-            return _encode(text, tokenizer, special=False), messages[-1].content
+            asked = _template(messages[:-1], tokenizer, prompting=True)
+            whole, (*_, last) = _conversation(messages, tokenizer)
+            return _encode(asked, tokenizer, special=False), _read(whole[slice(*last)], tokenizer)
         case Completion(prompt, completion) if prompt:
             return _encode(prompt, tokenizer, special=True), completion
         case _:
             return None
+
+
+def _read(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A text as answers are read: without the tokens that end it."""
+    return str(tokenizer.decode(_encode(text, tokenizer, special=False), skip_special_tokens=True)).strip()
 
 
 def turns_to_prompt(turns: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -170,19 +181,33 @@ def _conversation(
     messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered text, and where the assistant's words are in it, each with what ends its turn."""
-    spans = []
     whole = _template(messages, tokenizer, prompting=False)
-    for index, message in enumerate(messages):
-        if message.role == "assistant":
-            start = len(_common(_template(messages[:index], tokenizer, prompting=True), whole))
-            until = _template(messages[: index + 1], tokenizer, prompting=False)
-            spans.append((start, len(_common(until, whole))))
-    return whole, spans
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    return whole, [_span(messages, index, whole, tokenizer) for index in answers]
 
 
-def _common(left: str, right: str) -> str:
-    """The beginning that two texts share: templates may treat the last turn in a way of its own."""
-    return left[: shared_length(left, right)]
+def _span(messages: Sequence[Message], index: int, whole: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int]:
+    """Where one answer is in the rendered text: behind what asks for it, up to what ends its turn.
+
+    Templates may write the last turn in a way of its own: then another text in the answer's place shows where that is.
+    """
+    asked = _template(messages[:index], tokenizer, prompting=True) if index else ""
+    until = _template(messages[: index + 1], tokenizer, prompting=False)
+    if asked and whole.startswith(asked) and whole.startswith(until):
+        return len(asked), len(until)
+    before, after = _around(messages, index, tokenizer)
+    start = shared_length(before, whole)
+    end = max(start, len(whole) - shared_length(after[::-1], whole[::-1]))
+    _, closing = _around(messages[: index + 1], index, tokenizer)
+    end = len(until) if whole.startswith(until) else end + shared_length(closing, whole[end:])
+    return len(asked) if asked and whole.startswith(asked) else start, end
+
+
+def _around(messages: Sequence[Message], index: int, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
+    """What is rendered before one turn's words and after them."""
+    marked = [*messages[:index], Message(messages[index].role, _MARK), *messages[index + 1 :]]
+    before, _, after = _template(marked, tokenizer, prompting=False).partition(_MARK)
+    return before, after
 
 
 def _template(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", prompting: bool) -> str:
@@ -192,7 +217,12 @@ def _template(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase",
     if not turns:
         return tokenizer.bos_token or "" if prompting else ""
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompting))
+        template = _undated(tokenizer.get_chat_template())
+        return str(
+            tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=prompting
+            )
+        )
     except TemplateError as error:
         if messages[0].role != "system" or len(messages) < 2:
             raise TemplateRefused((str(error) or type(error).__name__).splitlines()[0][:200]) from None
@@ -201,11 +231,19 @@ def _template(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase",
         return _template([first, *messages[2:]], tokenizer, prompting)
 
 
+@cache
+def _undated(template: str) -> str:
+    """The template with one day for every day, where it writes today's: the same examples are the same tokens."""
+    return _TODAY.sub(lambda found: repr(_DAY.strftime(found[2])), template)
+
+
 def _plain(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", prompting: bool) -> str:
     """Chat for a base without a template: `role: words`, a blank line between, the end token after each answer."""
     end = tokenizer.eos_token or ""
     turns = [f"{m.role}: {m.content}{end if m.role == 'assistant' else ''}\n\n" for m in messages]
-    return (tokenizer.bos_token or "") + "".join(turns) + ("assistant: " if prompting else "")
+    return (
+        (tokenizer.bos_token or "") + "".join(turns) + ("assistant:" if prompting else "")
+    )  # tokenizers join the blank and what follows
 
 
 def _encode(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool) -> list[int]:
@@ -217,11 +255,11 @@ def _encode(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool) -> l
 def _marked(
     text: str, spans: Sequence[tuple[int, int]], tokenizer: "PreTrainedTokenizerBase", special: bool
 ) -> tuple[list[int], list[bool]]:
-    """Tokens of the whole text, so that no boundary changes them, marked where they begin inside a span."""
+    """Tokens of the whole text, so that no boundary changes them, marked where they begin and end inside a span."""
     encoded: Any = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     tokens: list[int] = encoded["input_ids"]
     trained = [
-        any(start <= _begin(text, first, last) < end for start, end in spans) and last > first
+        any(start <= _begin(text, first, last) < last <= end for start, end in spans)
         for first, last in encoded["offset_mapping"]
     ]
     end = tokenizer.eos_token_id

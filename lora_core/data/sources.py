@@ -62,14 +62,18 @@ def _in_folder(given: str, folder: Path) -> Iterator[Source]:
     for count, file in enumerate(folder.rglob("*")):
         if count == _MOST_ENTRIES:
             raise DatasetRefused(given, f"holds more than {_MOST_ENTRIES:,} files and folders", "split it by user")
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if not hidden and _kind(file.name) and file.is_file():
+        if not _hidden(file.relative_to(folder).as_posix()) and _kind(file.name) and file.is_file():
             if file.is_symlink() and not file.resolve().is_relative_to(inside):
                 raise DatasetRefused(str(file), "is a link that leads out of its folder", "copy the file itself")
             found.append(file)
-    for file in sorted(found):
-        relative = file.relative_to(folder)
-        yield _source(f"{given.rstrip('/')}/{relative.as_posix()}", lambda file=file: file.open("rb"))  # type: ignore[misc]  # mypy and a lambda's default
+    named = {file.relative_to(folder).as_posix(): file for file in found}
+    for name, file in sorted(named.items()):  # as a bucket's keys, where `/` is a letter like others
+        yield _source(f"{given.rstrip('/')}/{name}", lambda file=file: file.open("rb"))  # type: ignore[misc]  # mypy and a lambda's default
+
+
+def _hidden(name: str) -> bool:
+    """Whether a file, or a folder on the way to it, is none of its user's: what editors and systems leave behind."""
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _in_bucket(given: str, s3: Any) -> Iterator[Source]:  # a boto3 client
@@ -81,7 +85,7 @@ def _in_bucket(given: str, s3: Any) -> Iterator[Source]:  # a boto3 client
     whole = not key or key.endswith("/")
     try:
         for name in _keys(s3, bucket, key) if whole else [key]:
-            if not whole or _kind(name):
+            if not whole or (_kind(name) and not _hidden(name.removeprefix(key))):
                 yield _source(f"s3://{bucket}/{name}", lambda name=name: _opened(s3, bucket, name))  # type: ignore[misc]  # mypy and a lambda's default
     except (BotoCoreError, ClientError) as error:
         why = f"cannot be read ({str(error).splitlines()[-1]})"

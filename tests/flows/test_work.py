@@ -22,6 +22,7 @@ from flows.factory import Factory, Pinned, add_data, now, pin_base, request_trai
 from flows.finished import finished
 from flows.fitting import usual_plan
 from flows.records import recorded_methods
+from flows.reproduce import reproduce
 from flows.settings import FactorySettings
 from flows.work import run_cohort
 from lora_core import train
@@ -281,6 +282,18 @@ def test_who_asks_for_a_base_that_is_gone_waits_alone(factory: Factory, ask: Ask
     assert "no such folder" in str(state(factory, lost).error)
 
 
+def test_who_asks_for_what_the_base_does_not_have_fails_alone(factory: Factory, ask: Ask) -> None:
+    """At once, and in words; whoever would share a cohort with them is trained."""
+    alice = ask("acme/alice", rank_pattern={"q_proj": 2}).job_id
+    eve = ask("globex/eve", rank_pattern={"nope": 2}).job_id
+
+    run_cohort(factory)
+
+    assert (state(factory, alice).state, state(factory, alice).attempts) == ("published", 1)
+    assert state(factory, eve).state == "failed"
+    assert "has no linear at 'nope'; choose from" in str(state(factory, eve).error)
+
+
 def test_who_asks_for_a_base_that_nobody_can_share_fails(
     factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +319,7 @@ def test_a_base_that_lies_elsewhere_here_is_the_same_base(base_folder: Path, ask
     run_cohort(worker)
 
     assert state(worker, job).state == "published"
+    assert reproduce(worker, "acme/alice:1").equal
 
 
 def test_a_lost_lease_is_told_once_and_publishes_nothing(

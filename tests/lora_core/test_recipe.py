@@ -99,6 +99,8 @@ UGLY: list[tuple[dict[str, object], str]] = [
     ({"beta": 0.3}, "beta belong to objective dpo; add objective=dpo"),
     ({"objective": {"beat": 0.3}}, "not a key"),
     ({"": 1}, "not a key"),
+    ({"layers": []}, "method.layers = .*at least 1 item"),
+    ({"targets": []}, "method.targets.*at least 1 item"),
 ]
 
 
@@ -141,6 +143,16 @@ def test_an_override_that_is_none_is_refused(override: str) -> None:
     """With an example of one that is."""
     with pytest.raises(RecipeError, match=r"key=value|YAML"):
         load_recipe(None, [override])
+
+
+def test_a_files_search_is_switched_off_by_null(tmp_path: Path) -> None:
+    """As its own `search: null` would; the rest of the file stays."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("rank: 4\nsearch:\n  rank: [4, 8]\n")
+
+    found = load_recipe(file, ["search=null", "lr=1e-3"])
+
+    assert found == make_recipe({"rank": 4, "lr": 1e-3})
 
 
 def test_a_missing_file_is_named() -> None:

@@ -48,6 +48,14 @@ some_example = st.one_of(
 )
 
 
+ASKED, GOOD, POOR = Message("user", "2+2?"), Message("assistant", "4"), Message("assistant", "5")
+
+
+def turns(*messages: Message) -> list[dict[str, str]]:
+    """As rows have them."""
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -62,6 +70,35 @@ def test_chats_of_every_format_are_one_kind_of_example(row: dict[str, object]) -
     assert parse_example(row) == TALK
 
 
+@pytest.mark.parametrize("row", [
+    {"messages": turns(Message("user", "hi"), Message("assistant", "hello")), "text": None, "chosen": None},
+    {"messages": None, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+    {"chosen": None, "rejected": None, "prompt": None, "messages": None, "instruction": "hi", "output": "hello"},
+    {"instruction": "hi", "output": "hello", "system": " ", "history": None},
+])  # fmt: skip
+def test_a_field_that_is_null_is_absent(row: dict[str, object]) -> None:
+    """Tables of several formats have every column in every row, and JSON lines made of them say null."""
+    assert parse_example(row) == TALK
+
+
+@pytest.mark.parametrize("row", [
+    {"system": "be brief", "messages": turns(Message("user", "hi"), Message("assistant", "hello"))},
+    {"system": "be brief", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+    {"system": "be brief", "instruction": "hi", "output": "hello", "history": []},
+    {"system": "other", "messages": turns(Message("system", "be brief"), *TALK.messages)},
+])  # fmt: skip
+def test_a_rows_own_system_text_opens_its_conversation(row: dict[str, object]) -> None:
+    """As LLaMA-Factory and Axolotl write it; without it other answers would be right."""
+    assert parse_example(row) == Conversation((Message("system", "be brief"), *TALK.messages))
+
+
+def test_alpacas_history_goes_before_the_instruction() -> None:
+    """An answer to the second question is none to the first."""
+    row = {"instruction": "hi", "output": "hello", "history": [["2+2?", "4"]]}
+
+    assert parse_example(row) == Conversation((ASKED, GOOD, *TALK.messages))
+
+
 def test_alpacas_input_follows_the_instruction() -> None:
     """With a blank line between."""
     row = {"instruction": "Sum up.", "input": "Long text.", "output": "Short."}
@@ -71,13 +108,7 @@ def test_alpacas_input_follows_the_instruction() -> None:
     )
 
 
-ASKED, GOOD, POOR = Message("user", "2+2?"), Message("assistant", "4"), Message("assistant", "5")
 BETTER = Preference(Conversation((ASKED, GOOD)), Conversation((ASKED, POOR)))
-
-
-def turns(*messages: Message) -> list[dict[str, str]]:
-    """As rows have them."""
-    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +152,12 @@ BAD: list[tuple[object, str, str]] = [
     ({"messages": [{"role": "assistant", "content": "  "}]}, "messages[0].content", "empty"),
     ({"messages": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "y"}]}, "messages[1]", "front"),
     ({"messages": ["hi"]}, "messages[0]", "not an object"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "as text"),
+    (
+        {"messages": [{"role": "assistant", "content": "x", "weight": 0}]},
+        "messages[0].weight",
+        "every answer is learnt",
+    ),
     ({"prompt": "q", "completion": 3}, "completion", "int"),
     ({"prompt": "q", "completion": ""}, "completion", "empty"),
     ({"prompt": "q", "completoin": "a"}, "completion", "rename 'completoin'"),
@@ -130,6 +167,10 @@ BAD: list[tuple[object, str, str]] = [
     ({"text": "a\0b"}, "text", "NUL"),
     ({"text": "\ud800"}, "text", "surrogate"),
     ({"instruction": "x"}, "output", "missing"),
+    ({"instruction": "x", "output": "y", "history": [["q"]]}, "history", "give [[question, answer]"),
+    ({"instruction": "x", "output": "y", "history": "q"}, "history", "not questions with answers"),
+    ({"instruction": "x", "output": "y", "history": [["q", ""]]}, "history[0]", "empty"),
+    ({"instruction": "x", "output": "y", "system": 3}, "system", "int"),
     ({"conversations": [{"from": "gpt", "value": {}}]}, "conversations[0].value", "dict"),
     ({"prompt": "q", "chosen": "a"}, "rejected", "is missing"),
     ({"prompt": "q", "rejected": "a"}, "chosen", "is missing"),

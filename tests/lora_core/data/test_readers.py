@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,39 @@ def test_a_folder_is_read_in_order_of_name_and_hidden_files_are_not(tmp_path: Pa
     found = [row.value for row in read_rows(str(tmp_path)) if isinstance(row, RawRow)]
 
     assert found == ROWS[:3]
+
+
+class Bucket:
+    """What boto3 says of a folder, as if it lay in a bucket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get_paginator(self, _: str) -> "Bucket":
+        """Itself: one page holds all."""
+        return self
+
+    def paginate(self, Bucket: str, Prefix: str) -> list[dict[str, list[dict[str, str]]]]:
+        """Every key."""
+        files = [file for file in self.folder.rglob("*") if file.is_file()]
+        return [{"Contents": [{"Key": Prefix + file.relative_to(self.folder).as_posix()} for file in files]}]
+
+    def get_object(self, Bucket: str, Key: str) -> dict[str, io.BytesIO]:
+        """One object."""
+        return {"Body": io.BytesIO((self.folder / Key.removeprefix("bob/")).read_bytes())}
+
+
+def test_a_folder_and_its_copy_in_a_bucket_are_read_alike(tmp_path: Path) -> None:
+    """In one order, without what editors and systems leave behind: equal data has one digest wherever it lies."""
+    for name, row in (("a/c.jsonl", ROWS[0]), ("a.jsonl", ROWS[1]), ("a-1/b.jsonl", ROWS[2]), ("._a.jsonl", ROWS[3]),
+                      (".ipynb_checkpoints/a.jsonl", ROWS[3])):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl([row]))
+
+    here = [row.value for row in read_rows(str(tmp_path)) if isinstance(row, RawRow)]
+    there = [row.value for row in read_rows("s3://x/bob/", s3=Bucket(tmp_path)) if isinstance(row, RawRow)]
+
+    assert here == there == [ROWS[2], ROWS[1], ROWS[0]]
 
 
 @pytest.fixture
@@ -259,6 +293,29 @@ def test_a_csv_row_of_the_wrong_shape_is_told(tmp_path: Path, line: bytes) -> No
     (problem,) = read_rows(str(tmp_path / "x.csv"))
 
     assert isinstance(problem, RowProblem)
+
+
+def test_numbers_that_are_none_stand_in_nobodys_way(tmp_path: Path) -> None:
+    """A table's columns of scores and the like hold NaN and infinities, which JSON does not know."""
+    odd = [math.nan, math.inf]
+    table = pa.table(
+        {"text": ["a", "b"], "score": odd, "scores": [odd, odd], "more": [{"deep": number} for number in odd]}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+
+    found = list(read_rows(str(tmp_path / "a.parquet")))
+
+    assert [row.value["text"] for row in found if isinstance(row, RawRow)] == ["a", "b"]
+
+
+def test_a_row_may_be_as_long_in_every_format(tmp_path: Path) -> None:
+    """Counted as UTF-8, in which a letter beyond ASCII takes a half of what JSON's escapes do, or less."""
+    rows = [{"text": "\u8a9e" * 300_000}]
+    for name in FILES:
+        path = tmp_path / name
+        path.write_bytes(FILES[name](rows) if name != "a.json" else json.dumps(rows, ensure_ascii=False).encode())
+
+        assert [row.value for row in read_rows(str(path)) if isinstance(row, RawRow)] == rows
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -133,17 +133,20 @@ def test_what_is_too_long_is_cut_and_says_so(tokenizer: PreTrainedTokenizerFast)
     assert render(example, tokenizer, 3) is None
 
 
-def test_the_prompt_is_what_the_answer_follows(tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_prompt_is_what_the_answer_follows(name: str) -> None:
     """The same tokens that training saw before the answer."""
+    tokenizer = TOKENIZERS[name]
     talk = Conversation((Message("user", "the fox"), Message("assistant", "hello")))
     rendered, prompt = render(talk, tokenizer, 100), render_prompt(talk, tokenizer)
 
-    assert rendered
+    assert isinstance(rendered, Rendered)
     assert prompt
     tokens, reference = prompt
     assert list(rendered.tokens[: len(tokens)]) == tokens
     assert reference == "hello"
-    assert turns_to_prompt(talk.messages[:1], tokenizer) == tokens
+    assert rendered.trained.index(True) == len(tokens)
+    assert not tokenizer.chat_template or turns_to_prompt(talk.messages[:1], tokenizer) == tokens
     assert render_prompt(Text("the fox"), tokenizer) is None
 
 
