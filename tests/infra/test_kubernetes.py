@@ -74,6 +74,18 @@ def test_a_pod_has_no_right_that_it_does_not_need(pod: str) -> None:
     assert "memory" in container["resources"]["limits"]
 
 
+def test_prefects_page_is_unpacked_where_its_server_may_write() -> None:
+    """Else the server has its API alone: it unpacks the page beside its own code, which is root's and read-only."""
+    container = PODS["deployment/prefect"]["containers"][0]
+    given = {one["name"]: one.get("value") for one in container["env"]}
+    compose, image = SERVICES["prefect"]["environment"], (ROOT / "infra" / "Dockerfile").read_text()
+
+    assert given["PREFECT_UI_STATIC_DIRECTORY"] == compose["PREFECT_UI_STATIC_DIRECTORY"]
+    home = str(Path(given["PREFECT_UI_STATIC_DIRECTORY"]).parent)
+    assert home in [one["mountPath"] for one in container["volumeMounts"]]
+    assert f"--home-dir {home} " in image
+
+
 def test_only_the_setup_job_knows_the_tables_owner() -> None:
     """A worker with the owner's URL could lift row-level security."""
     assert [pod for pod, spec in PODS.items() if "lora-owner" in yaml.safe_dump(spec)] == ["job/setup"]
