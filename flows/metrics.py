@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from sqlalchemy.engine import Engine
 
 from flows.logs import event
-from flows.reasons import kind_of
+from flows.reasons import ALL_KINDS, kind_of
 from registry import overview, queries, workers
 from registry.errors import RegistryError
 from registry.overview import Happened, Tail
@@ -82,6 +82,8 @@ class FactoryMetrics:
         for tenant in map(self._tenant, names):  # a counter that begins at 1 has not grown, as Prometheus sees it
             for outcome in OUTCOMES:
                 self.published.labels(tenant, outcome)
+            for kind in ALL_KINDS:
+                self.failed.labels(tenant, kind)
             for counter in (self.claimed, self.released, self.tokens, self.device):
                 counter.labels(tenant)
         for gauge in (self.waiting, self.put_off, self.oldest, self.running):
