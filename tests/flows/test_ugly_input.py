@@ -85,6 +85,17 @@ def test_a_wrong_setting_is_told_with_what_is_allowed(
     assert "heim" not in said.err
 
 
+def test_a_blank_around_a_url_is_no_part_of_it(lora: LoraHere, tmp_path: Path) -> None:
+    """With one before it an `s3://` was a folder here, and an end of line made another, empty database."""
+    urls = {"LORA_DATABASE_URL": f"sqlite:///{tmp_path}/here.db\n", "LORA_STORE_URL": f" {(tmp_path / 's').as_uri()}"}
+
+    assert lora("setup", **urls).code == 0
+
+    assert (tmp_path / "here.db").is_file()
+    assert (tmp_path / "s").is_dir()
+    assert "not a store's URL" in lora("doctor", LORA_STORE_URL=" gs://bucket ").out
+
+
 def test_a_file_that_is_no_database_is_told_and_left_alone(lora: LoraHere, tmp_path: Path) -> None:
     """Whoever mixes up two paths loses nothing."""
     path = tmp_path / "passwd"
