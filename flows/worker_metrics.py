@@ -10,7 +10,7 @@ from flows.logs import TALLY
 from flows.pulse import WEIGHTS, Pulse
 
 PHASES = ("idle", "prepare", *WEIGHTS)
-# Of the events, those that dashboard and alarms ask for: a counter that begins at 1 has not grown, as Prometheus sees it.
+# Events that dashboard and alarms ask for: a counter that begins at 1 has not grown, as Prometheus sees it.
 ASKED_FOR = ("version published", "not published", "lease lost", "job failed")
 
 

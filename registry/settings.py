@@ -10,7 +10,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from registry.errors import SettingRefused
 from registry.signing import Signer, Verifier
 
-
 # A blank or an end of line around it, as a secret's file may have, is no part of a URL.
 Url = Annotated[str, StringConstraints(strip_whitespace=True)]
 
