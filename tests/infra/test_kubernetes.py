@@ -6,6 +6,9 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from pydantic import ByteSize, TypeAdapter
+
+from registry.settings import RegistrySettings
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra" / "kubernetes"
@@ -101,6 +104,14 @@ def test_settings_say_what_compose_says() -> None:
     assert settings["LORA_SECRETS"] == "/run/secrets/lora"
     for name in ("LORA_HOME", "PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_CLIENT_RETRY_EXTRA_CODES"):
         assert settings[name] == SERVICES["worker"]["environment"][name]
+
+
+def test_a_full_cache_leaves_a_workers_home_room_for_bases_and_saves() -> None:
+    """Kubernetes throws a pod out whose volume outgrows its limit; a worker keeps every live version that it saw."""
+    (home,) = (one["emptyDir"] for one in PODS["deployment/worker"]["volumes"] if one["name"] == "home")
+    cache = RegistrySettings.read(cache_size=manifests("settings.yaml")[0]["data"]["LORA_CACHE_SIZE"]).cache_size
+
+    assert 0 < cache <= TypeAdapter(ByteSize).validate_python(f"{home['sizeLimit']}B") / 2
 
 
 def test_a_secret_of_the_example_is_a_setting() -> None:
