@@ -97,13 +97,30 @@ def test_only_the_setup_job_knows_the_tables_owner() -> None:
 def test_settings_say_what_compose_says() -> None:
     """No setting of the compose file is forgotten; what is secret is no setting."""
     settings = manifests("settings.yaml")[0]["data"]
-    elsewhere = {"LORA_DATABASE_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"}
+    elsewhere = {"LORA_DATABASE_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3", "HF_TOKEN"}
     optional = {"LORA_COMPILE", "LORA_CUDA_GRAPH"}
 
     assert set(SERVICES["worker"]["environment"]) - elsewhere - optional <= set(settings)
     assert settings["LORA_SECRETS"] == "/run/secrets/lora"
     for name in ("LORA_HOME", "PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_CLIENT_RETRY_EXTRA_CODES"):
         assert settings[name] == SERVICES["worker"]["environment"][name]
+
+
+def test_a_gated_base_can_be_fetched_in_compose_and_in_the_cluster() -> None:
+    """The operations page names one: the hub's token comes from the .env file, or from the secret."""
+    path = Path(manifests("settings.yaml")[0]["data"]["HF_TOKEN_PATH"])
+    mounts = [one["mountPath"] for one in PODS["deployment/worker"]["containers"][0]["volumeMounts"]]
+
+    assert SERVICES["worker"]["environment"]["HF_TOKEN"] == "${HF_TOKEN:-}"
+    assert str(path.parent) in mounts
+    assert path.name in manifests("secrets.example.yaml")[0]["stringData"]
+
+
+def test_new_workers_do_not_wait_for_gpus_that_the_old_ones_hold() -> None:
+    """Kubernetes begins with a pod more by default, which stays pending for ever where every GPU has its worker."""
+    (worker,) = (one for one in manifests("worker.yaml") if one["kind"] == "Deployment")
+
+    assert worker["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
 
 
 def test_a_full_cache_leaves_a_workers_home_room_for_bases_and_saves() -> None:
