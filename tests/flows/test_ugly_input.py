@@ -176,6 +176,18 @@ def test_a_junk_base_is_told_by_its_file(lora: LoraHere, tmp_path: Path) -> None
     refused(lora("train", "acme/alice", "--base", str(tmp_path / "base")), 1, "model.safetensors is no safetensors")
 
 
+@pytest.mark.usefixtures("published")
+def test_what_people_wrote_is_shown_as_they_wrote_it(lora: LoraHere) -> None:
+    """In tables, lines and errors: rich takes [/x] for markup, with a traceback for one that nothing opened."""
+    reason = "[red]till [/friday] :100:"
+
+    assert reason in lora("protect", "acme", "canary", "--reason", reason).out
+    assert reason in lora("promote", "acme/alice:1", "--alias", "canary").err
+    assert reason in lora("pin", "acme/alice:1", "--reason", reason).out
+    lora("promote", "acme/alice:1", "--alias", "beta", "--reason", reason)
+    assert reason in lora("history", "acme/alice").out
+
+
 def test_a_letter_that_no_terminal_knows_is_shown_escaped(lora: LoraHere, tmp_path: Path) -> None:
     """Half of a surrogate pair, as JSON may hold it."""
     path = write_user(tmp_path / "a.jsonl", "hello")
