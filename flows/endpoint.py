@@ -56,7 +56,8 @@ def served(endpoint: Endpoint, port: int, host: str = "") -> Iterator[int]:
     try:
         server = make_server(host, port, endpoint, ThreadingWSGIServer, handler_class=_Quiet)
     except OSError as error:
-        raise Unready(f"port {port} cannot be listened on ({error.strerror})", "choose another port") from None
+        where, fix = (f"{host}:{port}", "address or port") if host else (f"port {port}", "port")
+        raise Unready(f"{where} cannot be listened on ({error.strerror})", f"choose another {fix}") from None
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     try:

@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from sqlalchemy.engine import Engine
 
 from flows.logs import event
-from flows.reasons import kind_of
-from registry import overview, queries, workers
+from flows.reasons import ALL_KINDS, kind_of
+from registry import jobs, overview, queries, workers
 from registry.errors import RegistryError
 from registry.overview import Happened, Tail
 from registry.session import reading
@@ -40,6 +40,9 @@ class FactoryMetrics:
         self.up = Gauge("lora_registry_up", "Whether the registry's database answered.", registry=registry)
         self.waiting = Gauge("lora_queue_jobs", "Jobs that wait for a worker.", tenant, registry=registry)
         self.put_off = Gauge("lora_queue_put_off_jobs", "Waiting, and put off by a worker.", tenant, registry=registry)
+        self.ready = Gauge(
+            "lora_queue_ready_jobs", "Waiting, not put off, and within their tenants' quotas.", registry=registry
+        )
         self.oldest = Gauge("lora_queue_oldest_seconds", "Age of the oldest waiting job.", tenant, registry=registry)
         self.running = Gauge("lora_jobs_running", "Jobs under leases that last.", tenant, registry=registry)
         self.workers = Gauge("lora_workers", "Workers heard of lately.", registry=registry)
@@ -78,12 +81,10 @@ class FactoryMetrics:
         with reading(self._engine) as session:
             happened = self._tail.read(session, now)
             waiting, holdings = overview.waiting(session, now), overview.holdings(session, now)
+            ready = jobs.waiting(session, now)
             present, names = workers.present(session, now), [tenant.name for tenant in queries.tenants(session)]
-        for tenant in map(self._tenant, names):  # a counter that begins at 1 has not grown, as Prometheus sees it
-            for outcome in OUTCOMES:
-                self.published.labels(tenant, outcome)
-            for counter in (self.claimed, self.released, self.tokens, self.device):
-                counter.labels(tenant)
+        for tenant in map(self._tenant, names):
+            self._begin(tenant)
         for gauge in (self.waiting, self.put_off, self.oldest, self.running):
             gauge.clear()
         for one in reversed(waiting):  # the longest waiting last, so that its age stands
@@ -93,12 +94,22 @@ class FactoryMetrics:
             self.oldest.labels(tenant).set((now - one.oldest).total_seconds())
         for holding in holdings:
             self.running.labels(self._tenant(holding.tenant)).inc(holding.jobs)
+        self.ready.set(sum(ready.values()))
         self.workers.set(len(present))
         self.slots.set(sum(one.slots for one in present))
         self.used.set(sum(one.facts.get("training", 0) for one in present))
         self.speed.set(sum(one.facts.get("tokens_per_second", 0) for one in present))
         for one_event in happened:
             self._count(one_event)
+
+    def _begin(self, tenant: str) -> None:
+        """A tenant's counters at 0: one that begins at 1 has not grown, as Prometheus sees it."""
+        for outcome in OUTCOMES:
+            self.published.labels(tenant, outcome)
+        for kind in ALL_KINDS:
+            self.failed.labels(tenant, kind)
+        for counter in (self.claimed, self.released, self.tokens, self.device):
+            counter.labels(tenant)
 
     def _count(self, happened: Happened) -> None:
         tenant, body = self._tenant(happened.tenant), happened.body

@@ -18,6 +18,7 @@ KINDS = (
     ("data", r"examples?|dataset|preference|template|rows?\b"),
 )
 OTHER = "other"
+ALL_KINDS = (*(kind for kind, _ in KINDS), OTHER)
 # What one failure has for itself: quoted words, digests, paths, numbers.
 _OWN = re.compile(r"'[^']*'|\"[^\"]*\"|\b[0-9a-f]{12,}\b|(?:/[\w.-]+){2,}|\d[\d,.]*")
 

@@ -10,6 +10,8 @@ from flows.logs import TALLY
 from flows.pulse import WEIGHTS, Pulse
 
 PHASES = ("idle", "prepare", *WEIGHTS)
+# Events that dashboard and alarms ask for: a counter that begins at 1 has not grown, as Prometheus sees it.
+ASKED_FOR = ("version published", "not published", "lease lost", "job failed")
 
 
 class WorkerMetrics(Collector):
@@ -43,6 +45,6 @@ class WorkerMetrics(Collector):
         ):
             yield CounterMetricFamily(f"lora_worker_{name}", words, value)
         events = CounterMetricFamily("lora_worker_events", "What happened, as logs call it.", labels=["event"])
-        for event, count in sorted(TALLY.items()):
+        for event, count in sorted((dict.fromkeys(ASKED_FOR, 0) | TALLY).items()):
             events.add_metric([event], count)
         yield events

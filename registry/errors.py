@@ -177,7 +177,7 @@ class PromotionRefused(RegistryError):
         super().__init__(reference, why, fix)
 
     def __str__(self) -> str:
-        return "{} not promoted: {}; {}".format(*self.args)
+        return "{} not moved: {}; {}".format(*self.args)
 
 
 class AliasProtected(RegistryError):

@@ -240,7 +240,7 @@ def _last(session: Session, tenant: TenantId, alias: str) -> int:
     moved = select(AliasMove.fleet_id).where(*mine, AliasMove.kind == MOVED)
     found = session.scalar(moved.order_by(AliasMove.fleet_id.desc()).limit(1))
     if found is None:
-        raise PromotionRefused(f"fleet@{alias}", "no fleet was moved", "see `lora promote --help`")
+        raise PromotionRefused(f"fleet@{alias}", "no fleet was moved", "if it was another alias, pass --alias")
     return found
 
 

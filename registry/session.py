@@ -29,6 +29,12 @@ from registry.models import Base
 
 _WAIT_SECONDS = 60  # for a turn: to write on SQLite, for one of the process's connections on PostgreSQL
 _FROZEN_SECONDS = 300  # a worker that stands still inside a transaction loses it: its locks hold up others
+# In libpq's words, where the URL says nothing else.  A server that takes a connection and is silent, or whose machine
+# is gone without a word, is away: without these a connection waits for it for hours, and is not tried again.
+_REACH = {
+    "connect_timeout": 30, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,  # milliseconds
+}  # fmt: skip
 _IDLE_SECONDS = 1  # a connection that was used more lately is taken to be alive unless it has closed
 _FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
 
@@ -42,7 +48,10 @@ def open_database(url: str) -> Engine:
             event.listen(engine, "connect", _set_up_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
             return engine
-        engine = create_engine(parsed, hide_parameters=True, pool_size=10, max_overflow=20, pool_timeout=_WAIT_SECONDS)
+        engine = create_engine(
+            parsed, hide_parameters=True, pool_size=10, max_overflow=20, pool_timeout=_WAIT_SECONDS,
+            connect_args={name: value for name, value in _REACH.items() if name not in parsed.query},
+        )  # fmt: skip
         event.listen(engine, "connect", _set_up_postgres)
         event.listen(engine, "checkin", _note_the_time)
         event.listen(engine, "checkout", partial(_check_alive, engine.dialect))

@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, StringConstraints, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from registry.errors import SettingRefused
 from registry.signing import Signer, Verifier
+
+# A blank or an end of line around it, as a secret's file may have, is no part of a URL.
+Url = Annotated[str, StringConstraints(strip_whitespace=True)]
 
 
 class RegistrySettings(BaseSettings):
@@ -22,9 +25,9 @@ class RegistrySettings(BaseSettings):
 
     home: Path = Path("~/.lora")  # caches, and registry and store where no URL says otherwise
     cache_size: ByteSize = ByteSize(50 * 1024**3)  # of pulled adapters, such as 20GB; 0: as many as are pulled
-    database_url: str = Field(default="", repr=False)  # may hold a password
-    database_owner_url: str = Field(default="", repr=False)  # PostgreSQL: whose tables they are; for `lora setup` only
-    store_url: str = ""
+    database_url: Url = Field(default="", repr=False)  # may hold a password
+    database_owner_url: Url = Field(default="", repr=False)  # PostgreSQL: whose tables they are; for `lora setup` only
+    store_url: Url = ""
     gpu_hour_cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # shown as what versions cost
     grant_secret: str = Field(default="", repr=False)  # with which a broker signs its grants
     signing_key: Path | None = None  # a private key (PEM, elliptic curve), with which versions are signed at publish

@@ -11,7 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-console = Console()
+# What people wrote is shown as they wrote it: rich would take [words] for its markup and :words: for pictures.
+console = Console(markup=False, emoji=False)
 Row = Mapping[str, object]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Answer as JSON, for programs.")]
@@ -30,7 +31,7 @@ VersionReference = Annotated[
 def fail(error: object, code: int) -> int:
     """Say what went wrong on stderr, in one line; gives the exit code back."""
     text = plain(f"error: {error}", keep="")
-    Console(stderr=True, soft_wrap=True).print(text, style="red", markup=False, highlight=False)
+    _beside().print(text, style="red")
     return code
 
 
@@ -49,12 +50,17 @@ def plain(text: str, keep: str = "\n\t") -> str:
 
 def say(text: str) -> None:
     """One line to a person."""
-    console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(plain(text), highlight=False, soft_wrap=True)
 
 
 def remark(text: str) -> None:
     """One line on stderr, beside an answer that a program may be reading."""
-    Console(stderr=True, soft_wrap=True).print(plain(text), markup=False, highlight=False)
+    _beside().print(plain(text))
+
+
+def _beside() -> Console:
+    """Standard error as it is now."""
+    return Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def answer(rows: Sequence[Row], as_json: bool, empty: str, title: str | None = None) -> None:

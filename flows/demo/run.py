@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,8 +47,14 @@ def run(home: Path) -> None:
         _run_flow(fresh)
     _show(factory, people, base, anew=bool(fresh) or not (home / PICTURE).exists())
     say(f"done in {time.monotonic() - started:.0f} s; look at {home / PICTURE}, or try:")
-    say(f"  LORA_HOME={home} lora history acme/ada")
-    say(f'  LORA_HOME={home} lora chat acme/ada --compare -p "{people[0].sample_prompt}"')
+    lora = as_typed(sys.argv[0])
+    say(f"  LORA_HOME={home} {lora} history acme/ada")
+    say(f'  LORA_HOME={home} {lora} chat acme/ada --compare -p "{people[0].sample_prompt}"')
+
+
+def as_typed(program: str) -> str:
+    """How the command that runs is typed here: after `make demo` it is in an environment that no shell knows of."""
+    return program if Path(program).name == "lora" and not shutil.which("lora") else "lora"
 
 
 def _own_factory(home: Path) -> Factory:

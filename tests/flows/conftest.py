@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows import cli
@@ -109,3 +110,12 @@ def quiet_environment(home: Path) -> dict[str, str]:
     """The environment of a person who has set nothing but a home."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LORA_", "PREFECT_"))}
     return kept | {"LORA_HOME": str(home / "home"), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+
+
+def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Metrics by name and label values, read as Prometheus reads them."""
+    return {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }

@@ -12,22 +12,21 @@ from pathlib import Path
 import pytest
 import yaml
 from prometheus_client import generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from flows.cli.screen import lines
 from flows.clock import Ticks
-from flows.endpoint import Endpoint, kept, moving, reachable, served
+from flows.endpoint import Endpoint, moving, reachable, served
 from flows.factory import Factory, add_data, now, pin_base, request_training
 from flows.metrics import FactoryMetrics
 from flows.presence import at_work
 from flows.pulse import Look, Pulse, tell_all
-from flows.reasons import KINDS, OTHER, grouped, kind_of
+from flows.reasons import ALL_KINDS, OTHER, grouped, kind_of
 from flows.seen import look
 from flows.settings import FactorySettings
 from flows.work import run_cohort
-from flows.worker_metrics import WorkerMetrics
+from flows.worker_metrics import ASKED_FOR, WorkerMetrics
 from lora_core.recipe import load_recipe
 from lora_core.train import Pace
 from registry import queries
@@ -36,7 +35,7 @@ from registry.names import Reference
 from registry.overview import Failure
 from registry.session import reading, transaction
 from tests.conftest import looking
-from tests.flows.conftest import QUICK, ROOT, LoraHere, write_user
+from tests.flows.conftest import QUICK, ROOT, LoraHere, samples, write_user
 
 NAME = re.compile(r"\blora_[a-z_]+\b")
 USERS = {"acme/alice": 60, "acme/bob": 60, "globex/tiny": 1}  # examples; one is too few to learn from
@@ -113,6 +112,24 @@ def test_the_exporter_counts_what_happened_while_it_watched(seen_metrics: Seeing
     assert found["lora_registry_up", ()] == 1
 
 
+def test_a_first_failure_is_a_counter_that_grows(seen_metrics: Seeing) -> None:
+    """What begins at 1, or at the 64 of a cohort, has not grown as Prometheus sees it, and rings no alarm."""
+    factory, metrics, _ = seen_metrics
+    metrics.refresh()
+    failed = {
+        labels
+        for name, labels in samples(generate_latest(metrics.registry).decode())
+        if name == "lora_jobs_failed_total"
+    }
+    told = samples(generate_latest(WorkerMetrics(factory.pulse, 4).registry).decode())
+    asked = re.findall(r'event=~?\\?"([^"\\]*)', (ROOT / "infra/grafana/lora-factory.json").read_text())
+    asked += re.findall(r'event="([^"]*)"', (ROOT / "infra/prometheus/alerts.yaml").read_text())
+
+    assert failed == {(kind, tenant) for kind in ALL_KINDS for tenant in ("acme", "globex")}
+    assert {one for some in asked for one in some.split("|")} == set(ASKED_FOR)
+    assert {("lora_worker_events_total", (one,)) for one in ASKED_FOR} <= set(told)
+
+
 def test_a_worker_that_ends_in_order_is_not_listed(seen_metrics: Seeing) -> None:
     """And what it did is in its own metrics."""
     factory, *_ = seen_metrics
@@ -145,15 +162,6 @@ def test_every_metric_of_the_dashboard_and_the_alarms_is_exported(seen_metrics: 
     assert wanted - exported == set()
     assert {panel["datasource"]["uid"] for panel in dashboard["panels"] if "datasource" in panel} == {"${datasource}"}
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
-
-
-def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Metrics by name and label values, read as Prometheus reads them."""
-    return {
-        (sample.name, tuple(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 def test_the_screen_answers_for_a_handful(seen_metrics: Seeing) -> None:
@@ -276,27 +284,6 @@ def test_ready_means_that_database_and_store_answer(seen_metrics: Seeing, tmp_pa
     assert set(reachable(Factory(FactorySettings(**away)))()) == {"registry", "store"}  # type: ignore[arg-type]  # texts
 
 
-def test_the_answer_about_readiness_is_kept_for_a_moment() -> None:
-    """Probes of three sides ask the database once."""
-    clock, asked = [0.0], list[int]()
-    check = kept(lambda: asked.append(1) or {}, 5, lambda: clock[0])  # type: ignore[func-returns-value]  # on purpose
-
-    for clock[0] in (0.0, 1.0, 4.9, 5.1, 9.0, 10.2):
-        check()
-
-    assert len(asked) == 3
-
-
-def test_a_registry_that_does_not_answer_is_a_metric(tmp_path: Path) -> None:
-    """The exporter lives on, so that somebody hears of it."""
-    factory = Factory(FactorySettings(home=tmp_path / "nowhere"))
-    metrics = FactoryMetrics(factory.engine, now)
-
-    metrics.refresh()
-
-    assert samples(generate_latest(metrics.registry).decode())["lora_registry_up", ()] == 0
-
-
 def test_a_pulse_that_begins_again_with_a_smaller_plan_counts_on() -> None:
     """Where memory ran out micro-steps begin at one again; totals never fall."""
     clock = [0.0]
@@ -338,7 +325,7 @@ WHY = {
 def test_a_failure_has_one_of_a_few_kinds(kind: str) -> None:
     """They are labels of a metric."""
     assert kind_of(WHY[kind]) == kind
-    assert kind in {OTHER, *(name for name, _ in KINDS)}
+    assert kind in ALL_KINDS
 
 
 def test_failures_that_differ_in_numbers_and_names_alone_are_one_reason() -> None:

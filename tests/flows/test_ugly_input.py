@@ -85,6 +85,17 @@ def test_a_wrong_setting_is_told_with_what_is_allowed(
     assert "heim" not in said.err
 
 
+def test_a_blank_around_a_url_is_no_part_of_it(lora: LoraHere, tmp_path: Path) -> None:
+    """With one before it an `s3://` was a folder here, and an end of line made another, empty database."""
+    urls = {"LORA_DATABASE_URL": f"sqlite:///{tmp_path}/here.db\n", "LORA_STORE_URL": f" {(tmp_path / 's').as_uri()}"}
+
+    assert lora("setup", **urls).code == 0
+
+    assert (tmp_path / "here.db").is_file()
+    assert (tmp_path / "s").is_dir()
+    assert "not a store's URL" in lora("doctor", LORA_STORE_URL=" gs://bucket ").out
+
+
 def test_a_file_that_is_no_database_is_told_and_left_alone(lora: LoraHere, tmp_path: Path) -> None:
     """Whoever mixes up two paths loses nothing."""
     path = tmp_path / "passwd"
@@ -163,6 +174,18 @@ def test_a_junk_base_is_told_by_its_file(lora: LoraHere, tmp_path: Path) -> None
     (tmp_path / "base" / "model.safetensors").write_bytes(b"junk")
 
     refused(lora("train", "acme/alice", "--base", str(tmp_path / "base")), 1, "model.safetensors is no safetensors")
+
+
+@pytest.mark.usefixtures("published")
+def test_what_people_wrote_is_shown_as_they_wrote_it(lora: LoraHere) -> None:
+    """In tables, lines and errors: rich takes [/x] for markup, with a traceback for one that nothing opened."""
+    reason = "[red]till [/friday] :100:"
+
+    assert reason in lora("protect", "acme", "canary", "--reason", reason).out
+    assert reason in lora("promote", "acme/alice:1", "--alias", "canary").err
+    assert reason in lora("pin", "acme/alice:1", "--reason", reason).out
+    lora("promote", "acme/alice:1", "--alias", "beta", "--reason", reason)
+    assert reason in lora("history", "acme/alice").out
 
 
 def test_a_letter_that_no_terminal_knows_is_shown_escaped(lora: LoraHere, tmp_path: Path) -> None:

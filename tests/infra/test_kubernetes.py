@@ -6,6 +6,9 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from pydantic import ByteSize, TypeAdapter
+
+from registry.settings import RegistrySettings
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra" / "kubernetes"
@@ -74,6 +77,18 @@ def test_a_pod_has_no_right_that_it_does_not_need(pod: str) -> None:
     assert "memory" in container["resources"]["limits"]
 
 
+def test_prefects_page_is_unpacked_where_its_server_may_write() -> None:
+    """Else the server has its API alone: it unpacks the page beside its own code, which is root's and read-only."""
+    container = PODS["deployment/prefect"]["containers"][0]
+    given = {one["name"]: one.get("value") for one in container["env"]}
+    compose, image = SERVICES["prefect"]["environment"], (ROOT / "infra" / "Dockerfile").read_text()
+
+    assert given["PREFECT_UI_STATIC_DIRECTORY"] == compose["PREFECT_UI_STATIC_DIRECTORY"]
+    home = str(Path(given["PREFECT_UI_STATIC_DIRECTORY"]).parent)
+    assert home in [one["mountPath"] for one in container["volumeMounts"]]
+    assert f"--home-dir {home} " in image
+
+
 def test_only_the_setup_job_knows_the_tables_owner() -> None:
     """A worker with the owner's URL could lift row-level security."""
     assert [pod for pod, spec in PODS.items() if "lora-owner" in yaml.safe_dump(spec)] == ["job/setup"]
@@ -82,13 +97,38 @@ def test_only_the_setup_job_knows_the_tables_owner() -> None:
 def test_settings_say_what_compose_says() -> None:
     """No setting of the compose file is forgotten; what is secret is no setting."""
     settings = manifests("settings.yaml")[0]["data"]
-    elsewhere = {"LORA_DATABASE_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"}
+    elsewhere = {"LORA_DATABASE_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3", "HF_TOKEN"}
     optional = {"LORA_COMPILE", "LORA_CUDA_GRAPH"}
 
     assert set(SERVICES["worker"]["environment"]) - elsewhere - optional <= set(settings)
     assert settings["LORA_SECRETS"] == "/run/secrets/lora"
     for name in ("LORA_HOME", "PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_CLIENT_RETRY_EXTRA_CODES"):
         assert settings[name] == SERVICES["worker"]["environment"][name]
+
+
+def test_a_gated_base_can_be_fetched_in_compose_and_in_the_cluster() -> None:
+    """The operations page names one: the hub's token comes from the .env file, or from the secret."""
+    path = Path(manifests("settings.yaml")[0]["data"]["HF_TOKEN_PATH"])
+    mounts = [one["mountPath"] for one in PODS["deployment/worker"]["containers"][0]["volumeMounts"]]
+
+    assert SERVICES["worker"]["environment"]["HF_TOKEN"] == "${HF_TOKEN:-}"
+    assert str(path.parent) in mounts
+    assert path.name in manifests("secrets.example.yaml")[0]["stringData"]
+
+
+def test_new_workers_do_not_wait_for_gpus_that_the_old_ones_hold() -> None:
+    """Kubernetes begins with a pod more by default, which stays pending for ever where every GPU has its worker."""
+    (worker,) = (one for one in manifests("worker.yaml") if one["kind"] == "Deployment")
+
+    assert worker["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+
+
+def test_a_full_cache_leaves_a_workers_home_room_for_bases_and_saves() -> None:
+    """Kubernetes throws a pod out whose volume outgrows its limit; a worker keeps every live version that it saw."""
+    (home,) = (one["emptyDir"] for one in PODS["deployment/worker"]["volumes"] if one["name"] == "home")
+    cache = RegistrySettings.read(cache_size=manifests("settings.yaml")[0]["data"]["LORA_CACHE_SIZE"]).cache_size
+
+    assert 0 < cache <= TypeAdapter(ByteSize).validate_python(f"{home['sizeLimit']}B") / 2
 
 
 def test_a_secret_of_the_example_is_a_setting() -> None:

@@ -116,6 +116,13 @@ def test_a_container_has_one_gpu_by_dockers_own_types() -> None:
         made("docker", gpus=["0", "1"])
 
 
+def test_the_workers_image_has_the_compiler_that_kernels_of_a_gpu_ask_for() -> None:
+    """Triton compiles what calls them when the first user takes a step; a slim image of Python's has no compiler."""
+    worker = (ROOT / "infra" / "Dockerfile").read_text().partition(" AS worker\n")[2]
+
+    assert "apt-get install --yes --no-install-recommends g++" in worker
+
+
 def test_deployments_name_pools_that_are_made() -> None:
     """By the compose file, from these templates."""
     deployments = yaml.safe_load((ROOT / "infra" / "prefect.yaml").read_text())["deployments"]

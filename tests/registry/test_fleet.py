@@ -175,8 +175,8 @@ def test_a_fleet_that_would_not_move_is_told(move: Move) -> None:
 
 @pytest.mark.usefixtures("users")
 def test_going_back_without_having_gone_is_told(back: Move) -> None:
-    """With nothing changed."""
-    with pytest.raises(PromotionRefused, match="no fleet was moved"):
+    """With nothing changed, and what to name: `promote` moves another alias by default than `rollback`."""
+    with pytest.raises(PromotionRefused, match="not moved: no fleet was moved; if it was another alias, pass --alias"):
         back()
 
 

@@ -2,13 +2,15 @@
 
 import ast
 import inspect
+import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import select, text
+from sqlalchemy import make_url, select, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -69,6 +71,33 @@ def test_a_database_that_is_not_there_is_told_without_its_password(url: str) -> 
         session.scalars(select(Tenant)).all()
 
     assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_takes_a_connection_and_says_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen server, or a balancer with none behind it, would hold up a worker's renewals for ever."""
+    monkeypatch.setitem(registry.session._REACH, "connect_timeout", 2)  # the least that libpq knows
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        engine = open_database(f"postgresql+psycopg://u@127.0.0.1:{silent.getsockname()[1]}/d")
+
+        with pytest.raises(DatabaseUnavailable, match="timeout"), reading(engine) as asked:
+            asked.execute(text("SELECT 1"))
+
+
+def test_a_server_whose_machine_is_gone_is_given_up_within_a_minute_unless_its_url_says_otherwise(
+    postgres_url: str,
+) -> None:
+    """Nobody says goodbye when the power goes: TCP asks, and by default after two hours."""
+    own = make_url(postgres_url).update_query_dict({"keepalives_idle": "7"}).render_as_string(hide_password=False)
+    for url, idle in ((postgres_url, 30), (own, 7)):
+        engine = open_database(url)
+        with engine.connect() as connection:
+            dbapi: Any = connection.connection.dbapi_connection
+            given = dbapi.info.get_parameters()
+        engine.dispose()
+
+        assert int(given["keepalives_idle"]) == idle
+        assert int(given["keepalives_interval"]) * int(given["keepalives_count"]) + 30 <= 60
+        assert int(given["tcp_user_timeout"]) == 60_000
 
 
 def test_tables_that_are_missing_are_told(tmp_path: Path) -> None:
