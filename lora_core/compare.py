@@ -62,16 +62,21 @@ def compare(
 ) -> Iterator[Compared]:
     """Every contender in turn, full fine-tuning last; `say` is told whose turn it is, `missed` who cannot be trained.
 
-    Raises TrainingError where nobody could be compared.
+    Raises TrainingError, the first one's, where nobody could be trained.
     """
     _check(learner)
     ways = {name: partial(_adapter, base, learner, name, spec) for name, spec in CONTENDERS.items()}
-    for name, way in {**ways, FULL: partial(_full, base, learner)}.items():
+    ways[FULL] = partial(_full, base, learner)
+    troubles: list[TrainingError] = []
+    for name, way in ways.items():
         say(name)
         try:
             yield way()
         except TrainingError as error:  # a base without a method's places, say: the others go on
             missed(name, error)
+            troubles.append(error)
+    if len(troubles) == len(ways):
+        raise troubles[0]
 
 
 def _check(learner: Learner) -> None:

@@ -1,6 +1,7 @@
 """The rule that decides whether a candidate is accepted: a gain on held-out examples that chance does not explain."""
 
 from dataclasses import dataclass
+from math import floor, log2
 
 from scipy.stats import wilcoxon
 
@@ -38,5 +39,7 @@ def judge(candidate: Scores, rival: Scores, rival_name: str, gate: GateSpec) -> 
     if not gain > gate.min_gain:
         return Verdict(False, f"no better: {facts}; min_gain is {gate.min_gain:g}", gain, p_value)
     if not p_value < gate.significance:
-        return Verdict(False, f"not beyond chance: {facts}; it must be below {gate.significance:g}", gain, p_value)
+        fewest = floor(-log2(gate.significance)) + 1  # half to the power of so many is the least p there is
+        wanted = f"{gate.significance:g}" + (f", which takes {fewest}: add examples" if len(gains) < fewest else "")
+        return Verdict(False, f"not beyond chance: {facts}; it must be below {wanted}", gain, p_value)
     return Verdict(True, facts, gain, p_value)

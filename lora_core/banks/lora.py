@@ -33,7 +33,8 @@ class LoraBank:
 
     Group by group of the sites that read the same tensor: their downs, R x I each, one after the other, so that one
     product reads the tensor for all of them; then their ups, R x O each.  Last, in a bank for users with patterns, R
-    equal numbers a site: how much more its scale is than the user's, as a share of that.  They do not train.
+    equal numbers a site, twice: how much more its scale is than the user's, as a share of that; rounded to bf16, in
+    which a base may read it, and what that leaves.  They do not train.
     """
 
     sites: tuple[Site, ...]
@@ -53,7 +54,7 @@ class LoraBank:
     @property
     def _scales(self) -> slice:
         """Where the scales lie that sites have of their own."""
-        return slice(self._factors_width, self._factors_width + self.rank * len(self.sites) * self.patterned)
+        return slice(self._factors_width, self._factors_width + 2 * self.rank * len(self.sites) * self.patterned)
 
     @property
     def size(self) -> int:
@@ -101,15 +102,16 @@ class LoraBank:
         if self.patterned:
             sites = [site for group in self.groups for site in group]
             more = torch.tensor([spec.scale_at(site.name) / spec.scale - 1 for site in sites])
-            row_P[self._scales] = more.repeat_interleave(self.rank)
+            coarse = more.bfloat16().float()
+            row_P[self._scales] = torch.cat([coarse, more - coarse]).repeat_interleave(self.rank)
         return row_P
 
     def group_scales(self, matrix_KP: Tensor) -> list[Tensor | None]:
-        """Each group's more_KS1, a view: how much more each site's scale is, as a share of the user's."""
+        """Each group's more_K2S, a view: how much more each site's scale is, as a share of the user's, in two parts."""
         if not self.patterned:
             return [None] * len(self.groups)
         sizes = [self.rank * len(group) for group in self.groups]
-        return [more_KS[:, :, None] for more_KS in matrix_KP[:, self._scales].split(sizes, dim=1)]
+        return list(matrix_KP[:, self._scales].unflatten(1, (2, -1)).split(sizes, dim=2))
 
     def stretches(self, spec: LoraSpec) -> Sequence[Stretch]:
         """Downs at the recipe's rate, ups at theirs (LoRA+; Hayou et al., 2024); a start that is taken off stays."""

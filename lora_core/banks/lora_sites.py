@@ -44,14 +44,14 @@ class LoraGroup:
         ups_gradient_KRO: Sequence[Tensor],
         cohort: Cohort,
         number: int,
-        more_KS1: Tensor | None = None,
+        more_K2S: Tensor | None = None,
     ) -> None:
         self.frozen = [_frozen(linear) for linear in linears]
         self.biases: list[Any] = [linear.bias for linear in linears]  # nn.Module types its attributes loosely
         self.down_KSI = as_leaf(down_KSI, down_gradient_KSI)
         self.ups_KRO = [as_leaf(up_KRO, g_KRO) for up_KRO, g_KRO in zip(ups_KRO, ups_gradient_KRO, strict=True)]
         self.cohort = cohort
-        self.more_KS1 = more_KS1  # how much more each site's scale is than the user's, as a share; or None
+        self.more_K2S = more_K2S  # how much more each site's scale is than the user's, as a share in two parts; or None
         self.number = torch.tensor(number, device=down_KSI.device)  # a tensor: a graph is compiled for all numbers
         self._read: Tensor | None = None
         self._ready: dict[int, Tensor] = {}  # what nobody has asked for yet, by member
@@ -67,8 +67,9 @@ class LoraGroup:
 
     def factors(self, device: torch.device) -> tuple[Tensor, list[Tensor], Tensor]:
         """down_KSI, ups_KRO and scale_K11 (or K S 1) on a layer's device; their gradients come back."""
-        ups_KRO, scale_K11 = [up_KRO.to(device) for up_KRO in self.ups_KRO], self.cohort.scale_K11
-        scale = scale_K11 if self.more_KS1 is None else torch.addcmul(scale_K11, scale_K11, self.more_KS1)
+        ups_KRO, scale = [up_KRO.to(device) for up_KRO in self.ups_KRO], self.cohort.scale_K11
+        if self.more_K2S is not None:  # in fp32: a share of -0.99 would be one of -0.988 in bf16
+            scale = torch.addcmul(scale.float(), scale.float(), self.more_K2S.float().sum(1)[:, :, None])
         return self.down_KSI.to(device), ups_KRO, scale.to(device)
 
     def _compute(self, x_KTI: Tensor) -> Sequence[Tensor]:

@@ -241,9 +241,8 @@ def _plain(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", pr
     """Chat for a base without a template: `role: words`, a blank line between, the end token after each answer."""
     end = tokenizer.eos_token or ""
     turns = [f"{m.role}: {m.content}{end if m.role == 'assistant' else ''}\n\n" for m in messages]
-    return (
-        (tokenizer.bos_token or "") + "".join(turns) + ("assistant:" if prompting else "")
-    )  # tokenizers join the blank and what follows
+    asks = "assistant:" if prompting else ""  # tokenizers join the blank behind it and what follows
+    return (tokenizer.bos_token or "") + "".join(turns) + asks
 
 
 def _encode(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool) -> list[int]:

@@ -100,6 +100,15 @@ def test_a_method_that_the_base_has_no_place_for_is_missed_alone(
     assert "cannot be trained" in missed[FULL]
 
 
+def test_where_nobody_can_be_trained_it_is_an_error(llama_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no empty table."""
+    monkeypatch.setattr("lora_core.compare.CONTENDERS", {"nowhere": LoraSpec(rank=2, targets=("nope",))})
+    quantised, user = replace(llama_base, quantised="8bit"), learner(1, held_out=4, **EASY)
+
+    with pytest.raises(TrainingError, match="no linear named 'nope'"):
+        list(compare(quantised, user, lambda _: None, lambda *_: None))
+
+
 def test_rates_are_the_methods_own() -> None:
     """All weights at once want smaller steps, virtual tokens larger ones."""
     recipe = learner(1).recipe

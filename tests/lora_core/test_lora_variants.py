@@ -15,12 +15,13 @@ from lora_core.artifact import write_artifact
 from lora_core.banks.lora import lora_bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
+from lora_core.cohort import Cohort
 from lora_core.errors import ArtifactRefused, RecipeError, TrainingError
 from lora_core.intake import AdapterFiles, read_artifact
 from lora_core.learner import Learner, Trained
 from lora_core.methods import LoraSpec
 from lora_core.recipe import Recipe, make_recipe
-from tests.lora_core.conftest import ARCHITECTURES, examples, learner, lora_of, recipe
+from tests.lora_core.conftest import ARCHITECTURES, examples, learner, llama, lora_of, recipe
 from tests.lora_core.killing import killed_and_resumed
 from tests.lora_core.test_exact import T as ROW_TOKENS
 from tests.lora_core.test_exact import run as run_rows
@@ -265,6 +266,23 @@ def read_logits(base: BaseModel, folder: Path, tokens: torch.Tensor) -> torch.Te
     spec = lora_of_files(files)
     bank = lora_bank(base, [spec])
     return our_logits(base, bank, bank.from_tensors(files.tensors, spec), spec.scale, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linears_scale_is_what_its_pattern_says_in_few_bits_too(dtype: torch.dtype) -> None:
+    """A hundredth of the user's: as a share of it, -0.99, bf16 would make a sixth more of it."""
+    base = freeze(llama().to(dtype), None)
+    spec = lora_of(recipe(alpha_pattern={"down_proj": 0.08}))
+    bank = lora_bank(base, [spec])
+    cohort = Cohort(1, bank.width, base.model.device, dtype)
+    cohort.admit(0, bank.start_row(spec, 0), spec.scale)
+
+    with bank.attached(base, cohort):
+        found = {site.name: base.model.get_submodule(site.name).group.factors(base.model.device)[2]
+                 for site in base.sites if site.name.endswith(("down_proj", "o_proj"))}  # fmt: skip
+
+    for name, scale_1S1 in found.items():
+        torch.testing.assert_close(scale_1S1.float(), torch.full_like(scale_1S1.float(), spec.scale_at(name)))
 
 
 def test_of_two_keys_that_fit_the_first_decides_in_pefts_files(llama_base: BaseModel, tmp_path: Path) -> None:
