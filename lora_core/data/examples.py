@@ -77,7 +77,7 @@ def parse_example(row: Mapping[str, object]) -> Example:
     if "instruction" in row:
         return _alpaca(row)
     if "prompt" in row or "completion" in row:
-        return Completion(_string(row, "prompt", blank=True), _string(row, "completion"))
+        return _completion(row)
     if "text" in row:
         return Text(_string(row, "text"))
     raise _unknown(row)
@@ -152,6 +152,16 @@ def _check_is_said(turn: Mapping[str, object], field: str) -> None:
         raise BadRow(
             f"{field}.weight", "is 0, and every answer is learnt", "end the conversation before it, or drop the row"
         )
+
+
+def _completion(row: Mapping[str, object]) -> Completion | Conversation:
+    """A text and how it goes on, or as TRL documents both, lists of turns."""
+    prompt = row.get("prompt")
+    if all(isinstance(row.get(field), str | None) for field in ("prompt", "completion")):
+        return Completion(_string(row, "prompt", blank=True), _string(row, "completion"))
+    if not isinstance(prompt, str | None) and any(turn.role == "assistant" for turn in _listed(prompt, "prompt")):
+        raise BadRow("prompt", "holds an answer, and every answer is learnt", "give all turns as messages, or drop it")
+    return _side(row, "completion")
 
 
 def _preference(row: Mapping[str, object]) -> Preference:

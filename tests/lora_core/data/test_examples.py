@@ -63,6 +63,7 @@ def turns(*messages: Message) -> list[dict[str, str]]:
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
         {"instruction": "hi", "input": "", "output": "hello"},
         {"instruction": "hi", "output": "hello"},
+        {"prompt": turns(Message("user", "hi")), "completion": turns(Message("assistant", "hello"))},
     ],
 )
 def test_chats_of_every_format_are_one_kind_of_example(row: dict[str, object]) -> None:
@@ -162,6 +163,8 @@ BAD: list[tuple[object, str, str]] = [
     ({"prompt": "q", "completion": ""}, "completion", "empty"),
     ({"prompt": "q", "completoin": "a"}, "completion", "rename 'completoin'"),
     ({"completion": "a"}, "prompt", "missing"),
+    ({"completion": turns(GOOD)}, "prompt", "is missing; add what was asked"),
+    ({"prompt": turns(ASKED, GOOD, ASKED), "completion": turns(GOOD)}, "prompt", "every answer is learnt"),
     ({"text": None}, "text", "is missing; add the text"),
     ({"text": ["a"]}, "text", "list"),
     ({"text": "a\0b"}, "text", "NUL"),
