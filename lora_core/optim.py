@@ -3,9 +3,13 @@
 K slots, P numbers a user.
 """
 
+import logging
 import math
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -14,6 +18,8 @@ from torch.optim.adamw import adamw
 
 from lora_core.cohort import Cohort
 from lora_core.recipe import Recipe
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,23 @@ def step_rows(cohort: Cohort, due: Sequence[RowStep | None], norms: Sequence[flo
     others are kept to accumulate.
     """
     stepping = {slot: row for slot, row in enumerate(due) if row}
-    if cohort.weights_KP.is_cuda and find_spec("triton"):
-        from lora_core.row_kernel import step_due  # here: not every torch brings Triton
+    if cohort.weights_KP.is_cuda and kernels_start():
+        from lora_core.row_kernel import step_due
 
         step_due(cohort, {slot: _settings(row, norms[slot]) for slot, row in stepping.items() if not row.stretches})
         stepping = {slot: row for slot, row in stepping.items() if row.stretches}
     _step_by_torch(cohort, stepping, norms)
+
+
+@cache
+def kernels_start() -> bool:
+    """Whether Triton is here, which not every torch brings, and the C compiler that it starts kernels with."""
+    if not find_spec("triton"):
+        return False
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # Triton's own rule
+    if not compiler:
+        _log.warning("there is no C compiler, so users' steps are taken one by one; install gcc, or name one in CC")
+    return bool(compiler)
 
 
 def _step_by_torch(cohort: Cohort, due: Mapping[int, RowStep], norms: Sequence[float]) -> None:

@@ -1,12 +1,14 @@
 """A step of the cohort is PyTorch's AdamW on every row alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_core.cohort import Cohort
-from lora_core.optim import RowStep, Stretch, clear_fixed, gradient_norms, rate_at, step_rows
+from lora_core.optim import RowStep, Stretch, clear_fixed, gradient_norms, kernels_start, rate_at, step_rows
 from tests.lora_core.conftest import recipe
 
 P = 1000
@@ -112,3 +114,18 @@ def test_rates_rise_to_the_peak_and_fall_and_are_never_zero(steps: int, schedule
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert max(rates) == pytest.approx(0.1) or len(rates) <= warmup * steps + 1
+
+
+@pytest.mark.parametrize(("compiler", "starts"), [("", False), ("gcc", True), ("clang", True)])
+def test_without_a_compiler_no_kernel_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, compiler: str, starts: bool
+) -> None:
+    """Steps are taken as where there is no Triton, and a GPU's owner is told why they are slow."""
+    pytest.importorskip("triton", reason="Triton is for Linux on x86")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if compiler:
+        (tmp_path / compiler).touch(mode=0o755)
+
+    assert kernels_start.__wrapped__() is starts
+    assert ("install gcc" in caplog.text) is not starts
