@@ -7,6 +7,7 @@ server that hangs holds up no training, and no heartbeat.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from uuid import UUID
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -61,17 +62,25 @@ class Progress:
 def shown(factory: Factory) -> Iterator[Progress]:
     """In a flow run: events go to its log as well, and what the worker does to the registry and to Prefect's page."""
     set_up_logs(factory.settings)
+    context = FlowRunContext.get()
+    flow_run = context.flow_run.id if context and context.flow_run else None
     to_run = APILogHandler()
     to_run.setFormatter(Words())
+    to_run.addFilter(partial(_of_run, flow_run))
     LOG.addHandler(to_run)
     LOG.setLevel(logging.INFO)
-    context = FlowRunContext.get()
-    progress = Progress(context.flow_run.id if context and context.flow_run else None)
+    progress = Progress(flow_run)
     try:
         with at_work(factory), told(factory.pulse, [progress], every=2 * EVERY):
             yield progress
     finally:
         LOG.removeHandler(to_run)
+
+
+def _of_run(flow_run: UUID | None, record: logging.LogRecord) -> bool:
+    """Say whose log an event belongs in: Prefect does not know the threads that publish and prepare."""
+    record.flow_run_id = flow_run
+    return flow_run is not None
 
 
 def name(cohort: Cohort) -> str:

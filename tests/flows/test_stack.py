@@ -56,6 +56,8 @@ with get_client(sync_client=True) as client:
         print(run.name, run.state_name)
     for artifact in client.read_artifacts():
         print("artifact", artifact.key)
+    for entry in client.read_logs():
+        print("log", entry.message)
 """
 
 
@@ -82,6 +84,8 @@ def test_a_users_schedule_fires_and_an_adapter_can_be_pulled(stack: Stack, tmp_p
     assert {"tick Completed", "artifact tick"} <= set(seen), seen  # who was due, as a table
     assert any(line.startswith("artifact cohort-") and line.endswith("-curves") for line in seen), seen
     assert any(line.startswith("artifact cohort-") and line.endswith("-progress") for line in seen), seen
+    told = [line for line in seen if line.startswith("log version published")]  # by threads that Prefect does not know
+    assert len(told) >= 2, seen
     fired = json.loads(lora(stack, "schedule", "list", "--json"))
     assert all(one["last fired"] for one in fired)
 
