@@ -63,11 +63,15 @@ class BaseModel:
         scales = [tensor for module in packed for tensor in module.scales]
         return [*self.model.parameters(), *self.model.buffers(), *scales]
 
+    @property
+    def reach(self) -> int:
+        """How many tokens of a document every layer sees from its last one."""
+        windows = self.windows.values() if isinstance(self.windows, Mapping) else (self.windows,)
+        return min([self.longest, *(window for window in windows if window)])
+
     def room(self, virtual_tokens: int) -> int:
         """Tokens an example may have behind so many virtual ones, which every layer must see from its end."""
-        windows = self.windows.values() if isinstance(self.windows, Mapping) else (self.windows,)
-        sight = min((window for window in windows if window), default=self.longest)
-        return min(self.longest, sight) - virtual_tokens if virtual_tokens else self.longest
+        return self.reach - virtual_tokens if virtual_tokens else self.longest
 
     def stack(self, rows: Sequence[Row]) -> Batch:
         """K rows as one batch, on the base's device."""

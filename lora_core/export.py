@@ -115,10 +115,11 @@ def _named(config: PretrainedConfig, family: Family, found: Mapping[str, Delta])
     import gguf
 
     (number,) = [number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name]
-    names, text = gguf.get_tensor_name_map(number, config.get_text_config().num_hidden_layers), "language_model."
+    names = gguf.get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
     named = {}
     for path, delta in found.items():
-        name = names.get_name(path.replace(text, ""))  # llama.cpp has a model that sees pictures in two files
+        # llama.cpp keeps what sees pictures in a file of its own, and names the rest as a model of text alone.
+        name = names.get_name(path.replace("language_model.", ""))
         if name is None:
             why = f"llama.cpp's {family.name} has no weight for {path}"
             raise ExportRefused("as gguf, this adapter", why, "train it without that target, or export it merged")

@@ -146,8 +146,7 @@ def cache_name(model: PreTrainedModel) -> str:
 def check_room(base: BaseModel, spec: VirtualTokensSpec) -> None:
     """Raises TrainingError where a base knows too few positions, or its layers look too few tokens back."""
     if base.room(spec.virtual_tokens) < LEAST_TEXT:
-        most = base.room(1) + 1
-        why = f"has room for {most} tokens, too few for {spec.virtual_tokens} virtual ones and a text"
+        why = f"has room for {base.reach} tokens, too few for {spec.virtual_tokens} virtual ones and a text"
         raise TrainingError(base.name, why, "lower num_virtual_tokens")
 
 
@@ -165,6 +164,5 @@ def read_virtual_tokens(config: Facts) -> int:
 def one_tensor(base: BaseModel, spec: VirtualTokensSpec, width: int) -> list[Shapes]:
     """What files of virtual tokens hold, so many numbers a token.  Raises ArtifactRefused for a base too short."""
     if base.room(spec.virtual_tokens) < LEAST_TEXT:
-        why = f"the base has room for only {base.room(1) + 1} tokens"
-        raise ArtifactRefused(CONFIG, why, "is it for this base?")
+        raise ArtifactRefused(CONFIG, f"the base has room for only {base.reach} tokens", "is it for this base?")
     return [{TENSOR: [spec.virtual_tokens, width]}]

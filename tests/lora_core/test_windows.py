@@ -21,7 +21,7 @@ from transformers import (
 from lora_core.banks.lora import lora_bank
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, freeze
-from lora_core.batch import as_batch, fields_of
+from lora_core.batch import Windows, as_batch, fields_of
 from lora_core.data.packing import Row, pack
 from lora_core.data.rendering import Rendered
 from lora_core.forward import token_losses
@@ -59,9 +59,9 @@ def long(seed: int, tokens: int = 3 * WINDOW) -> Rendered:
     return Rendered(one[:tokens], (True,) * tokens)
 
 
-def losses(base: BaseModel, rows: list[Row], windows: object) -> Tensor:
+def losses(base: BaseModel, rows: list[Row], windows: Windows) -> Tensor:
     """Each token's, K T, as if the base's layers looked so far."""
-    batch = as_batch(fields_of(rows, base.model.device), base.model.dtype, windows)  # type: ignore[arg-type]  # any of them
+    batch = as_batch(fields_of(rows, base.model.device), base.model.dtype, windows)
     return token_losses(base, batch)[0].detach()
 
 
