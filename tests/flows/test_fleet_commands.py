@@ -77,7 +77,7 @@ def test_what_no_database_can_hold_is_refused(lora_here: LoraHere, words: tuple[
 def test_the_first_and_the_last_moment_are_moments(lora_here: LoraHere) -> None:
     """Whoever means always writes them."""
     always = ("since=0001-01-02T00:00:00+00:00", "until=9999-12-31")
-    assert lora_here("search", "acme", "--where", always[0], "--where", always[1]).out.count("ada") == 2
+    assert lora_here("search", "acme", "--where", always[0], "--where", always[1]).out.count("acme/ada:") == 2
     assert lora_here("status", "--since", "0001-01-01").code == 0
 
 
