@@ -45,6 +45,15 @@ def sqlite_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(str(_emptied(f"sqlite:///{tmp_path_factory.mktemp('tables') / 'registry.db'}").database))
 
 
+@pytest.fixture
+def home(tmp_path: Path, sqlite_tables: Path) -> Path:
+    """LORA_HOME with the tables in it."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    shutil.copyfile(sqlite_tables, folder / "registry.db")
+    return folder
+
+
 def _emptied(url: str) -> URL:
     opened = set_up(url)
     opened.dispose()

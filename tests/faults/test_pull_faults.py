@@ -14,7 +14,6 @@ from registry.errors import ObjectDiffers, StoreUnavailable
 from registry.jobs import ClaimedJob
 from registry.publishing import Published, publish
 from registry.s3_store import S3Store
-from registry.schema import migrate
 from registry.session import open_database
 from tests.faults.proxy import Proxy, proxy_before
 from tests.registry.conftest import NOW, Claim, finished
@@ -40,10 +39,9 @@ def store(proxy: Proxy) -> S3Store:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
+def engine(home: Path) -> Iterator[Engine]:
     """A registry that other processes can open too."""
-    opened = open_database(f"sqlite:///{tmp_path / 'registry.db'}")
-    migrate(opened)
+    opened = open_database(f"sqlite:///{home / 'registry.db'}")
     yield opened
     opened.dispose()
 

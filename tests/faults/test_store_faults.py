@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import boto3
 import pytest
@@ -15,7 +16,6 @@ from registry.jobs import ClaimedJob
 from registry.names import Reference
 from registry.publishing import publish
 from registry.s3_store import S3Store, s3_client
-from registry.schema import migrate
 from registry.session import open_database
 from registry.uploads import UPLOAD_LEASE, sweep
 from tests.faults.invariants import (
@@ -75,10 +75,9 @@ class ForAWhile:
 
 
 @pytest.fixture
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(home: Path) -> Iterator[Engine]:
     """A registry on SQLite: the faults are the store's."""
-    opened = open_database(f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}")
-    migrate(opened)
+    opened = open_database(f"sqlite:///{home / 'registry.db'}")
     yield opened
     opened.dispose()
 

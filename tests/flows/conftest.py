@@ -8,14 +8,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.main import get_command
 
-from flows import cli
+from flows import candidates, cli
 from tests.flows.forked import Commands
 from tests.lora_core.conftest import CHATML, make_tokenizer
 
@@ -58,6 +60,12 @@ def write_user(path: Path, habit: str, count: int = 60, seed: int = 0) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _few_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, two held-out prompts are answered: most of a small cohort's time would go into eight."""
+    monkeypatch.setattr(candidates, "ANSWERS_JUDGED", 2)
+
+
 @pytest.fixture(scope="session")
 def commands() -> Iterator[Commands]:
     """What forks a process for every command."""
@@ -89,11 +97,15 @@ class Said:
     err: str
 
 
+command_tree = cache(get_command)  # takes most of a small command's time
+
+
 @pytest.fixture
 def lora_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> LoraHere:
     """The `lora` command in this process, with variables of its environment: one of its own would cost seconds."""
     for name, value in {**cli.QUIET, "COLUMNS": "200"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("typer.main.get_command", command_tree)
 
     def run(*words: str, **environment: str) -> Said:
         for name, value in environment.items():

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy.engine import Engine
 
 from flows import due
 from flows import factory as clock
@@ -19,7 +20,7 @@ from registry.names import Reference
 from registry.schedules import Filter, Terms
 from registry.session import reading, transaction
 from registry.timing import Quiet, Timing
-from tests.conftest import looking, set_up
+from tests.conftest import looking
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 Set = Callable[..., None]
@@ -46,9 +47,8 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def factory(base_folder: Path, database_url: str) -> Factory:
+def factory(base_folder: Path, engine: Engine) -> Factory:
     """A factory on each kind of database in turn."""
-    engine = set_up(database_url)
     made = Factory(
         FactorySettings(base=str(base_folder), database_url=engine.url.render_as_string(hide_password=False))
     )

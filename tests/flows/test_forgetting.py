@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select, text
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import URL, Engine, make_url
 
 from flows.factory import Factory, add_data, now, request_training
 from flows.settings import FactorySettings
@@ -29,7 +29,7 @@ from registry.session import reading, transaction
 from registry.store import FolderStore
 from registry.timing import Timing
 from registry.uploads import UPLOAD_LEASE
-from tests.conftest import looking, set_up, tampering
+from tests.conftest import looking, tampering
 from tests.faults.worker import BASE, finished
 
 CANARY = "c4n4ry"  # part of everything that is the user's, in any letter case
@@ -51,11 +51,9 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url
 
 
-def factory_on(database_url: str, store_url: str) -> Factory:
+def factory_on(database: URL, store_url: str) -> Factory:
     """A factory on an empty registry and store, as the application's role."""
-    engine = set_up(database_url)
-    url = engine.url.render_as_string(hide_password=False)
-    engine.dispose()
+    url = database.render_as_string(hide_password=False)
     made = Factory(FactorySettings(database_url=url, store_url=store_url))
     made.settings.home_folder.mkdir(parents=True, exist_ok=True)
     made.store.set_up()
@@ -63,9 +61,9 @@ def factory_on(database_url: str, store_url: str) -> Factory:
 
 
 @pytest.fixture
-def factory(database_url: str, store_url: str) -> Iterator[Factory]:
+def factory(engine: Engine, store_url: str) -> Iterator[Factory]:
     """Alice and bob with everything that a user can have, on each database and store."""
-    made = factory_on(database_url, store_url)
+    made = factory_on(engine.url, store_url)
     if isinstance(made.store, S3Store):  # where a plain DELETE hides the bytes and keeps them
         on: Any = {"Status": "Enabled"}
         made.store.client.put_bucket_versioning(Bucket=made.store.bucket, VersioningConfiguration=on)
@@ -76,9 +74,9 @@ def factory(database_url: str, store_url: str) -> Iterator[Factory]:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Factory]:
+def small(home: Path, tmp_path: Path) -> Iterator[Factory]:
     """The same on SQLite and a folder."""
-    made = factory_on(f"sqlite:///{tmp_path / 'registry.db'}", str(tmp_path / "store"))
+    made = factory_on(make_url(f"sqlite:///{home / 'registry.db'}"), str(tmp_path / "store"))
     for user in (ALICE, BOB):
         furnish(made, user)
     yield made

@@ -8,7 +8,6 @@ import pytest
 
 from registry import jobs
 from registry.publishing import publish
-from registry.schema import migrate
 from registry.session import open_database, transaction
 from registry.store import FolderStore
 from tests.flows.conftest import LoraHere
@@ -16,12 +15,11 @@ from tests.registry.conftest import NOW, enqueue, finished
 
 
 @pytest.fixture(autouse=True)
-def _published(tmp_path: Path) -> None:
+def _published(home: Path) -> None:
     """Alice of acme with three versions, in LORA_HOME."""
-    store = FolderStore(tmp_path / "home" / "store")
+    store = FolderStore(home / "store")
     store.set_up()
-    engine = open_database(f"sqlite:///{tmp_path / 'home' / 'registry.db'}")
-    migrate(engine)
+    engine = open_database(f"sqlite:///{home / 'registry.db'}")
     with transaction(engine) as session:
         asked = enqueue(session, "acme/alice", 3)
     for one in asked:

@@ -18,7 +18,6 @@ from flows.settings import FactorySettings
 from registry import jobs, queries
 from registry.names import Reference
 from registry.publishing import publish
-from registry.schema import migrate
 from registry.session import open_database, reading, transaction
 from registry.store import FolderStore
 from tests.flows.conftest import LORA, ROOT, LoraHere, Said, write_user
@@ -32,12 +31,10 @@ def lora(lora_here: LoraHere) -> LoraHere:
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Engine:
+def registry(home: Path) -> Engine:
     """A registry in LORA_HOME with its tables."""
-    (tmp_path / "home" / "store").mkdir(parents=True)
-    opened = open_database(f"sqlite:///{tmp_path / 'home' / 'registry.db'}")
-    migrate(opened)
-    return opened
+    (home / "store").mkdir()
+    return open_database(f"sqlite:///{home / 'registry.db'}")
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ LITTLE = 350_000  # bytes: enough for one slot of rows of 32 tokens, not of 64
 
 
 @pytest.fixture
-def factory(base_folder: Path) -> Factory:
+def factory(base_folder: Path, home: Path) -> Factory:
     """A factory in a home of its own."""
     made = Factory(FactorySettings(base=str(base_folder), slots=4))
     made.set_up()

@@ -29,9 +29,9 @@ def _no_logs_afterwards() -> Iterator[None]:
 
 
 @pytest.fixture
-def factory(tmp_path: Path) -> Factory:
+def factory(home: Path) -> Factory:
     """A factory in LORA_HOME."""
-    made = Factory(FactorySettings(home=tmp_path / "home"))
+    made = Factory(FactorySettings(home=home))
     made.set_up()
     return made
 

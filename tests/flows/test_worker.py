@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -33,8 +34,9 @@ PATIENCE = 5000  # micro-steps that a test gives a worker
 
 
 @pytest.fixture
-def factory(base_folder: Path, tmp_path: Path) -> Factory:
+def factory(base_folder: Path, tmp_path: Path, sqlite_tables: Path) -> Factory:
     """A factory whose registry and store other machines reach too."""
+    shutil.copyfile(sqlite_tables, tmp_path / "registry.db")
     return on_machine("first", base_folder, tmp_path)
 
 

@@ -2,10 +2,12 @@
 
 import weakref
 from collections.abc import Sequence
+from functools import cache
 
 import pytest
 import torch
 
+from lora_core import planner
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.base_model import BaseModel
 from lora_core.budget import Weights, fewer_bits
@@ -18,6 +20,12 @@ from lora_core.planner import Plan, plan, train_planned
 from lora_core.referee import Answers
 from lora_core.train import Compute, Pace, train
 from tests.lora_core.conftest import T, learner, lora_of, recipe
+
+
+@pytest.fixture(autouse=True)
+def _predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prediction takes half a second, and a test's plans ask for the same ones."""
+    monkeypatch.setattr(planner, "predict", cache(predict))
 
 
 @pytest.fixture

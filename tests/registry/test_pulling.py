@@ -53,10 +53,9 @@ class Watched(FolderStore):
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
+def engine(home: Path) -> Iterator[Engine]:
     """A registry; what asks it is tried on each kind of database elsewhere."""
-    opened = open_database(f"sqlite:///{tmp_path / 'registry.db'}")
-    migrate(opened)
+    opened = open_database(f"sqlite:///{home / 'registry.db'}")
     yield opened
     opened.dispose()
 
