@@ -15,7 +15,7 @@ from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.errors import TrainingError
 from lora_core.evaluate import Asked, Scores, evaluate_all
-from lora_core.full_tuning import tune_fully
+from lora_core.full_tuning import predict_full, tune_fully
 from lora_core.learner import Learner, Trained
 from lora_core.memory import predict
 from lora_core.methods import AnyMethod, BottleneckSpec, LoraSpec, PrefixSpec, PromptSpec
@@ -144,7 +144,7 @@ def _full(base: BaseModel, learner: Learner) -> Compared:
     size = full_bytes(base)
     return Compared(
         FULL, one.recipe.learning_rate, loss, None, result.parameters, result.parameters / base.parameters,
-        result.peak_bytes, seconds, size, 1,
+        predict_full(base, learner.recipe.row_tokens), seconds, size, 1,
     )  # fmt: skip
 
 

@@ -36,7 +36,6 @@ class FullyTuned:
     losses: tuple[tuple[int, float], ...]  # step, mean training loss of its batch
     held_out: tuple[tuple[int, float], ...]  # step, mean held-out loss
     parameters: int  # trained, each tied one once
-    peak_bytes: int  # of weights, gradients, moments and a micro-step: from shapes, as a pack's is
 
     @property
     def held_out_loss(self) -> float | None:
@@ -52,13 +51,12 @@ def tune_fully(base: BaseModel, learner: Learner, row_tokens: int, layers_forget
     if learner.recipe.objective.paired:
         why = f"objective {learner.recipe.objective.name} is not fully tuned here"
         raise TrainingError(learner.name, why, "compare adapters, or set objective=sft")
-    peak = predict_full(base, row_tokens, layers_forget)
     twin = trainable(base)
     with checkpointed(twin, layers_forget):
         result = _study(twin, Student(learner, row_tokens, lambda: torch.zeros(0)))  # its row is nobody's
     parameters = int(twin.model.num_parameters())
     losses, held_out = tuple(result.losses), tuple(result.held_out)
-    return FullyTuned(result.outcome, result.reason, result.steps, losses, held_out, parameters, peak)
+    return FullyTuned(result.outcome, result.reason, result.steps, losses, held_out, parameters)
 
 
 def predict_full(base: BaseModel, row_tokens: int, layers_forget: bool = False) -> int:

@@ -42,6 +42,26 @@ def test_every_method_and_full_fine_tuning_are_compared_on_the_same_examples(bas
     assert any("Quality first" in line or "No adapter learnt" in line for line in advice(results, before))
 
 
+def test_time_is_trainings_alone(llama_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on only while peaks are predicted, which can take longer than to train."""
+    hours = 0.0
+
+    def an_hour(*_: object, **__: object) -> int:
+        nonlocal hours
+        hours += 1
+        return 1
+
+    for name in ("compare.predict", "compare.predict_full", "full_tuning.predict_full"):
+        monkeypatch.setattr(f"lora_core.{name}", an_hour)
+    monkeypatch.setattr("lora_core.compare.time.perf_counter", lambda: hours)
+    monkeypatch.setattr("lora_core.compare.CONTENDERS", {"LoRA": LoraSpec(rank=2)})
+
+    results = list(compare(llama_base, learner(1, held_out=4, **EASY), lambda _: None, unexpected))
+
+    assert hours == len(results) == 2
+    assert [one.seconds for one in results] == [0, 0]
+
+
 def compared(method: str, loss: float, file_bytes: int) -> Compared:
     """A result with little to it."""
     return Compared(method, 1e-3, loss, 0.5, 10, 0.1, 100, 1.0, file_bytes, 1000 // file_bytes)
