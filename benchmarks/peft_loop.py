@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -23,16 +24,19 @@ def train_with_peft(base: BaseModel, learner: Learner) -> float:
     recipe = learner.recipe
     assert isinstance(recipe.method, LoraSpec)  # PEFT's config below is LoRA's
     assert not recipe.objective.paired  # and the loss is of answers: each example is one document
+    assert recipe.batch_rows is None  # and nothing is packed
     learned, judged = ([text for one in half for text in one.documents] for half in (learner.train, learner.held_out))
-    model = _adapted(base, recipe.method)
+    model = adapted(base, recipe.method)
     parameters = [p for p in model.parameters() if p.requires_grad]
     betas = (recipe.beta1, recipe.beta2)
     optimiser = torch.optim.AdamW(parameters, betas=betas, weight_decay=recipe.weight_decay, fused=True)
-    planned = recipe.epochs * math.ceil(len(learned) / recipe.batch_size)
+    whole = recipe.epochs * math.ceil(len(learned) / recipe.batch_size)
+    planned = min(whole, recipe.max_steps or whole)
     losses = [held_out_loss(model, judged)]
     step = 0
     for epoch in range(recipe.epochs):
-        for batch in epoch_batches(len(learned), recipe.batch_size, recipe.seed, epoch):
+        batches = epoch_batches(len(learned), recipe.batch_size, recipe.seed, epoch)
+        for batch in islice(batches, planned - step):
             step += 1
             ids, labels = _padded([learned[index] for index in batch])
             model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
@@ -41,6 +45,8 @@ def train_with_peft(base: BaseModel, learner: Learner) -> float:
             optimiser.step()
             optimiser.zero_grad()
         losses.append(held_out_loss(model, judged))
+        if step == planned:
+            break
         if recipe.patience and min(losses[: -recipe.patience], default=math.inf) <= min(losses[-recipe.patience :]):
             break
     return min(losses)
@@ -48,17 +54,22 @@ def train_with_peft(base: BaseModel, learner: Learner) -> float:
 
 @torch.inference_mode()
 def held_out_loss(model: nn.Module, examples: Sequence[Rendered]) -> float:
-    """Mean loss a token that counts."""
+    """Mean loss a token that counts, nothing dropped."""
+    droppers = [module for name, module in model.named_modules() if "lora_dropout" in name]
+    for module in droppers:
+        module.eval()
     total = counted = 0.0
     for start in range(0, len(examples), JUDGED):
         ids, labels = _padded(examples[start : start + JUDGED])
         tokens = int((labels[:, 1:] != IGNORED).sum())
         total += float(model(input_ids=ids, labels=labels, use_cache=False).loss) * tokens
         counted += tokens
+    for module in droppers:
+        module.train()
     return total / counted
 
 
-def _adapted(base: BaseModel, spec: LoraSpec) -> nn.Module:
+def adapted(base: BaseModel, spec: LoraSpec) -> nn.Module:
     """The base under PEFT as the recipe's method says; the weights are shared, as copying them takes time too."""
     targets = sorted({site.name.rpartition(".")[2] for site in base.sites})
     config = LoraConfig(

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from benchmarks.peft_loop import adapted, held_out_loss, train_with_peft
 from lora_core.artifact import write_artifact
 from lora_core.banks.bank import Bank
 from lora_core.banks.lora import PREFIX, LoraBank, lora_bank
@@ -35,7 +36,7 @@ from lora_core.methods import LoraSpec
 from lora_core.optim import rate_at
 from lora_core.recipe import Recipe
 from lora_core.train import train
-from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, examples, lora_of, recipe
+from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, examples, learner, lora_of, recipe
 
 STEPS = 200
 
@@ -270,3 +271,26 @@ def test_pefts_files_load_here_with_equal_logits(base: BaseModel, tmp_path: Path
     with torch.inference_mode():
         torch.testing.assert_close(theirs(tokens).logits, ours, atol=1e-5, rtol=1e-5)
     assert all(name.startswith(PREFIX) for name in files.tensors)
+
+
+def test_the_loop_that_searches_are_timed_against_trains_no_longer_than_they(llama_base: BaseModel) -> None:
+    """One epoch, and the first of five where a recipe stops after so many steps."""
+    losses = []
+    for settings in ({"epochs": 1}, {"epochs": 5, "max_steps": 3}, {"epochs": 5}):
+        torch.manual_seed(0)
+        user = learner(1, count=12, held_out=4, learning_rate=1e-2, patience=5, **settings)
+        losses.append(train_with_peft(llama_base, user))
+
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_that_loop_drops_nothing_where_it_examines(llama_base: BaseModel) -> None:
+    """As no examination does here, so that the losses that stand side by side can be compared."""
+    torch.manual_seed(0)
+    model = adapted(llama_base, LoraSpec(rank=4, dropout=0.5))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    judged = examples(2, count=4)
+
+    assert held_out_loss(model, judged) == held_out_loss(model, judged)
