@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def trace(users: int, row_tokens: int, seed: int, held_out: float) -> list[Learn
 def _user(generator: random.Random, number: int, recipe: Recipe, held_out: float) -> Learner:
     left, examples = math.exp(generator.uniform(math.log(1e3), math.log(1e6))), []
     while left > 20:
-        length = min(int(left), 600, max(20, int(generator.lognormvariate(4.8, 0.7))))
+        length = min(int(left), 600, recipe.max_length, max(20, int(generator.lognormvariate(4.8, 0.7))))
         examples.append(_rendered(length))
         left -= length
     judged = math.ceil(held_out * len(examples))
@@ -76,7 +76,8 @@ class NoComputing:
 def run(learners: list[Learner], slots: int, row_tokens: int) -> tuple[list[Trained], Pace, int]:
     """Train them without computing; a fifth arrive one by one, every third micro-step from the hundredth on.
 
-    Who is done, the last pace, and how many micro-steps examined.
+    Earlier where all slots are free: else they would find the door closed.  Gives who is done, the last pace, and how
+    many micro-steps examined.
     """
     base = random_base(SHAPES["6M"], torch.device("cpu"), torch.float32)
     bank = LoraBank(tuple(site for site in base.sites if site.name.endswith("layers.0.self_attn.o_proj")), 1)
@@ -86,7 +87,8 @@ def run(learners: list[Learner], slots: int, row_tokens: int) -> tuple[list[Trai
 
     class Trickle(Door):
         def arrivals(self, places: int) -> list[Learner]:
-            return [late.pop()] if late and len(paces) >= 100 and len(paces) % 3 == 0 else []
+            due = len(paces) >= 100 and len(paces) % 3 == 0
+            return [late.pop()] if late and (due or places == slots) else []
 
     done = list(train(base, first, slots, row_tokens, bank, paces.append, Trickle(), counted))
     return done, paces[-1], counted.examining
@@ -116,9 +118,9 @@ def main() -> None:
         "useful": last.tokens / last.room,
         "makespan": last.micro_steps / (total / peak),
         "few_at_the_start": len(few - late),
-        "their_longest_wait": max(one.waited for one in done if one.name in few - late),
+        "their_longest_wait": _longest_wait(done, few - late),
         "few_that_came_later": len(few & late),
-        "wait": max(one.waited for one in done if one.name in few & late),
+        "wait": _longest_wait(done, few & late),
         "longest_wait_of_anybody": max(one.waited for one in done),
     }  # fmt: skip
     for name, value in figures.items():
@@ -126,6 +128,11 @@ def main() -> None:
         print(f"{name:<24} {value:,.4g}{goal}" if isinstance(value, float) else f"{name:<24} {value:,}{goal}")  # noqa: T201  a script's report
     if options.save:
         options.save.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _longest_wait(done: Sequence[Trained], names: Collection[str]) -> int:
+    """In micro-steps; 0 where there is nobody of these names."""
+    return max((one.waited for one in done if one.name in names), default=0)
 
 
 def _rows(learner: Learner, row_tokens: int) -> int:
