@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig
 
 from benchmarks.measuring import (
     RESULTS,
+    Budget,
     Side,
     first_that_fits,
     gpu_parser,
@@ -159,16 +160,19 @@ def report(result: Mapping[str, object], full: int | None) -> None:
 
 def main() -> None:
     """Print the table and keep the raw figures."""
-    parser = gpu_parser(__doc__, rounds=1)
-    parser.add_argument("--bases", nargs="+", help="GPT-2, 0.5B, 1B, 4B or 8B")
+    parser = gpu_parser(__doc__)
+    parser.add_argument("--bases", nargs="+", choices=["GPT-2", *SHAPES])
     parser.add_argument("--row-tokens", type=int, default=512)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not options.tiny else "cpu")
     bases = options.bases or (["1B", "8B"] if device.type == "cuda" or options.tiny else ["GPT-2"])
-    results: list[dict[str, object]] = []
+    budget, results = Budget(options.minutes), list[dict[str, object]]()
     for name in bases:
         full: int | None = None
         for way in (*FULL, *PACKED):
+            if budget.spent:
+                say(f"{name:>6}   not measured: out of time  {way.words}")
+                continue
             run = partial(measured, name, row_tokens=options.row_tokens, tiny=options.tiny, device=device)
             found = first_that_fits([way], run)
             release()

@@ -206,11 +206,12 @@ def machine_facts(device: torch.device) -> dict[str, str]:
     }  # fmt: skip
 
 
-def gpu_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The command line that scripts for a GPU share."""
+def gpu_parser(doc: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The command line that scripts for a GPU share; one that times nothing has no rounds."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--minutes", type=float, default=8, help="no round begins after that")
+    if rounds:
+        parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--minutes", type=float, default=8, help="nothing new begins after that")
     parser.add_argument("--results", type=Path, help="folder for raw samples")
     parser.add_argument("--tiny", action="store_true", help="shrunk bases on the CPU: shows that it runs, not how fast")
     return parser
