@@ -88,6 +88,8 @@ class Student:
 
         Send each assignment's answer back in.  A learner without anything to learn from is retired at once.
         """
+        if self.learner.referee:
+            self.learner.referee.begin(self.learner.name)
         try:
             yield from self._hear_base()
             yield from self._epochs()

@@ -51,6 +51,7 @@ class Halving:
         firsts: dict[str, str] = {}  # of those that differ in the rate alone: they start from the same row
         self._readers = {name: firsts.setdefault(trial.recipe.model_dump_json(exclude={"learning_rate"}), name)
                          for name, trial in self.trials.items()}  # fmt: skip
+        self._begun: set[str] = set()  # by the present plan
         self._shared: dict[tuple[str, int], Answers] = {}
         self._told: list[dict[str, float]] = [{} for _ in self.spec.rungs]
         self._ended: dict[str, float] = {}
@@ -65,9 +66,23 @@ class Halving:
         """The steps, of so many, after which trials are compared."""
         return [max(1, round(share * planned)) for share in self.spec.rungs]
 
+    def begin(self, name: str) -> None:
+        """A trial begins: what it told before is not known any more.
+
+        Where it has begun before, memory ran out, and all who are not at their end begin again by a plan that may round
+        otherwise: what was read for rivals by the one before is read anew.  Verdicts stand.
+        """
+        if name in self._begun:
+            self._begun.clear()
+            self._shared.clear()
+        self._begun.add(name)
+        for losses in (*self._told, self._ended):
+            losses.pop(name, None)
+
     def reader(self, name: str, of_base: bool) -> str:
         """The first trial for all where the base reads; else the first of those with the same start row."""
-        return next(iter(self.trials)) if of_base else self._readers[name]
+        same = (one for one, first in self._readers.items() if of_base or first == self._readers[name])
+        return next(one for one in same if one in self._begun)
 
     def share(self, name: str, number: int, answers: Answers) -> None:
         """What a reader heard."""

@@ -21,6 +21,9 @@ class Referee(Protocol):
     def rungs(self, planned: int) -> Sequence[int]:
         """The steps, of so many, after which it is told and asked."""
 
+    def begin(self, name: str) -> None:
+        """A learner begins, or begins again where memory ran out: what it said before is not what it will say."""
+
     def tell(self, name: str, rung: int, loss: float) -> None:
         """How good a learner is at a rung."""
 

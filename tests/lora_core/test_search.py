@@ -20,11 +20,12 @@ from lora_core.halving import Halving, Report, around, trials
 from lora_core.learner import Learner, Lesson, Trained
 from lora_core.methods import AnyMethod, LoraSpec
 from lora_core.micro_step import read_rows
+from lora_core.planner import Plan, train_planned
 from lora_core.recipe import Recipe, make_recipe
 from lora_core.referee import Answers
 from lora_core.saves import Saves
 from lora_core.train import train
-from tests.lora_core.conftest import T, examples, learner, lora_of, recipe
+from tests.lora_core.conftest import T, examples, learner, lora_of, pairs, recipe
 from tests.lora_core.killing import Killed, doomed, resumed
 
 K = 4
@@ -132,6 +133,37 @@ def test_rivals_that_start_from_one_row_have_it_examined_once(llama_base: BaseMo
 
     assert examined == rows * (4 + sum(report.rung + len(report.trained.held_out) - 1 for report in reports))
     assert all(report.trained.held_out[0][0] == 0 for report in reports)
+
+
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_a_search_that_begins_again_by_a_smaller_plan_remembers_no_reading_of_the_first(
+    llama_base: BaseModel, after: int
+) -> None:
+    """Pairs are learnt against what the base thinks of them: by the first plan, which here rounds by whole nats."""
+    of = searcher(objective="dpo", patience=3)
+    of = replace(of, train=pairs(1, 9), held_out=pairs(2, 5))
+    left = after
+
+    def compute(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Answers:
+        nonlocal left
+        answers = read_rows(base, cohort, lessons, row_tokens)
+        if cohort.slots == 2:
+            return answers
+        left -= 1
+        if left < 0:
+            raise torch.OutOfMemoryError("full")
+        return [[answer + number for answer in one] for number, one in enumerate(answers)]
+
+    search, bank = halving(of), LoraBank(llama_base.sites, 8)
+    plan = Plan(4, T, checkpointed=True)
+    found = {
+        one.name: one for one, _ in train_planned(llama_base, [*search.trials.values()], plan, bank, compute=compute)
+    }
+
+    for again, expected in zip(search.reports(found), searched(llama_base, of, slots=2), strict=True):
+        assert torch.equal(again.trained.row_P, expected.trained.row_P)
+        assert again.trained.held_out == expected.trained.held_out
+        assert (again.won, again.rung, again.loss) == (expected.won, expected.rung, expected.loss)
 
 
 class Counting(Door):
