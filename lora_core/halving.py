@@ -14,7 +14,7 @@ from typing import Any
 from lora_core.errors import RecipeError, TrainingError
 from lora_core.learner import Learner, Trained
 from lora_core.methods import AnyMethod, LoraSpec
-from lora_core.recipe import Recipe
+from lora_core.recipe import Recipe, make_recipe
 from lora_core.referee import Answers
 from lora_core.search import SearchSpec
 
@@ -170,7 +170,7 @@ def around(recipe: Recipe) -> Recipe:
     rate, ranks = recipe.learning_rate, tuple[int, ...]()
     if isinstance(recipe.method, LoraSpec):
         rank = recipe.method.rank
-        ranks = tuple(sorted({max(1, rank // 2), rank, min(512, 2 * rank)}))
+        ranks = tuple(sorted({max(1, rank // 2), rank, min(recipe.method.most_rank, 2 * rank)}))
     found = SearchSpec(rank=ranks, learning_rate=(rate / 4, rate / 2, rate, 2 * rate))
     return recipe.model_copy(update={"search": found})
 
@@ -199,4 +199,4 @@ def _plain(recipe: Recipe, chosen: Mapping[str, object]) -> Recipe:
         if axis not in place:
             raise RecipeError("search", (f"{axis} is not a key of method {recipe.method.name}; leave it out",))
         place[axis] = value
-    return Recipe.model_validate(settings)
+    return make_recipe(settings, "search")

@@ -121,6 +121,11 @@ class LoraSpec(MethodSpec):
         widest = max([self.rank, *(rank for _, rank in self.rank_pattern)])
         return widest if self.init_lora_weights is True else 2 * widest
 
+    @property
+    def most_rank(self) -> int:
+        """The highest rank that it may ask for: half of what a row may have where the start is kept beside it."""
+        return MOST_RANK if self.init_lora_weights is True else MOST_RANK // 2
+
     @model_validator(mode="after")
     def _has_room_for_its_start(self) -> Self:
         alpha = max([self.alpha, *(alpha for _, alpha in self.alpha_pattern)])

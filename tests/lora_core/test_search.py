@@ -332,6 +332,28 @@ def test_without_a_search_the_recipe_s_own_rank_and_rate_are_searched_around() -
     assert around(recipe(**GRID)) == recipe(**GRID)
 
 
+@pytest.mark.parametrize("rank", [1, 200, 256])
+def test_no_rank_is_searched_that_a_start_beside_it_has_no_room_for(rank: int) -> None:
+    """Of a PiSSA start half as many as otherwise."""
+    chosen = around(make_recipe({"rank": rank, "init_lora_weights": "pissa"}))
+
+    assert max(lora_of(one).rank for one in trials(chosen)) == min(2 * rank, 256)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "prompt_tuning", "search.layers": [[0], [1]]}, "no choice of layers"),
+        ({"method": "prompt_tuning", "search.rank": [1, 2]}, "rank is not a key of method prompt_tuning"),
+        ({"init_lora_weights": "pissa", "search.rank": [8, 300]}, "at most rank 256"),
+    ],
+)
+def test_a_search_for_what_its_method_cannot_be_is_that_users_trouble(settings: dict[str, object], words: str) -> None:
+    """A RecipeError as all others: whoever shares a cohort with it goes on."""
+    with pytest.raises(RecipeError, match=words):
+        trials(make_recipe(settings))
+
+
 WRONG = {
     "nothing to search": {},
     "rank names a value twice": {"rank": [4, 4]},
