@@ -61,7 +61,7 @@ class PromptBank:
             return self._row(torch.randn(spec.virtual_tokens, self.embedding_width, generator=generator))
         embeddings = self.base.model.get_input_embeddings()
         if spec.start == "text":
-            ids = torch.tensor(self._text_tokens(spec))
+            ids = torch.tensor(self.text_tokens(spec))
         else:
             ids = torch.randint(0, len(embeddings.weight), (spec.virtual_tokens,), generator=generator)
         return self._row(embeddings(ids.to(self.base.model.device)).detach().float().cpu())
@@ -95,8 +95,8 @@ class PromptBank:
         self.prompts(row_P[None])[0, : len(own_ND)] = own_ND
         return row_P
 
-    def _text_tokens(self, spec: PromptSpec) -> list[int]:
-        """The start text's tokens, cut or repeated until there is one for each virtual token."""
+    def text_tokens(self, spec: PromptSpec) -> list[int]:
+        """The start text's tokens, cut or repeated until there is one for each virtual token.  Raises TrainingError."""
         tokens: list[int] = self.base.tokenizer(spec.start_text)["input_ids"]
         if not tokens:
             raise TrainingError(self.base.name, "its tokenizer makes nothing of start_text", "give another text")
@@ -133,9 +133,12 @@ class _Reading:
 
 
 def _make(base: BaseModel, specs: Sequence[PromptSpec], size: int) -> PromptBank:
+    bank = PromptBank(base, max(size, *(spec.virtual_tokens for spec in specs)), _embedding_width(base))
     for spec in specs:
         check_room(base, spec)
-    return PromptBank(base, max(size, *(spec.virtual_tokens for spec in specs)), _embedding_width(base))
+        if spec.start == "text":
+            bank.text_tokens(spec)  # which must not fail first where a whole cohort's rows are drawn
+    return bank
 
 
 def _embedding_width(base: BaseModel) -> int:

@@ -100,13 +100,13 @@ def test_a_text_start_is_the_texts_embeddings_as_often_as_they_fit() -> None:
     assert not row_P.view(12, -1)[9:].any()
 
 
-def test_a_text_that_is_no_token_is_refused() -> None:
-    """A tokenizer may make nothing of it."""
+def test_a_text_that_is_no_token_is_refused_before_its_user_joins_a_cohort() -> None:
+    """A tokenizer may make nothing of it: that is told as the bank is made, which is tried for each user alone."""
     base = freeze(llama(), lambda text: {"input_ids": []}, "llama")
     spec = PromptSpec(start="text", start_text=" ")
 
     with pytest.raises(TrainingError, match="makes nothing"):
-        PROMPT.make(base, [spec], 0).start_row(spec, 0)
+        PROMPT.make(base, [spec], 0)
 
 
 def test_a_vocabulary_start_takes_the_bases_own_embeddings(llama_base: BaseModel) -> None:
