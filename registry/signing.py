@@ -9,6 +9,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ class Verifier:
             return True
         for path, mark in zip(self._files, marks, strict=True):
             if _fits(folder, public_key(path)):
-                mark.touch()
+                with suppress(OSError):  # a cache that this process may only read
+                    mark.touch()
                 return True
         return False
 
