@@ -7,7 +7,7 @@ that is kept or a job that is open needs it.  Removing what is not kept is in `c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import ColumnElement, Select, delete, exists, or_, select
 from sqlalchemy.engine import Engine
@@ -231,4 +231,9 @@ def _versions(tenant: TenantId, kept: RetentionPolicy, now: datetime) -> Select[
 
 def _outlived(kept: RetentionPolicy, now: datetime) -> list[ColumnElement[bool]]:
     newest = [AdapterVersion.number <= Adapter.head - kept.newest] if kept.newest else []
-    return newest + ([AdapterVersion.created_at < now - timedelta(days=kept.days)] if kept.days else [])
+    return newest + ([AdapterVersion.created_at < _days_before(now, kept.days)] if kept.days else [])
+
+
+def _days_before(now: datetime, days: int) -> datetime:
+    """The moment so many days ago; not before 1970, where nothing was made and beyond which dates soon end."""
+    return now - min(timedelta(days=days), now - datetime.fromtimestamp(0, UTC))

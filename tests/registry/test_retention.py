@@ -63,6 +63,7 @@ KEPT = [
     ((None, 1), {5, 6}),
     ((2, 4), {3, 4, 5, 6}),
     ((9, None), {1, 2, 3, 4, 5, 6}),
+    ((None, 10**6), {1, 2, 3, 4, 5, 6}),  # before all dates that there are
 ]
 
 
