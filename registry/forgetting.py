@@ -237,7 +237,8 @@ def _shown(session: Session, tenant: TenantId, one: Forgetting) -> Receipt:
 
 def _names(text: str, user: str) -> bool:
     """Whether a text names a user; a name of two or three letters may be part of any word."""
-    return user in text if len(user) > 3 else user in re.split(r"[^a-z0-9]+", text)
+    alone = rf"(?<![a-z0-9]){re.escape(user)}(?![a-z0-9])"
+    return user in text if len(user) > 3 else re.search(alone, text) is not None
 
 
 def _digests(tenant: TenantId, user: str, secret: str) -> list[str]:

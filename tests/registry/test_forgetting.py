@@ -9,7 +9,8 @@ from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
 from registry import queries, schedules
-from registry.errors import NamesakeLeft, NotYetForgotten
+from registry.errors import NameRefused, NamesakeLeft, NotYetForgotten
+from registry.forgetting import Wish
 from registry.models import Adapter, Job, Schedule, User
 from registry.names import Reference
 from registry.publishing import declare
@@ -39,6 +40,16 @@ def test_who_came_under_the_name_of_somebody_being_forgotten_is_asked_about_apar
     assert users(engine) == ["alice"]
     assert forget(engine, store, "alice", LATER).deleted["users"] == {"count": 1}
     assert users(engine) == []
+
+
+@pytest.mark.parametrize("user", ["a", "al", "7", "a-b", "a.b", "a_"])
+def test_a_reason_may_hold_the_letters_of_a_short_name_and_not_the_name(user: str) -> None:
+    """Names have marks in them too: the receipt keeps the reason."""
+    for reason in (user, f"for {user.upper()}.", f"({user}) asked"):
+        with pytest.raises(NameRefused):
+            Wish("acme", user, "", "me", reason)
+
+    Wish("acme", user, "", "me", f"x{user}x of request 17")
 
 
 @pytest.mark.parametrize("held", [Schedule, Job])
