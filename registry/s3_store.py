@@ -4,6 +4,7 @@ Only what all such servers agree on is used: PUT with If-None-Match, GET, HEAD, 
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -121,8 +122,21 @@ class S3Store:
         try:
             self.check()
         except StoreUnavailable:
-            owned = self._status("", lambda: self.client.create_bucket(Bucket=self.bucket))
+            owned = self._status("", self._create)
             assert owned in (200, 409)  # 409: somebody made it meanwhile, or it is ours already
+
+    def _create(self) -> None:
+        """Make the bucket; in the client's region where a server wants to be told which, as AWS does but for one."""
+        from botocore.exceptions import ClientError
+
+        try:
+            self.client.create_bucket(Bucket=self.bucket)
+        except ClientError as error:
+            if _code(error) != "IllegalLocationConstraintException":
+                raise
+            # mypy_boto3_s3 lists the regions that there were when it was made.
+            place: Any = {"LocationConstraint": self.client.meta.region_name}
+            self.client.create_bucket(Bucket=self.bucket, CreateBucketConfiguration=place)
 
     def _from(self, key: str, start: int) -> Iterator[bytes]:
         """The object from a byte on: it is immutable, so that the rest of it fits what came before."""
@@ -241,14 +255,24 @@ def s3_client() -> "S3Client":
         read_timeout=60,
         request_checksum_calculation="when_required",  # newer boto3 sends trailers that older servers answer with 411
         response_checksum_validation="when_required",
-        s3={"addressing_style": "path" if os.environ.get("AWS_ENDPOINT_URL_S3") else "auto"},
     )
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     try:
-        return boto3.Session().client("s3", config=config, region_name=region)
+        session = boto3.Session()
+        # boto3 itself reads AWS_DEFAULT_REGION and the profile, but not AWS_REGION, which AWS's other tools read.
+        region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+        client = session.client("s3", config=config, region_name=region)
+        if not _is_aws(client):
+            return client  # whose buckets are paths: another server may have no names for them
+        # Else boto3 presigns for the one host of all regions, which newer regions do not answer at.
+        regional = config.merge(Config(s3={"addressing_style": "virtual"}))
+        return session.client("s3", config=regional, region_name=region)
     except (BotoCoreError, ValueError) as error:
         fix = "check AWS_PROFILE, AWS_ENDPOINT_URL_S3 and the other AWS_ variables"
         raise StoreUnavailable("S3", str(error).splitlines()[0].rstrip("."), fix) from None
+
+
+def _is_aws(client: "S3Client") -> bool:
+    return re.match(r"https?://s3\.([a-z0-9-]+\.)?amazonaws\.com", client.meta.endpoint_url) is not None
 
 
 def _code(error: Any) -> str:  # botocore's ClientError, imported late

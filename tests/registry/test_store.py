@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from moto import mock_aws
 
 from registry.errors import KeyRefused, ObjectDiffers, ObjectMissing, StoreUnavailable
-from registry.store import FolderStore, ObjectStore, open_store, s3_client, version_prefix
+from registry.store import FolderStore, ObjectStore, S3Store, open_store, s3_client, version_prefix
 from tests.servers import S3Server
 
 KEY = "t/acme/u/0a1b/default/default-1/adapter_model.safetensors"
@@ -192,6 +193,51 @@ def test_an_environment_that_boto_cannot_read_is_told(
 
     with pytest.raises(StoreUnavailable, match=f"{value}.*AWS_PROFILE, AWS_ENDPOINT_URL_S3"):
         s3_client()
+
+
+FRANKFURT, COMMON = (f"https://bucket.s3.{place}amazonaws.com" for place in ("eu-central-1.", ""))
+OURS = "http://s3.example:8000/bucket"
+ENVIRONMENTS = [
+    ({}, "eu-west-1", "https://bucket.s3.eu-west-1.amazonaws.com"),
+    ({"AWS_PROFILE": "frankfurt"}, "eu-central-1", FRANKFURT),
+    ({"AWS_DEFAULT_REGION": "eu-central-1"}, "eu-central-1", FRANKFURT),
+    ({"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-west-1"}, "eu-central-1", FRANKFURT),
+    ({"AWS_PROFILE": "frankfurt", "AWS_ENDPOINT_URL": "https://s3.amazonaws.com"}, "eu-central-1", COMMON),
+    ({"AWS_ENDPOINT_URL_S3": "http://s3.example:8000"}, "eu-west-1", OURS),
+    ({"AWS_ENDPOINT_URL": "http://s3.example:8000"}, "eu-west-1", OURS),
+    ({"AWS_PROFILE": "ours"}, "us-east-1", OURS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("environment", "region", "place"), ENVIRONMENTS)
+def test_region_and_server_are_those_that_boto_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], region: str, place: str
+) -> None:
+    """By variables or a profile; a URL is signed for the region's own host, as not every region has the common one."""
+    config = "[default]\nregion=eu-west-1\n[profile frankfurt]\nregion=eu-central-1\n"
+    (tmp_path / "config").write_text(f"{config}[profile ours]\nendpoint_url=http://s3.example:8000\n")
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    for name, value in ({"AWS_CONFIG_FILE": str(tmp_path / "config")} | keys | environment).items():
+        monkeypatch.setenv(name, value)
+
+    store = S3Store("bucket")
+
+    assert store.client.meta.region_name == region
+    assert store.signed_url("a/b", 60).startswith(f"{place}/a/b?")
+
+
+@pytest.mark.parametrize("region", ["us-east-1", "eu-central-1"])
+def test_a_bucket_of_aws_is_made_in_its_region(monkeypatch: pytest.MonkeyPatch, region: str) -> None:
+    """AWS wants to be told which, unless it is the first one, which it must not be told."""
+    for name, value in (("REGION", region), ("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with mock_aws():
+        store = S3Store("some-bucket")
+
+        store.set_up()
+
+        assert store.check()
+        assert store.client.head_bucket(Bucket="some-bucket")["BucketRegion"] == region
 
 
 def test_a_bucket_that_is_not_there_says_what_to_do(s3_url: str) -> None:
