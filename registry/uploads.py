@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from functools import partial
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
@@ -67,7 +67,8 @@ def sweep(engine: Engine, store: ObjectStore, now: datetime) -> list[str]:
         intents = session.scalars(over).all()
         found = {intent.prefix: intent.sweeping for intent in intents if not _is_progress(intent)}
         progress = [intent.prefix for intent in intents if _is_progress(intent)]
-        session.execute(update(Upload).where(Upload.prefix.in_(found)).values(sweeping=True))
+        for intent in intents:  # one by one: a statement takes only so many parameters
+            intent.sweeping = intent.sweeping or intent.prefix in found
     cleared, trouble = [], None
     due = [partial(clear, prefix=prefix, marked_before=marked_before) for prefix, marked_before in found.items()]
     due += [partial(_clear_progress, prefix=prefix) for prefix in progress]

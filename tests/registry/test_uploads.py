@@ -1,8 +1,10 @@
 """What is on its way into the store: left alone while its lease lasts, cleared once it is dead."""
 
 import hashlib
+from typing import Any
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from registry import jobs, publishing
@@ -107,6 +109,24 @@ def test_a_versions_bytes_outlive_an_intent_that_was_declared_again(
     assert len(list(store.keys(done.prefix))) == 2
     with looking(engine) as session:
         assert session.query(Upload).count() == 0
+
+
+def test_no_statement_of_a_sweep_grows_with_what_there_is_to_sweep(
+    engine: Engine, store: FolderStore, claim: Claim
+) -> None:
+    """PostgreSQL takes 65,535 parameters: with as many dead uploads nothing was swept any more."""
+    for job in claim(30):
+        publishing.declare(engine, job, "d" * 64, NOW)
+    most: list[int] = []
+
+    def count(*told: Any) -> None:  # a cursor's statement, its parameters, and whether these are of many
+        *_, parameters, _, many = told
+        most.append(0 if many else len(parameters))
+
+    event.listen(engine, "before_cursor_execute", count)
+    sweep(engine, store, NOW + 2 * UPLOAD_LEASE)
+
+    assert 0 < max(most) < 10
 
 
 def test_a_prefix_that_cannot_be_cleared_does_not_hold_up_the_others(
