@@ -5,7 +5,7 @@ What a ticket says is checked like anything that comes from outside: it decides 
 
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.error import HTTPError, URLError
@@ -107,6 +107,8 @@ class SignedSource:
         except HTTPError as error:
             if error.code == 404:
                 raise ObjectMissing(key, server) from None
+            if error.code >= 500:
+                raise StoreUnavailable(server, f"it has trouble with {key} ({error.code})", "try again") from None
             why = f"{key} is refused ({error.code}); the ticket's time may be over"
             raise StoreUnavailable(server, why, _AGAIN) from None
         except (URLError, HTTPException, OSError) as error:
@@ -128,3 +130,5 @@ class _Straight(HTTPRedirectHandler):
 def _pieces(response: HTTPResponse) -> Iterator[bytes]:
     while piece := response.read(_CHUNK):
         yield piece
+    if response.length:  # http.client takes the end of a connection for that of the answer
+        raise IncompleteRead(b"", response.length)

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -261,28 +263,36 @@ def test_a_forged_ticket_is_refused_before_anything_is_written(text: str, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
-    """A store that answers has the object itself."""
-    import http.server
-    import threading
+ANSWERS = {
+    "a redirect is not followed": (302, {"Location": "http://127.0.0.1:9/secret"}, r"refused \(302\).*new ticket"),
+    "a server in trouble": (503, {}, r"trouble with .*manifest.json \(503\); try again"),
+    "a connection that broke off": (200, {"Content-Length": "1"}, "manifest.json broke off .*try again"),
+}
 
-    class Elsewhere(http.server.BaseHTTPRequestHandler):
-        """Sends everybody to a file of this machine."""
+
+@pytest.mark.parametrize(("status", "headers", "told"), ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_that_is_not_the_object_is_told_for_what_it_is(
+    tmp_path: Path, status: int, headers: dict[str, str], told: str
+) -> None:
+    """A store that answers has the object itself; who hears of a corrupt one should not have lost a connection."""
+
+    class Odd(BaseHTTPRequestHandler):
+        """Answers without a body."""
 
         def do_GET(self) -> None:
-            self.send_response(302)
-            self.send_header("Location", "http://127.0.0.1:9/secret")
+            self.send_response(status)
+            for header in headers.items():
+                self.send_header(*header)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
             """Nothing."""
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Elsewhere)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/x"
-    try:
-        with pytest.raises(StoreUnavailable, match="refused \\(302\\)"):
-            redeem(Ticket.read(_forged(file={"url": url})), tmp_path)
-    finally:
-        server.shutdown()
-        server.server_close()
+    with HTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/x"
+        try:
+            with pytest.raises(StoreUnavailable, match=told):
+                redeem(Ticket.read(_forged(file={"url": url})), tmp_path)
+        finally:
+            server.shutdown()
