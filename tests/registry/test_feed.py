@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
@@ -20,6 +21,7 @@ from registry.publishing import publish
 from registry.queries import note
 from registry.session import reading, transaction
 from registry.store import FolderStore
+from tests.conftest import tampering
 from tests.registry.conftest import NOW, Claim, finished, forget
 
 WHO: Any = {"actor": "me", "reason": "because", "now": NOW}  # keywords of unlike types
@@ -71,6 +73,27 @@ def test_a_node_learns_of_versions_and_moves_in_their_order(
     assert all(one.served_name for one in found)
     for place, one in enumerate(found):  # whoever stopped anywhere goes on right there
         assert words(followed(engine, one.cursor)) == words(found[place + 1 :])
+
+
+def test_events_of_a_server_that_had_counted_further_are_told_once_they_are_put_first(
+    engine: Engine, store: FolderStore, claim: Claim
+) -> None:
+    """As the operations page says of a dump that is restored elsewhere: they would wait until this one comes so far."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("counts no transactions")
+    first, second = claim(2)
+    publish(engine, store, first, finished("one"), NOW)
+    told = followed(engine)
+    with tampering(engine) as session:
+        session.execute(text("UPDATE events SET txid = txid + 1000000"))
+    publish(engine, store, second, finished("two"), NOW)
+    assert {one.number for one in followed(engine)} == {2}
+
+    with tampering(engine) as session:
+        session.execute(text("UPDATE events SET txid = 0"))
+
+    assert words(followed(engine))[: len(told)] == words(told)
+    assert {one.number for one in followed(engine)} == {1, 2}
 
 
 def test_from_now_on_there_is_only_what_is_new(engine: Engine, store: FolderStore, claim: Claim) -> None:
