@@ -17,7 +17,7 @@ from registry.datasets import EXAMPLES
 from registry.errors import NotFound, RetentionRefused, VersionGone
 from registry.holds import held
 from registry.jobs import BUSY
-from registry.models import Adapter, AdapterVersion, Alias, Dataset, Job, Pin, RetentionPolicy, Tombstone, User
+from registry.models import Adapter, AdapterVersion, Alias, Dataset, Facts, Job, Pin, RetentionPolicy, Tombstone, User
 from registry.names import DEFAULT_ADAPTER, AdapterId, DatasetId, Reference, TenantId, VersionId, check_words
 from registry.queries import find_or_add, note, version
 from registry.session import reading
@@ -56,10 +56,15 @@ def set_policy(
     for what, value in (("newest", newest), ("days", days)):
         if value is not None and not 1 <= value <= 10**6:
             raise RetentionRefused(f"{what} is {value}", "give 1 to 1000000")
-    session.execute(delete(RetentionPolicy).where(RetentionPolicy.tenant_id == tenant))
+    facts: Facts = {"newest": newest, "days": days, "actor": actor, "reason": reason}
+    mine = RetentionPolicy.tenant_id == tenant
     if newest or days:
-        session.add(RetentionPolicy(tenant_id=tenant, newest=newest, days=days, actor=actor, reason=reason, at=now))
-    facts = {"newest": newest, "days": days, "actor": actor, "reason": reason}
+        new = RetentionPolicy(tenant_id=tenant, **facts, at=now)
+        found = find_or_add(session, select(RetentionPolicy).where(mine).with_for_update(), lambda: new)
+        for name, value in (facts | {"at": now, "collected_at": None}).items():
+            setattr(found, name, value)
+    else:
+        session.execute(delete(RetentionPolicy).where(mine))
     note(session, tenant, "retention set", tenant, facts, now)
 
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from registry.errors import NotFound, ScheduleRefused
 from registry.models import Adapter, Facts, Schedule, Tenant, User
 from registry.names import AdapterId, Reference, TenantId, UserId
-from registry.queries import Holder, note
+from registry.queries import Holder, find_or_add, note
 from registry.tenancy import Across, across, enter
 from registry.timing import Quiet, Timing
 
@@ -90,15 +90,16 @@ def put(
 ) -> Schedule:
     """Give an adapter its schedule, in place of the one it had.  One that waits for data is looked at once, soon."""
     terms.check()
-    found = session.scalar(_of(tenant, holder))
-    if found is None:
-        found = Schedule(adapter_id=holder.adapter.id, tenant_id=tenant)
-        session.add(found)
-    found.timing, found.time_zone, found.base, found.recipe = timing.text, timing.time_zone, base, recipe
-    found.quiet = terms.quiet.text if terms.quiet else None
-    found.priority, found.max_versions, found.paused = terms.priority, terms.max_versions, terms.paused
-    found.min_examples, found.min_bytes, found.held = terms.min_examples, terms.min_bytes, None
-    found.next_due_at = timing.next_due(now) or now
+    wanted: Facts = {
+        "timing": timing.text, "time_zone": timing.time_zone, "base": base, "recipe": recipe,
+        "quiet": terms.quiet.text if terms.quiet else None, "priority": terms.priority,
+        "max_versions": terms.max_versions, "paused": terms.paused, "min_examples": terms.min_examples,
+        "min_bytes": terms.min_bytes, "held": None, "next_due_at": timing.next_due(now) or now,
+    }  # fmt: skip
+    new = Schedule(adapter_id=holder.adapter.id, tenant_id=tenant, **wanted)
+    found = find_or_add(session, _of(tenant, holder), lambda: new)
+    for name, value in wanted.items():
+        setattr(found, name, value)
     note(session, tenant, "schedule set", holder.adapter.id, {"timing": timing.text}, now)
     session.flush()
     return found
@@ -217,7 +218,9 @@ def _with_owner() -> Any:  # a select of four entities: SQLAlchemy's type for it
 
 
 def _of(tenant: TenantId, holder: Holder) -> Select[tuple[Schedule]]:
-    return select(Schedule).where(Schedule.tenant_id == tenant, Schedule.adapter_id == holder.adapter.id)
+    """An adapter's schedule, locked: of two who change it at once the later comes after the other, whole."""
+    mine = (Schedule.tenant_id == tenant, Schedule.adapter_id == holder.adapter.id)
+    return select(Schedule).where(*mine).with_for_update().execution_options(populate_existing=True)
 
 
 def _one(session: Session, tenant: TenantId, holder: Holder) -> Schedule:

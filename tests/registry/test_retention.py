@@ -1,6 +1,8 @@
 """What a policy keeps, what a collection removes, and what a reader is told."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from registry.client import Client
 from registry.datasets import Content, add_dataset
 from registry.errors import PromotionRefused, RetentionRefused, StoreUnavailable, VersionGone
 from registry.eviction import evict_gone
-from registry.models import AdapterVersion, Dataset, Tombstone
+from registry.models import AdapterVersion, Dataset, RetentionPolicy, Tombstone
 from registry.names import Reference, TenantId
 from registry.publishing import publish
 from registry.session import transaction
@@ -84,6 +86,25 @@ def test_a_policy_keeps_what_any_of_its_rules_keeps(
     assert (done.size, len(done.versions)) == (planned.size, 6 - len(kept))
     assert len([key for key in store.keys("") if key.endswith("manifest.json")]) == len(kept)
     assert collection.collect(engine, store, tenant, LATER).versions == []
+
+
+def test_of_two_who_set_a_policy_at_once_the_later_sets_it(engine: Engine, six: Keep) -> None:
+    """The first policy that a tenant has, and one instead of it."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    for newest in (2, 4):
+        with ThreadPoolExecutor(1) as pool:
+            with transaction(engine) as session:
+                tenant = queries.tenant_id(session, "acme")
+                retention.set_policy(session, tenant, newest, None, **SAID)
+                session.flush()
+                later = pool.submit(six, newest + 1, newest)
+                with suppress(TimeoutError):
+                    later.result(0.3)
+            later.result(30)
+
+        with looking(engine) as session:
+            assert session.scalars(select(RetentionPolicy)).one().days == newest
 
 
 def test_pinned_aliased_and_held_versions_stay(engine: Engine, store: FolderStore, six: Keep) -> None:

@@ -16,7 +16,8 @@ from registry.errors import NotFound, ScheduleRefused
 from registry.names import Reference
 from registry.session import reading, transaction
 from registry.store import FolderStore
-from registry.timing import Timing
+from registry.tenancy import enter
+from registry.timing import Quiet, Timing
 from tests.registry.conftest import NOW
 
 
@@ -37,6 +38,30 @@ def fire(engine: Engine, moment: datetime) -> list[str]:
     """Whose schedules fire at a moment."""
     with transaction(engine) as session:
         return [due.reference.label for due in schedules.fire(session, moment)]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_of_two_who_set_a_schedule_at_once_the_later_sets_all_of_it(engine: Engine, there: bool) -> None:
+    """Whether there was one before or not: two runs of a file of schedules may overlap."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    with transaction(engine) as session:
+        holder = queries.ensure_adapter(session, Reference.parse("acme/alice"), NOW)
+    if there:
+        put(engine, "acme/alice", Timing.on_data())
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as session:
+            enter(session, holder.tenant_id)
+            terms = schedules.Terms(quiet=Quiet("22:00-06:00"), priority=7)
+            schedules.put(session, holder.tenant_id, holder, Timing.every("1h"), "base", {}, NOW, terms)
+            later = pool.submit(put, engine, "acme/alice", Timing.on_data())
+            with suppress(TimeoutError):
+                later.result(0.3)
+        later.result(30)
+
+    with reading(engine) as session:
+        ((_, found),) = schedules.schedules(session, queries.tenant_id(session, "acme"))
+    assert (found.timing, found.quiet, found.priority, found.recipe) == ("data", None, 0, {"rank": 8})
 
 
 def test_a_schedule_fires_when_it_is_due_and_not_before(engine: Engine) -> None:
