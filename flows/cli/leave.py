@@ -57,7 +57,7 @@ def redeem(
     """
     try:
         with standard_input("name a file").buffer if file == "-" else Path(file).open("rb") as stream:
-            text = stream.read(LARGEST + 1).decode()
+            text = stream.read(LARGEST + 1).decode("utf-8-sig")
     except ValueError as error:  # no UTF-8, or a path with a null byte
         what = f"{ascii(file)[:80]} is no ticket ({type(error).__name__})"
         raise Unready(what, "give a file of `lora ticket`") from None

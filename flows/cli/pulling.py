@@ -138,7 +138,7 @@ def _lines(file: str) -> list[str]:
     except ValueError as error:  # no UTF-8, or a path with a null byte
         what = f"{ascii(file)[:80]} lists no references ({type(error).__name__})"
         raise Unready(what, "give a text file with one on each line") from None
-    lines = (line.strip() for line in text.splitlines())
+    lines = (line.strip() for line in text.removeprefix("\ufeff").splitlines())  # a mark that some editors begin with
     return [line for line in lines if line and not line.startswith("#")]
 
 

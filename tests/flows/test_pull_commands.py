@@ -71,6 +71,17 @@ def test_a_list_is_pulled_and_a_bad_one_stops_no_other(
     assert lora_here("pull", "--list", "-").code == 1
 
 
+def test_a_list_may_begin_with_the_mark_that_some_editors_write(
+    lora_here: LoraHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And end its lines as they do: the first reference was refused."""
+    (tmp_path / "list").write_text("\ufeffacme/ada\r\nacme/bob\r\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffacme/ada\n"))
+
+    assert lora_here("pull", "--list", str(tmp_path / "list")).code == 0
+    assert lora_here("pull", "--list", "-").code == 0
+
+
 NONSENSE = [
     (["pull"], 2, "give references"),
     (["pull", "--all"], 2, "--all takes one tenant"),
