@@ -12,12 +12,12 @@ from datetime import UTC
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, Select, and_, bindparam, select
+from sqlalchemy import ColumnElement, Engine, Select, and_, bindparam, func, select
 
 from registry.errors import VersionGone
 from registry.glance import Row, glance
 from registry.listed import listed
-from registry.models import Adapter, AdapterVersion, Alias, Facts, Tombstone, User
+from registry.models import Adapter, AdapterVersion, Alias, AliasMove, Facts, Tombstone, User
 from registry.names import Reference, TenantId
 
 _PART, _AT_ONCE = 2_500, 4  # users in one statement, and statements at the same time
@@ -59,7 +59,8 @@ def find(engine: Engine, tenant: TenantId, reference: Reference) -> Found:
 def find_many(engine: Engine, tenant: TenantId, users: Sequence[str], adapter: str, alias: str) -> dict[str, Current]:
     """Where an alias of each of these users' adapters of that name is; who has none is left out.
 
-    Thousands are asked for in parts at once: one statement has one of PostgreSQL's processors.
+    Thousands are asked for in parts at once: one statement has one of PostgreSQL's processors.  Where a fleet moved
+    meanwhile they are asked for again: nobody sees it half-way.
     """
     ordered = sorted(users)  # as they lie in the index: neighbours are read together
     parts = [ordered[start : start + _PART] for start in range(0, len(ordered), _PART)]
@@ -68,11 +69,16 @@ def find_many(engine: Engine, tenant: TenantId, users: Sequence[str], adapter: s
         asked = {"tenant": tenant, "users": json.dumps(part), "adapter": adapter, "alias": alias}
         return glance(engine, tenant, _many(engine.dialect.name), asked)
 
+    def last_fleet() -> Sequence[Row]:
+        return glance(engine, tenant, _last_fleet(), {"tenant": tenant, "alias": alias})
+
     if len(parts) <= 1:
         answers = [ask(part) for part in parts]
     else:
         with ThreadPoolExecutor(_AT_ONCE, "lookup") as threads:
-            answers = list(threads.map(ask, parts))
+            seen, answers = last_fleet(), list(threads.map(ask, parts))
+            while seen != (moved := last_fleet()):
+                seen, answers = moved, list(threads.map(ask, parts))
     return {user: Current(*facts) for rows in answers for user, *facts in rows}
 
 
@@ -97,6 +103,13 @@ def _many(dialect: str) -> Select[Any]:  # a user's name, and the columns of a C
     users = select(User.name, *_FACTS).select_from(asked.join(User, and_(*mine))).where(*mine)
     adapters = users.join(Adapter, _named()).join(Alias, _aliased())
     return adapters.join(AdapterVersion, AdapterVersion.id == Alias.version_id)
+
+
+@cache
+def _last_fleet() -> Select[Any]:  # a number
+    """Which move of a fleet was the last of an alias: each has a higher number than those that were over before it."""
+    mine = (AliasMove.tenant_id == bindparam("tenant"), AliasMove.name == bindparam("alias"))
+    return select(func.max(AliasMove.fleet_id)).where(*mine, AliasMove.fleet_id.is_not(None))
 
 
 def _named() -> ColumnElement[bool]:

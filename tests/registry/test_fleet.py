@@ -10,9 +10,10 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
-from registry import aliases, fleet, queries
+from registry import aliases, fleet, lookups, queries
 from registry.errors import AliasProtected, NameRefused, NotFound, PromotionRefused
 from registry.fleet import FleetMove, Where
+from registry.glance import glance
 from registry.models import Alias
 from registry.names import Reference
 from registry.protection import protect, protected, unprotect
@@ -268,3 +269,27 @@ def test_a_reader_sees_everybody_old_or_everybody_new(postgres_url: str) -> None
     engine.dispose()
 
     assert result["looks"]
+
+
+def test_who_looks_up_thousands_while_a_fleet_moves_sees_all_of_it(
+    engine: Engine, users: None, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are asked for in parts, each of which is a look of its own: some were old and others new."""
+    monkeypatch.setattr(lookups, "_PART", 1)
+    monkeypatch.setattr(lookups, "_AT_ONCE", 1)
+    wanted, answered = ["ada", "alice", "bob"], list[Any]()
+
+    def glancing(*asked: Any) -> Any:  # as `glance`; behind the first part of the answer a fleet moves
+        rows = glance(*asked)
+        answered.append(rows)
+        if len(answered) == 2:
+            move()
+        return rows
+
+    monkeypatch.setattr(lookups, "glance", glancing)
+    with reading(engine) as session:
+        tenant = queries.tenant_id(session, "acme")
+
+    found = lookups.find_many(engine, tenant, wanted, "default", "production")
+
+    assert {user: one.number for user, one in found.items()} == dict.fromkeys(wanted, 2)
