@@ -36,6 +36,13 @@ _REACH = {
     "tcp_user_timeout": 60_000,  # milliseconds
 }  # fmt: skip
 _IDLE_SECONDS = 1  # a connection that was used more lately is taken to be alive unless it has closed
+_FILES = {  # what SQLite says of a file: what that means, and what to do
+    "not a database": ("the file is something else than a database", "name another file in LORA_DATABASE_URL"),
+    "disk image is malformed": (
+        "the file is damaged",
+        "put a backup in its place, or what `sqlite3 FILE .recover` saves",
+    ),
+}
 _FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
 
 
@@ -123,9 +130,8 @@ def known_faults(engine: Engine) -> Iterator[None]:
             raise DatabaseUnavailable(shown(engine), why, _what_to_do(engine, why)) from error
         if isinstance(error, ProgrammingError) and (told := _rights(why)):
             raise DatabaseUnavailable(shown(engine), *told) from error
-        if "not a database" in why:
-            fix = "name another file in LORA_DATABASE_URL"
-            raise DatabaseUnavailable(shown(engine), "the file is something else than a database", fix) from error
+        if told := next((told for words, told in _FILES.items() if words in why), None):
+            raise DatabaseUnavailable(shown(engine), *told) from error
         raise
 
 
@@ -143,6 +149,10 @@ def _what_to_do(engine: Engine, why: str) -> str:
         return "run `lora setup`"
     if "is full" in why:
         return "make room on its disk"
+    if "database is locked" in why:
+        return f"somebody has been writing to it for {_WAIT_SECONDS} s: try again when they are done"
+    if "readonly database" in why:
+        return "check the rights to its file and folder"
     if "unable to open" not in why:
         return "check LORA_DATABASE_URL and that it is running"
     folder = Path(str(engine.url.database)).absolute().parent

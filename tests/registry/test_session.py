@@ -109,6 +109,27 @@ def test_tables_that_are_missing_are_told(tmp_path: Path) -> None:
         session.scalars(select(Tenant)).all()
 
 
+def test_what_is_wrong_with_a_file_of_sqlites_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to do: of one that may only be read, that somebody else writes to, that is damaged."""
+    monkeypatch.setattr("registry.session._WAIT_SECONDS", 0.1)
+    file = tmp_path / "registry.db"
+    engine = open_database(f"sqlite:///{file}")
+    migrate(engine)
+    with pytest.raises(DatabaseUnavailable, match="readonly.*check the rights"), transaction(engine) as session:
+        session.execute(text("PRAGMA query_only=ON"))
+        session.execute(text("DELETE FROM events"))
+    engine.dispose()
+    with transaction(engine) as writing:
+        writing.connection()
+        with pytest.raises(DatabaseUnavailable, match="locked; somebody has been writing.*again"):
+            migrate(open_database(f"sqlite:///{file}"))
+    engine.dispose()
+    file.write_bytes(file.read_bytes()[:8192] + b"\xff" * 8192)
+
+    with pytest.raises(DatabaseUnavailable, match="damaged; put a backup"), reading(engine) as session:
+        session.execute(text("SELECT * FROM events")).all()
+
+
 def test_a_worker_that_stands_still_inside_a_transaction_loses_it(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
