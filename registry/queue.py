@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Select, case, func, or_, select, true
 from sqlalchemy.orm import Session
 
 from registry.models import Adapter, Dataset, Job, Tenant, User
-from registry.names import DatasetId, JobId, Reference, TenantId
+from registry.names import DatasetId, JobId, Reference, TenantId, check_words
 from registry.orders import GIVEN_UP, revive
 from registry.queries import Holder, note
 from registry.shares import room, share
@@ -31,10 +31,10 @@ class Wanted:
     offset: int = 0
 
     def terms(self) -> list[ColumnElement[bool]]:
-        """As conditions on jobs, users and adapters."""
+        """As conditions on jobs, users and adapters.  Raises NameRefused for words that no reason can have."""
         found: list[ColumnElement[bool]] = [Job.state.in_(self.states)]
         if self.reason is not None:
-            found.append(Job.error.icontains(self.reason, autoescape=True))
+            found.append(Job.error.icontains(check_words("reason", self.reason), autoescape=True))
         if self.user is not None:
             found.append(User.name == self.user)
         if self.adapter is not None:

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from registry.errors import NotFound, ScheduleRefused
 from registry.models import Adapter, Facts, Schedule, Tenant, User
-from registry.names import AdapterId, Reference, TenantId, UserId
+from registry.names import AdapterId, Reference, TenantId, UserId, check_user
 from registry.queries import Holder, find_or_add, note
 from registry.tenancy import Across, across, enter
 from registry.timing import Quiet, Timing
@@ -49,12 +49,14 @@ class Filter:
     offset: int = 0
 
     def terms(self) -> list[ColumnElement[bool]]:
-        """As conditions."""
+        """As conditions.  Raises NameRefused for a user of an odd name."""
         found: list[ColumnElement[bool]] = []
         if self.user is not None:
-            whole = not self.user.endswith("*")
-            begins = User.name.startswith(self.user.removesuffix("*"), autoescape=True)
-            found.append(User.name == self.user if whole else begins)
+            begin = self.user.removesuffix("*")
+            if self.user != "*":
+                check_user(begin)
+            begins = User.name.startswith(begin, autoescape=True)
+            found.append(User.name == self.user if begin == self.user else begins)
         if self.paused is not None:
             found.append(Schedule.paused.is_(self.paused))
         if self.held:

@@ -78,6 +78,7 @@ COMMANDS = [
     "data add acme/X FILE", "data add acme/alice/X FILE", "train X/alice --base BASE", "train acme/X --base BASE",
     "schedule set acme/X --every 1d --base BASE", "schedule set acme/alice --cron X --base BASE",
     "schedule set acme/alice --every X --base BASE", "schedule pause acme/X", "schedule remove X/alice",
+    "schedule list acme --user X",
     "chat acme/X -p hello", "matrix acme/X acme/alice", "reproduce acme/X",
 ]  # fmt: skip
 

@@ -144,6 +144,8 @@ WORDS: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
     (("rollback", "acme/alice", "--alias", "BAD ALIAS"), 1, ("'BAD ALIAS' is not a valid alias",)),
     (("pull", "acme/alice", "--to", "/dev/null/x"), 1, ("/dev/null/x cannot be written (", "new folder")),
     (("pull", "acme/alice", "--to", LONG), 1, ("cannot be written (File name too long)",)),
+    (("queue", "list", "--reason", "\udcff"), 1, (r"'\udcff' is not a valid reason",)),  # a byte that is no UTF-8
+    (("queue", "retry", "acme", "--reason", "\udcff"), 1, (r"'\udcff' is not a valid reason",)),
 ]
 
 
