@@ -227,6 +227,7 @@ class S3Store:
                 raise ObjectMissing(key, self.name) from None
             fix = {
                 "NoSuchBucket": "run `lora setup`",
+                "NotImplemented": "use a server that knows it; of PUT, with If-None-Match",
                 "AccessDenied": "check the keys and their rights",
                 "403": "check the keys and their rights",
                 "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY",

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 from typing import Protocol
 from urllib.parse import unquote
 
-from registry.errors import StoreUnavailable
+from registry.errors import ObjectDiffers, StoreUnavailable
 from registry.folder_store import FolderStore
 from registry.keys import checked_key, dataset_prefix, user_prefix, version_prefix
 from registry.s3_store import S3Store, s3_client
@@ -18,6 +19,7 @@ __all__ = [
     "checked_key",
     "dataset_prefix",
     "open_store",
+    "overwrites",
     "s3_client",
     "user_prefix",
     "version_prefix",
@@ -69,6 +71,22 @@ class ObjectStore(Protocol):
 
     def set_up(self) -> None:
         """Make the bucket or folder if it is missing.  Raises StoreUnavailable."""
+
+
+def overwrites(store: ObjectStore) -> bool:
+    """Whether a store lets other bytes under a key that is taken, as an S3 does that ignores If-None-Match: by trying.
+
+    Raises StoreUnavailable.
+    """
+    key = f"tried-{token_hex(16)}"
+    try:
+        store.put_new(key, b"first")
+        store.put_new(key, b"second")
+    except ObjectDiffers:
+        return False
+    finally:
+        store.delete(key)
+    return True
 
 
 def open_store(url: str) -> ObjectStore:

@@ -11,8 +11,9 @@ import typer
 
 from flows.cli.printing import AsJson, answer, say
 from flows.factory import Factory
-from registry.errors import RegistryError
+from registry.errors import RegistryError, StoreError
 from registry.session import reading, shown
+from registry.store import overwrites
 from registry.tenancy import unbound
 
 SECRET = {
@@ -70,8 +71,10 @@ def doctor(
     factory = Factory.from_environment()
     tried = {"registry": _registry, "tables": _tables, "store": _store, "signs with": _signs, "trusts": _trusts}
     checks = [_tried(factory, what, check) for what, check in tried.items()]
+    if not ready and not _is_wrong(checks[2]):
+        checks.insert(3, _tried(factory, "objects", _objects))
     answer(checks if ready else _everything(factory, checks), as_json, "")
-    if any(str(row["state"]).startswith("error") for row in checks):
+    if any(map(_is_wrong, checks)):
         raise typer.Exit(1)
 
 
@@ -121,6 +124,16 @@ def _store(factory: Factory) -> str:
     return factory.store.check()
 
 
+def _objects(factory: Factory) -> str:
+    """Not asked by probes, since it writes, which a host that only pulls may not."""
+    try:
+        if overwrites(factory.store):
+            return "error: the store overwrites them; use an S3 with conditional PUT (If-None-Match)"
+    except StoreError as error:
+        return f"not tried: {error}"
+    return "never overwritten: tried"
+
+
 def _signs(factory: Factory) -> str:
     signer = factory.settings.signer
     return f"{signer.public}, {factory.settings.signing_key}" if signer else "no key: versions are not signed here"
@@ -129,6 +142,10 @@ def _signs(factory: Factory) -> str:
 def _trusts(factory: Factory) -> str:
     keys = factory.settings.verifier.keys
     return ", ".join(map(str, keys)) or "any: signatures are not checked here"
+
+
+def _is_wrong(row: dict[str, object]) -> bool:
+    return str(row["state"]).startswith("error")
 
 
 def _tried(factory: Factory, what: str, check: Callable[[Factory], str]) -> dict[str, object]:

@@ -103,6 +103,20 @@ def test_a_file_that_is_no_database_is_told_and_left_alone(lora: LoraHere, tmp_p
 
 
 @pytest.mark.usefixtures("registry")
+def test_doctor_tries_whether_objects_are_overwritten_and_a_probe_does_not(
+    lora: LoraHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An S3 that ignores the condition of a PUT says nothing of it; a probe writes nothing."""
+    assert "never overwritten" in lora("doctor").out
+
+    monkeypatch.setattr("flows.cli.system.overwrites", lambda _: True)
+    said = lora("doctor")
+
+    assert (said.code, "conditional PUT" in " ".join(said.out.split())) == (1, True)
+    assert lora("doctor", "--ready").code == 0
+
+
+@pytest.mark.usefixtures("registry")
 def test_doctor_shows_the_settings_when_the_store_is_wrong(lora: LoraHere) -> None:
     """It is what it is for."""
     said = lora("doctor", LORA_STORE_URL="http://x", LORA_SLOTS="5")

@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from botocore.awsrequest import AWSRequest
 from moto import mock_aws
 
 from registry.errors import KeyRefused, ObjectDiffers, ObjectMissing, StoreUnavailable
-from registry.store import FolderStore, ObjectStore, S3Store, open_store, s3_client, version_prefix
+from registry.store import FolderStore, ObjectStore, S3Store, open_store, overwrites, s3_client, version_prefix
 from tests.servers import S3Server
 
 KEY = "t/acme/u/0a1b/default/default-1/adapter_model.safetensors"
@@ -85,6 +86,20 @@ def test_a_missing_object_is_named(store: ObjectStore) -> None:
 
     with pytest.raises(ObjectMissing, match="adapter_model"):
         store.get(KEY)
+
+
+def test_a_store_that_overwrites_is_found_out(store: ObjectStore) -> None:
+    """As an S3 server does that ignores the condition of a PUT; nothing is left of the trial."""
+    assert not overwrites(store)
+    if isinstance(store, S3Store):
+        store.client.meta.events.register("before-sign.s3.PutObject", _ignore_condition)
+
+        assert overwrites(store)
+    assert list(store.keys("")) == []
+
+
+def _ignore_condition(request: AWSRequest, **_: object) -> None:
+    del request.headers["If-None-Match"]
 
 
 def test_deleting_twice_is_fine(store: ObjectStore) -> None:
