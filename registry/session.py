@@ -91,7 +91,7 @@ def rehearsal(engine: Engine) -> Iterator[Session]:
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Session]:
-    """A consistent look; on SQLite it waits for no writer."""
+    """A look that waits for no writer: a consistent one on SQLite; on PostgreSQL each statement is one."""
     reader = engine.execution_options(lora_reads=True)
     with known_faults(engine), Session(reader, expire_on_commit=False) as session:
         yield session
