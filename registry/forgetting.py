@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from registry.erasure import adapters_of, delete_rows
 from registry.errors import NameRefused, NamesakeLeft, NotFound, NotYetForgotten
-from registry.holds import check_free
+from registry.holds import check_free, keep_holds
 from registry.jobs import BUSY
 from registry.keys import user_prefix
 from registry.models import Adapter, AdapterVersion, Facts, Forgetting, Job, Schedule, Tenant, Upload, User
@@ -140,6 +140,7 @@ def anybody(engine: Engine, since: datetime, until: datetime) -> bool:
 
 def _begin(session: Session, tenant: TenantId, wish: Wish, now: datetime) -> Forgetting | None:
     """Write the intent down and take the name off the user's row; None where there is no such user."""
+    keep_holds(session, tenant)  # before the user's row, as whoever puts a hold on them locks both
     mine = (User.tenant_id == tenant, User.name == wish.user)
     user = session.scalar(select(User).where(*mine).with_for_update())
     if user is None:

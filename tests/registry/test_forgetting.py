@@ -3,13 +3,14 @@
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
-from registry import queries, schedules
-from registry.errors import NameRefused, NamesakeLeft, NotYetForgotten
+from registry import holds, queries, schedules
+from registry.errors import NameRefused, NamesakeLeft, NotYetForgotten, UnderHold
 from registry.forgetting import Wish
 from registry.models import Adapter, Job, Schedule, User
 from registry.names import Reference
@@ -76,6 +77,28 @@ def test_who_forgets_waits_for_a_tick_or_publisher_and_holds_nothing_that_they_n
         forgetting.result(30)
 
     assert users(engine) == []
+
+
+def test_a_hold_that_is_being_put_is_waited_for_and_holds(engine: Engine, store: FolderStore, claim: Claim) -> None:
+    """Both lock the tenant before the user; the other way round it was a deadlock, and one of them failed."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    claim()
+    said: Any = {"actor": "me", "reason": "case 17", "now": NOW}  # keywords of unlike types
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as session:
+            tenant = queries.tenant_id(session, "acme")
+            holds.hold(session, tenant, None, **said)
+            holds.unhold(session, tenant, None, **said)
+            forgetting = pool.submit(forget, engine, store, "alice")
+            with suppress(TimeoutError):
+                forgetting.result(0.5)
+
+            holds.hold(session, tenant, "alice", **said)
+        with pytest.raises(UnderHold, match="case 17"):
+            forgetting.result(30)
+
+    assert users(engine) == ["alice"]
 
 
 def users(engine: Engine) -> list[str]:
