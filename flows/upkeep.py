@@ -41,13 +41,12 @@ def keep_up(factory: Factory) -> list[str]:
     for tenant in retention.due(factory.engine, now() - EVERY):
         collect = partial(collection.collect, factory.engine, factory.store, tenant, now())
         jobs.append((f"collecting of tenant {tenant}", collect))
-    if _is_time(factory.settings.home_folder / "tidied"):
-        jobs.append(("tidying", partial(clean_home, factory)))
+    jobs.append(("tidying", partial(_tidy, factory)))
     troubles = []
     for what, do in jobs:  # the trouble of one does not hold up the others
         try:
             do()
-        except RegistryError as error:
+        except (RegistryError, OSError) as error:  # a home that is full, or not to be written to, too
             troubles.append(f"{what}: {error}")
     return troubles
 
@@ -60,6 +59,12 @@ def _sweep(factory: Factory) -> None:
 def _finish(factory: Factory, tenant: TenantId, intent: UUID) -> None:
     clean = partial(clean_home, factory)
     forgetting.finish(factory.engine, factory.store, tenant, intent, clean, now())
+
+
+def _tidy(factory: Factory) -> None:
+    """Tidy this machine's home, if it is time."""
+    if _is_time(factory.settings.home_folder / "tidied"):
+        clean_home(factory)
 
 
 def _is_time(stamp: Path) -> bool:

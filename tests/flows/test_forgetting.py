@@ -306,6 +306,24 @@ def test_what_cannot_be_swept_is_told_and_holds_nothing_up(small: Factory, monke
     assert (small.settings.home_folder / "tidied").is_file()  # the jobs after it were done
 
 
+def test_a_home_that_cannot_be_written_holds_up_no_upkeep(
+    small: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where registry and store are elsewhere: its trouble is told like any other, and ends no worker."""
+    prefix = declare(small.engine, claimed(small, "bob", "in work"), "0" * 64, now())
+    upload(small.store, prefix, made_of("bob", 3).files)
+    later, elsewhere = now() + 2 * UPLOAD_LEASE, small.settings
+    monkeypatch.setattr("flows.upkeep.now", lambda: later)
+    (tmp_path / "file").touch()
+    home = tmp_path / "file" / "home"
+    homeless = Factory(FactorySettings(home=home, database_url=elsewhere.database, store_url=elsewhere.store))
+
+    (told,) = keep_up(homeless)
+
+    assert told.startswith("tidying: [Errno 20] Not a directory")
+    assert list(small.store.keys(prefix)) == []
+
+
 def test_an_upload_under_way_is_waited_for(small: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What arrives late goes too, before the receipt says that all is gone; upkeep finishes it."""
     job = claimed(small, ALICE, "in work")
