@@ -3,6 +3,7 @@
 FlowError
 ├── Unready             a command needs something that is not set up or not installed
 ├── FieldRefused        one field of what somebody wrote down cannot be followed
+├── HomeAway            this machine's home does not take or give what a job needs
 └── OrchestratorAway    Prefect's server cannot be reached from within a run
 """
 
@@ -19,6 +20,16 @@ class Unready(FlowError):
 
     def __str__(self) -> str:
         return "{}; {}".format(*self.args)
+
+
+class HomeAway(FlowError):
+    """The home of a worker does not take or give what a job needs: full, broken, or not to be written to."""
+
+    def __init__(self, home: str, worker: str, why: str) -> None:
+        super().__init__(home, worker, why)
+
+    def __str__(self) -> str:
+        return "{} of worker {} cannot be used ({}); make room there, or check its rights".format(*self.args)
 
 
 class OrchestratorAway(FlowError):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flows.candidates import Candidate, make_candidate
 from flows.entrance import Newcomer
+from flows.errors import HomeAway
 from flows.factory import Factory, now
 from flows.hands import brief
 from flows.logs import event
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def join(factory: Factory, cohort: "Cohort", claimed: Sequence[ClaimedJob]) -> list[Newcomer]:
-    """Everybody whose examples can be used."""
+    """Everybody whose examples can be used here; with this machine's home away, who has a live version is put off."""
     found = []
     rivals = resolve_page(factory.engine, [job.reference for job in claimed])
     for job in claimed:
@@ -46,6 +47,8 @@ def join(factory: Factory, cohort: "Cohort", claimed: Sequence[ClaimedJob]) -> l
             found.append((job, _candidate(factory, cohort.backstage, job, rivals[job.reference])))
         except (LoraError, ObjectMissing, ObjectDiffers) as error:
             drop(factory, cohort, job, str(error))
+        except HomeAway as trouble:
+            put_off(factory, cohort, job, trouble)
     return found
 
 
@@ -107,7 +110,7 @@ def drop(factory: Factory, cohort: "Cohort", job: ClaimedJob, reason: str) -> No
         event("job failed", job, logging.WARNING, run=cohort.run_id, reason=reason)
 
 
-def put_off(factory: Factory, cohort: "Cohort", job: ClaimedJob, trouble: LoraError) -> None:
+def put_off(factory: Factory, cohort: "Cohort", job: ClaimedJob, trouble: Exception) -> None:
     """One user leaves the cohort and waits for a worker that is fit for it; it costs no attempt."""
     cohort.put_off[job.id] = (job.reference.label, str(trouble))
     cohort.work.pop(job.id, None)
@@ -128,7 +131,10 @@ def _candidate(factory: Factory, base: BaseModel, job: ClaimedJob, rival: Resolv
 
 
 def _live(factory: Factory, base: BaseModel, found: Resolved) -> tuple[AdapterFiles | None, int | None]:
-    """The version that `latest` points to, as a rival; None where it is not to be trusted for this base."""
+    """The version that `latest` points to, as a rival; None where it is not to be trusted for this base.
+
+    Raises HomeAway: without its rival nobody is judged.
+    """
     try:
         exactly = replace(found.reference, number=found.number)
         with reading(factory.engine) as session:
@@ -137,3 +143,6 @@ def _live(factory: Factory, base: BaseModel, found: Resolved) -> tuple[AdapterFi
         return read_artifact(factory.client.fetch(found), base, recorded), found.number
     except (NotFound, ArtifactRefused, SignatureRefused, ManifestRefused, ObjectMissing, ObjectDiffers):
         return None, None
+    except OSError as error:
+        settings = factory.settings
+        raise HomeAway(str(settings.home_folder), settings.worker, error.strerror or str(error)) from error

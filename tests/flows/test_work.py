@@ -225,6 +225,20 @@ def test_a_live_version_whose_bytes_are_gone_is_no_rival(factory: Factory, ask: 
     assert state(factory, again).state == "published"
 
 
+def test_a_home_that_takes_no_live_version_costs_nobody_an_attempt(factory: Factory, ask: Ask) -> None:
+    """Who has one waits, for another worker or for room here: unrivalled, a worse version would go live."""
+    ask("acme/alice")
+    run_cohort(factory)
+    factory.settings.cache.touch()
+    again, new = ask("acme/alice", "hello dog").job_id, ask("acme/bob").job_id
+
+    run_cohort(factory)
+
+    assert (state(factory, again).state, state(factory, again).attempts) == ("queued", 0)
+    assert "cannot be used (Not a directory); make room there" in str(state(factory, again).error)
+    assert state(factory, new).state == "published"
+
+
 def test_an_interrupted_worker_puts_its_jobs_back(factory: Factory, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever comes next need not wait for the lease."""
     job = ask("acme/alice").job_id
