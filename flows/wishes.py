@@ -22,6 +22,7 @@ FIELDS = (
     "max_versions", "paused", "base", "recipe", "set",
 )  # fmt: skip
 MOST_LINES, MOST_BYTES = 100_000, 64 << 20  # of a file
+_FIX = {".csv": "give a cell for each column, all on one line", ".jsonl": "give one JSON object a line, with a user"}
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
 Given = Mapping[str, object]  # a field's value: text, a number, or None and "" where it is not given
 Read = TypeVar("Read")
@@ -57,7 +58,7 @@ def read_wishes(path: Path, tenant: str) -> tuple[list[Wish], list[BadLine]]:
     for number, given in _lines(path):
         try:
             if isinstance(given, str):
-                raise FieldRefused("line", given, "give one JSON object a line, with a user")
+                raise FieldRefused("line", given, _FIX[path.suffix.lower()])
             wish = _wish(given, tenant)
             if (before := seen.setdefault(wish.reference.label, number)) != number:
                 raise FieldRefused("user", f"line {before} is about the same adapter", "keep one of them")
@@ -132,13 +133,20 @@ def _lines(path: Path) -> Iterator[tuple[int, Given | str]]:
 
 
 def _rows(text: str) -> Iterator[tuple[int, Given | str]]:
-    reader = csv.DictReader(text.splitlines(), strict=True)
-    try:
-        for row in reader:
-            crowded = None in row  # DictReader's key for what lies beyond the last column
-            yield reader.line_num, "has more cells than the header" if crowded else row
-    except csv.Error as error:
-        yield reader.line_num, f"is no CSV: {error}"
+    """Each line by itself: one that is no CSV takes none of the others with it."""
+    names: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            cells = next(csv.reader([line], strict=True), [])
+        except csv.Error as error:
+            yield number, f"is no CSV: {error}"
+            continue
+        if not names:
+            names = cells
+        elif len(cells) > len(names):
+            yield number, "has more cells than the header"
+        elif cells:
+            yield number, dict(zip(names, cells, strict=False))
 
 
 def _objects(text: str) -> Iterator[tuple[int, Given | str]]:

@@ -91,6 +91,20 @@ def test_every_bad_line_is_told_and_nothing_is_set_unless_the_good_ones_are_want
     assert users() == ["good"]
 
 
+def test_a_line_that_is_no_csv_takes_none_of_the_others_with_it(load: Load, tmp_path: Path) -> None:
+    """Wherever its quote would have ended."""
+    path = tmp_path / "schedules.csv"
+    path.write_text('user,every\nann,6h\n\nb"ob,6h\n"cat,6h\n"dan" x,6h\neva,6h\n"finn","6h"\n')
+
+    said = load(path, "--keep-good")
+
+    assert (said.code, users()) == (4, ["ann", "eva", "finn"])
+    told = said.err.splitlines()
+    assert [line.split(":")[2] for line in told] == ["4", "5", "6"]
+    assert "is no CSV" in told[1]
+    assert told[1].endswith("give a cell for each column, all on one line")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [
