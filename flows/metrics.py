@@ -31,6 +31,7 @@ class FactoryMetrics:
         self.registry = CollectorRegistry()
         disable_created_metrics()  # type: ignore[no-untyped-call]  # theirs; a series a counter that nobody reads
         self._engine, self._clock, self._tail = engine, clock, Tail()
+        self._happened: list[Happened] = []  # read, and not counted yet
         self._lock, self._tenants = threading.Lock(), set[str]()
         self._gauges()
         self._counters()
@@ -79,7 +80,7 @@ class FactoryMetrics:
     def _look(self) -> None:
         now = self._clock()
         with reading(self._engine) as session:
-            happened = self._tail.read(session, now)
+            self._happened += self._tail.read(session, now)  # kept should the database go away in what follows
             waiting, holdings = overview.waiting(session, now), overview.holdings(session, now)
             ready = jobs.waiting(session, now)
             present, names = workers.present(session, now), [tenant.name for tenant in queries.tenants(session)]
@@ -99,6 +100,7 @@ class FactoryMetrics:
         self.slots.set(sum(one.slots for one in present))
         self.used.set(sum(one.facts.get("training", 0) for one in present))
         self.speed.set(sum(one.facts.get("tokens_per_second", 0) for one in present))
+        happened, self._happened = self._happened, []
         for one_event in happened:
             self._count(one_event)
 

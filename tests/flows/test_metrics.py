@@ -1,7 +1,10 @@
 """Metrics and health, without a cohort that has run."""
 
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
+import pytest
 from prometheus_client import generate_latest
 from sqlalchemy.engine import Engine
 
@@ -9,7 +12,8 @@ from flows.endpoint import kept
 from flows.factory import Factory, now
 from flows.metrics import FactoryMetrics
 from flows.settings import FactorySettings
-from registry import queries, shares
+from registry import jobs, queries, shares
+from registry.errors import DatabaseUnavailable
 from registry.session import transaction
 from tests.flows.conftest import samples
 from tests.registry.conftest import NOW, enqueue
@@ -38,6 +42,24 @@ def test_a_registry_that_does_not_answer_is_a_metric(tmp_path: Path) -> None:
     metrics.refresh()
 
     assert samples(generate_latest(metrics.registry).decode())["lora_registry_up", ()] == 0
+
+
+def test_what_happened_is_counted_though_the_database_goes_away_while_it_is_read(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next look: an event is read once."""
+    metrics = FactoryMetrics(engine, lambda: NOW)
+    metrics.refresh()
+    with transaction(engine) as session:
+        enqueue(session, "acme/alice", 1)
+        jobs.claim(session, "worker", timedelta(hours=1), 1, NOW)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(queries, "tenants", Mock(side_effect=DatabaseUnavailable("postgresql://x", "gone", "wait")))
+        metrics.refresh()
+    metrics.refresh()
+
+    assert samples(generate_latest(metrics.registry).decode())["lora_jobs_claimed_total", ("acme",)] == 1
 
 
 def test_the_answer_about_readiness_is_kept_for_a_moment() -> None:
