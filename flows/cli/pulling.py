@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -143,9 +144,17 @@ def _lines(file: str) -> list[str]:
 
 
 def _copied(folder: Path, to: Path) -> Path:
+    """A copy of a folder, put in place in one step: an engine that looks there finds all of it or nothing."""
     if os.path.lexists(to):
         raise Unready(f"{to} exists already", "give a new folder")
+    above, aside = to.absolute().parent, None
     try:
-        return Path(shutil.copytree(folder, to))
+        above.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.mkdtemp(dir=above, prefix=".pull-")
+        return Path(shutil.copytree(folder, Path(aside, "new"))).rename(to)
     except OSError as error:
-        raise Unready(f"{to} cannot be written ({error.strerror or error})", "give a new folder") from None
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or error
+        raise Unready(f"{to} cannot be written ({why})", "give a new folder, or make room") from None
+    finally:
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)

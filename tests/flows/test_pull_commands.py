@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -58,7 +60,7 @@ def test_a_list_is_pulled_and_a_bad_one_stops_no_other(
     """From a file, or from stdin; exit code 4 says that some failed, 1 that all did."""
     damage(tmp_path, "alice")
     listed = tmp_path / "list"
-    listed.write_text("# tonight's\n\nacme/ada\n  acme/alice:1\nacme/eve\nacme/bob@latest\n")
+    listed.write_text("acme/ada\n\n# tonight's\n  acme/alice:1\nacme/eve\nacme/bob@latest\n")
 
     said = lora_here("pull", "--list", str(listed), "--json")
     rows = json.loads(said.out)
@@ -80,6 +82,25 @@ def test_a_list_may_begin_with_the_mark_that_some_editors_write(
 
     assert lora_here("pull", "--list", str(tmp_path / "list")).code == 0
     assert lora_here("pull", "--list", "-").code == 0
+
+
+def test_a_copy_is_whole_or_not_there(lora_here: LoraHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up leaves nothing that an engine could take for an adapter, and the next try can use the name."""
+
+    def fill(source: Path, to: Path) -> Path:
+        to.mkdir()
+        (to / "manifest.json").write_bytes(b"{")
+        raise shutil.Error([(str(source), str(to), "[Errno 28] No space left on device")])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", fill)
+        said = lora_here("pull", "acme/ada", "--to", str(tmp_path / "models" / "ada"))
+    assert (said.code, os.listdir(tmp_path / "models")) == (1, [])
+    assert "models/ada cannot be written ([Errno 28] No space left on device)" in said.err
+
+    assert lora_here("pull", "acme/ada", "--to", str(tmp_path / "models" / "ada")).code == 0
+    assert os.listdir(tmp_path / "models") == ["ada"]
+    assert "manifest.json" in os.listdir(tmp_path / "models" / "ada")
 
 
 NONSENSE = [
