@@ -51,8 +51,8 @@ class Hands:
             held = list(self._held.values())
         with transaction(self.factory.engine) as session:
             kept = set(jobs.renew(session, held, self.lease, now()))
-        with self._lock:  # what was let go meanwhile is not lost
-            self._lost.update(job.id for job in held if job.id not in kept and job.id in self._held)
+        with self._lock:  # what was let go meanwhile is not lost, nor what was then taken anew
+            self._lost.update(job.id for job in held if job.id not in kept and self._held.get(job.id) == job)
 
     def put_back(self, job: ClaimedJob, error: str | None = None) -> None:
         """Let others have a job; no attempt is counted but for an error of its own."""
