@@ -90,10 +90,11 @@ def pull_all(factory: Factory, references: Sequence[str]) -> tuple[BaseModel, li
             tenant = queries.tenant_id(session, reference.tenant)
             version = queries.version(session, tenant, reference)
             dataset, made_on, _ = queries.lineage(session, tenant, version)
+            exactly = f"{reference.label}:{version.number}"  # an alias may move meanwhile
         base = base or load_recorded(factory.settings, made_on)
         if base.digest != made_on.digest:
             raise Unready(f"{text} was trained on another base than the rest", "compare users of one base")
-        files = read_artifact(factory.client.pull(reference), base, recorded_methods(version.recipe))
+        files = read_artifact(factory.client.pull(exactly), base, recorded_methods(version.recipe))
         recipe = make_recipe(version.recipe)
         snapshot = load_snapshot(factory.store.get(dataset.key), dataset.digest)
         held_out = make_candidate(reference.label, recipe, snapshot, base).learner.held_out

@@ -49,7 +49,8 @@ def reproduce(factory: Factory, text: str) -> Reproduction:
         tenant = queries.tenant_id(session, reference.tenant)
         version = queries.version(session, tenant, reference)
         dataset, made_on, _ = queries.lineage(session, tenant, version)
-    manifest = json.loads((factory.client.pull(reference) / MANIFEST).read_text(encoding="utf-8"))
+        exactly = f"{reference.label}:{version.number}"  # an alias may move meanwhile
+    manifest = json.loads((factory.client.pull(exactly) / MANIFEST).read_text(encoding="utf-8"))
     base = load_recorded(factory.settings, made_on)
     if base.digest != made_on.digest:
         raise Unready(f"the files of {made_on.name} have changed since {text} was trained", "bring them back")
@@ -64,7 +65,7 @@ def reproduce(factory: Factory, text: str) -> Reproduction:
 
     again = hashlib.sha256(safetensors_bytes(bank.to_tensors(trained.row_P, recipe.method))).hexdigest()
     published = manifest["files"][WEIGHTS]["sha256"]
-    return Reproduction(f"{reference.label}:{version.number}", published, again, _differences(manifest, base))
+    return Reproduction(exactly, published, again, _differences(manifest, base))
 
 
 def _tried(recipe: Recipe, manifest: Mapping[str, Any]) -> list[Recipe]:  # JSON
