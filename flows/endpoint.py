@@ -55,9 +55,10 @@ def served(endpoint: Endpoint, port: int, host: str = "") -> Iterator[int]:
     """Serve while the block runs; the port (of one's own choice where 0 was asked for).  Raises Unready."""
     try:
         server = make_server(host, port, endpoint, ThreadingWSGIServer, handler_class=_Quiet)
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # the latter two for what can be no host's name
         where, fix = (f"{host}:{port}", "address or port") if host else (f"port {port}", "port")
-        raise Unready(f"{where} cannot be listened on ({error.strerror})", f"choose another {fix}") from None
+        why = getattr(error, "strerror", None) or error
+        raise Unready(f"{where} cannot be listened on ({why})", f"choose another {fix}") from None
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     try:

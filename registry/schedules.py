@@ -49,14 +49,14 @@ class Filter:
     offset: int = 0
 
     def terms(self) -> list[ColumnElement[bool]]:
-        """As conditions.  Raises NameRefused for a user of an odd name."""
+        """As conditions.  Raises NameRefused for what no user's name begins with."""
         found: list[ColumnElement[bool]] = []
         if self.user is not None:
-            begin = self.user.removesuffix("*")
-            if self.user != "*":
-                check_user(begin)
-            begins = User.name.startswith(begin, autoescape=True)
-            found.append(User.name == self.user if begin == self.user else begins)
+            beginning = self.user.removesuffix("*")
+            if beginning:
+                check_user(beginning)
+            begins = User.name.startswith(beginning, autoescape=True)
+            found.append(begins if self.user.endswith("*") else User.name == self.user)
         if self.paused is not None:
             found.append(Schedule.paused.is_(self.paused))
         if self.held:

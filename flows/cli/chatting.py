@@ -45,7 +45,7 @@ def chat(
     talk = Talk.of(reference, base)
     conversation = Conversation(talk, tokens, Sampling(temperature, top_p, seed), compare)
     if prompt is not None:
-        return conversation.ask(prompt)
+        return conversation.ask(prompt.encode(errors="replace").decode())  # bytes that are no text, from a shell
     conversation.run()
     if conversation.failed and not sys.stdin.isatty():
         raise typer.Exit(1)

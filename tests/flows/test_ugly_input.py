@@ -9,6 +9,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy.engine import Engine
@@ -160,6 +161,8 @@ WORDS: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
     (("pull", "acme/alice", "--to", LONG), 1, ("cannot be written (File name too long)",)),
     (("queue", "list", "--reason", "\udcff"), 1, (r"'\udcff' is not a valid reason",)),  # a byte that is no UTF-8
     (("queue", "retry", "acme", "--reason", "\udcff"), 1, (r"'\udcff' is not a valid reason",)),
+    (("schedule", "list", "--user", "\udcff*"), 1, ("is not a valid user",)),
+    (("metrics", "--host", "\udcff"), 1, ("cannot be listened on",)),
 ]
 
 
@@ -179,6 +182,15 @@ def test_rolling_back_an_alias_named_in_the_reference_is_refused_with_the_option
 
     assert said.code == 2
     assert "lora rollback acme/bob --alias production" in said.err
+
+
+def test_what_is_no_text_in_a_prompt_is_asked_as_in_a_pipe(lora: LoraHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mark in its place: no tokenizer takes it."""
+    talk = Mock(said={}, ask=Mock(return_value=("yes", "")))
+    monkeypatch.setattr("flows.talk.Talk.of", lambda *_: talk)
+
+    assert lora("chat", "acme/alice", "-p", "caf\udce9").out == "yes\n"
+    assert talk.ask.call_args.args[0] == "caf?"
 
 
 def test_a_junk_base_is_told_by_its_file(lora: LoraHere, tmp_path: Path) -> None:
