@@ -79,13 +79,14 @@ def _published(factory: Factory, wanted: Reference, job: Enqueued, quiet: bool) 
     """The trials, and what became of the winner: as `lora train` tells it."""
     from flows import report
     from flows.finished import trial_facts
+    from flows.presence import at_work
     from flows.work import run_cohort
 
     if job.unchanged:
         manifest = factory.client.pull(f"{wanted.label}:{job.number}") / "manifest.json"
         trials: Trials = json.loads(manifest.read_text(encoding="utf-8"))["search"]["trials"]
         return trials, not_trained(factory, wanted.label, job)
-    with progress_bar(quiet) as watch:
+    with at_work(factory), progress_bar(quiet) as watch:
         cohort = run_cohort(factory, [job.job_id], watch)
     if cohort is None:
         return [], not_trained(factory, wanted.label, job)
