@@ -43,5 +43,6 @@ def keep_time(factory: Factory, tick: Callable[[], object], ticks: Ticks, every:
             event("tick failed", level=logging.ERROR, why=f"{type(error).__name__}: {error}")
         else:
             ticks.count("done")
-        factory.pulse.move()
-        time.sleep(every - time.time() % every)
+        pause = every - time.time() % every
+        factory.pulse.rest(pause)
+        time.sleep(pause)

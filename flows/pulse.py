@@ -69,9 +69,9 @@ class Pulse:
         share = WEIGHTS[phase][0] if phase in WEIGHTS else 0.0
         self.look = Look(phase, self._users, share=share)
 
-    def rest(self) -> None:
-        """Nothing to do now, and that is well."""
-        self.move()
+    def rest(self, seconds: float = 0.0) -> None:
+        """Nothing to do now, perhaps for so many seconds, and that is well."""
+        self.moved_at = self._clock() + seconds
         self.look, self._users = Look(), 0
 
     def move(self) -> None:
@@ -94,8 +94,8 @@ class Pulse:
         )  # fmt: skip
 
     def idle_for(self) -> float:
-        """Seconds since anything happened here."""
-        return self._clock() - self.moved_at
+        """Seconds since anything happened here, or should have."""
+        return max(0.0, self._clock() - self.moved_at)
 
     def _speed(self, now: float) -> float:
         self._paced.append((now, self.tokens_total))

@@ -123,9 +123,9 @@ def work_on(factory: Factory, leave: Leave, every: float, as_json: bool) -> None
         if not leave.asked and time.monotonic() - tidied >= UPKEEP_SECONDS:
             tidy_up(factory)
             tidied = time.monotonic()
-        factory.pulse.rest()
-        if rows is None:
-            leave.idle(every)
+        pause = every if rows is None else 0.0
+        factory.pulse.rest(pause)
+        leave.idle(pause)
 
 
 def next_cohort(factory: Factory, leave: Leave, every: float, quiet: bool) -> list[dict[str, str]] | None:

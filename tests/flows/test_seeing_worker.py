@@ -1,6 +1,7 @@
 """A worker that drains its queue is seen as well: who came, what it cost, what became of it."""
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,21 +10,21 @@ import pytest
 from sqlalchemy import select
 
 from flows.costs import NANOSECONDS
-from flows.factory import Factory, add_data, pin_base, request_training
+from flows.factory import Factory, add_data, now, pin_base, request_training
 from flows.leaving import Leave
 from flows.logs import LOG
-from flows.pulse import Look
+from flows.pulse import Look, Pulse
 from flows.reasons import grouped
 from flows.settings import FactorySettings
 from flows.work import run_cohort
 from lora_core.recipe import load_recipe
 from lora_core.train import Pace
-from registry import overview
+from registry import overview, workers
 from registry.models import AdapterVersion, Job, Run
 from registry.names import JobId, Reference
 from registry.session import reading, transaction
 from tests.conftest import looking
-from tests.flows.conftest import QUICK, write_user
+from tests.flows.conftest import QUICK, LoraHere, write_user
 
 PATIENCE = 20_000  # micro-steps that a test gives a worker
 
@@ -114,3 +115,36 @@ def test_who_comes_meanwhile_pays_for_its_own_and_is_told_of(base_folder: Path, 
     assert heard.of[first] == heard.of[second] == ["job claimed", "version published"]
     assert heard.of[eve] == ["job claimed", "job failed"]
     assert heard.of[None] == ["cohort finished"]
+
+
+def test_a_process_that_rests_as_long_as_it_was_told_to_has_not_stood_still() -> None:
+    """A worker that looks once an hour, or a clock that ticks so, is not to be started again in between."""
+    clock = [0.0]
+    pulse = Pulse(lambda: clock[0])
+    clock[0] = 10.0
+    pulse.rest(3600)
+    idle = []
+    for clock[0] in (20.0, 3610.0, 3640.0):
+        idle.append(pulse.idle_for())
+
+    assert idle == [0, 0, 30]
+
+
+def test_who_tunes_is_seen_at_work(
+    lora_here: LoraHere, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `lora status` would call it silent, and its jobs about to be somebody else's."""
+    seen: list[str] = []
+
+    def look(factory: Factory, *_: object) -> None:
+        end = time.monotonic() + 10
+        while not seen and time.monotonic() < end:
+            with reading(factory.engine) as session:
+                seen.extend(worker.name for worker in workers.present(session, now()))
+
+    monkeypatch.setattr("flows.work.run_cohort", look)
+    data = write_user(tmp_path / "data.jsonl", "hello fox")
+
+    lora_here("tune", "acme/alice", "--data", str(data), "--base", str(base_folder), LORA_WORKER="tuner")
+
+    assert seen == ["tuner"]
