@@ -13,7 +13,16 @@ from flows.factory import Factory
 from flows.records import recorded_methods
 from lora_core.base_files import fingerprint, locate
 from lora_core.base_model import load_base, outline
-from lora_core.export import as_lora, check_mergeable, deltas, merge, stored_dtype, write_gguf, write_merged
+from lora_core.export import (
+    as_lora,
+    check_mergeable,
+    deltas,
+    is_gguf_adapter,
+    merge,
+    stored_dtype,
+    write_gguf,
+    write_merged,
+)
 from lora_core.intake import read_artifact
 from lora_core.methods import LoraSpec
 from registry import queries
@@ -66,8 +75,8 @@ def export_gguf(factory: Factory, text: str, to: Path, force: bool = False, base
     """Write a version as a GGUF adapter for llama.cpp.  Raises ExportRefused, ArtifactRefused, Unready."""
     if os.path.lexists(to) and not os.path.isfile(to):
         raise Unready(f"{to} is there and no file", "give a file's name, such as alice.gguf")
-    if os.path.lexists(to) and not force:
-        raise Unready(f"{to} exists already", "give a new name, or pass --force")
+    if os.path.lexists(to) and not (force and is_gguf_adapter(to)):
+        raise _in_the_way(to, force)
     _check_parent(to)
     origin = Origin.of(factory, text, base)
     base_model = outline(origin.base_folder)
@@ -79,8 +88,7 @@ def export_gguf(factory: Factory, text: str, to: Path, force: bool = False, base
 def export_merged(factory: Factory, text: str, to: Path, force: bool = False, base: str | None = None) -> Origin:
     """Write base and version as one model.  Raises ExportRefused, ArtifactRefused, BaseModelError, Unready."""
     if os.path.lexists(to) and not (force and os.path.isfile(to / ORIGIN) and not to.is_symlink()):
-        fix = "give a new name" if force else "give a new name, or pass --force to replace an earlier export"
-        raise Unready(f"{to} exists already" + (" and is no earlier export" if force else ""), fix)
+        raise _in_the_way(to, force)
     _check_parent(to)
     origin = Origin.of(factory, text, base)
     check_mergeable(origin.base.quantised)
@@ -101,6 +109,13 @@ def export_merged(factory: Factory, text: str, to: Path, force: bool = False, ba
 def bytes_in(path: Path) -> int:
     """How large an export is."""
     return sum(one.stat().st_size for one in (path, *path.glob("*")) if one.is_file())
+
+
+def _in_the_way(to: Path, force: bool) -> Unready:
+    """What is there, which force does not replace if it is no earlier export."""
+    if force:
+        return Unready(f"{to} exists already and is no earlier export", "give a new name")
+    return Unready(f"{to} exists already", "give a new name, or pass --force to replace an earlier export")
 
 
 def _check_parent(to: Path) -> None:

@@ -7,6 +7,7 @@ I inputs and O outputs of a site, R rank.
 """
 
 import shutil
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,14 @@ def write_gguf(path: Path, config: PretrainedConfig, found: Mapping[str, Delta])
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def is_gguf_adapter(path: Path) -> bool:
+    """Whether a file begins as an adapter for llama.cpp does; a model, a quantised base say, does not."""
+    typed = b"general.type" + struct.pack("<IQ", 8, len("adapter")) + b"adapter"  # 8: a string follows
+    with path.open("rb") as file:
+        head = file.read(1024)
+    return head.startswith(b"GGUF") and typed in head
 
 
 def _family(config: PretrainedConfig) -> Family:

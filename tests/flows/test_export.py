@@ -83,14 +83,24 @@ def test_what_is_there_is_replaced_only_by_force(factory: Factory, kind: Kind, t
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_no_force_replaces_a_folder_that_is_no_export(factory: Factory, base_folder: Path, tmp_path: Path) -> None:
-    """A base, a home, a link to one, a folder where a file is meant."""
+def test_no_force_replaces_what_is_no_export(factory: Factory, base_folder: Path, tmp_path: Path) -> None:
+    """A base, a home, a link to one, a folder where a file is meant, a base in GGUF, notes."""
     (tmp_path / "link").symlink_to(base_folder)
     before = sorted(os.listdir(base_folder))
 
     for to in (base_folder, tmp_path / "link", tmp_path):
         with pytest.raises(Unready, match="exists already and is no earlier export; give a new name"):
             export_merged(factory, "acme/alice", to, force=True)
+    model = tmp_path / "base.gguf"
+    writer = gguf.GGUFWriter(model, "llama")
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    (tmp_path / "notes").write_text("adapter")
+    for to in (model, tmp_path / "notes"):
+        with pytest.raises(Unready, match="exists already and is no earlier export; give a new name"):
+            export_gguf(factory, "acme/alice", to, force=True)
     for to in (base_folder, Path("/dev/null")):
         with pytest.raises(Unready, match="is there and no file"):
             export_gguf(factory, "acme/alice", to, force=True)
