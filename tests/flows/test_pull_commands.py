@@ -85,7 +85,7 @@ def test_a_list_may_begin_with_the_mark_that_some_editors_write(
 
 
 def test_a_copy_is_whole_or_not_there(lora_here: LoraHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up leaves nothing that an engine could take for an adapter, and the name is free to try again."""
+    """A full disk leaves nothing that an engine could take for an adapter, and the name is free to try again."""
 
     def fill(source: Path, to: Path) -> Path:
         to.mkdir()
