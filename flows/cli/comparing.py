@@ -45,7 +45,7 @@ def compare(
         raise typer.BadParameter(f"--picture {picture}: give a name that ends in .png, .svg or .pdf")
     factory = Factory.from_environment()
     columns = (TextColumn("[progress.description]{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=as_json, transient=True) as progress:
+    with Progress(*columns, console=console, disable=as_json or not console.is_terminal, transient=True) as progress:
         task = progress.add_task("reading", total=None)
         tell = lambda words: progress.update(task, description=words)  # noqa: E731  short
         if reference or data:

@@ -103,9 +103,9 @@ def cohorts(
 
 @contextmanager
 def progress_bar(quiet: bool) -> "Iterator[Callable[[Pace], None]]":
-    """A bar that says how far the cohort is."""
+    """A bar that says how far the cohort is; where nobody looks it would leave an empty line each time."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=quiet, transient=True) as progress:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
         bar = progress.add_task("training", total=None, words="")
 
         def watch(pace: "Pace") -> None:

@@ -58,6 +58,11 @@ def test_who_cannot_be_queued_is_told_as_an_event_without_a_name(
     assert "eve-smith" not in said.err
 
 
+def test_a_worker_without_a_terminal_says_what_it_did_and_no_more(lora_here: LoraHere, factory: Factory) -> None:
+    """Its bar would leave an empty line in the log at every look."""
+    assert lora_here("work", "--once").out == "nobody waits\n"
+
+
 class Shift:
     """Stands in for training: cohorts of one user each, and what a worker does between them."""
 
