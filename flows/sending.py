@@ -25,7 +25,7 @@ def publish_some(factory: Factory, cohort: "Cohort", done: Sequence[Done]) -> No
     Whoever is published already, or not here any more, is passed over.  Raises RegistryError, once everybody who can be
     is published; whatever else ails one of them costs that one an attempt.
     """
-    here = {job.id: job for job, _ in cohort.work.values() if job.id not in cohort.versions}
+    here = {job.id: job for job, _ in list(cohort.work.values()) if job.id not in cohort.versions}
     done = [(job, candidate) for job, candidate in done if here.get(job.id) == job]
     finals = [(job, _final(cohort, job, candidate)) for job, candidate in done]
     ready = {job.id: (job, final) for job, final in finals if isinstance(final, Finished)}
