@@ -144,11 +144,15 @@ def _rights(why: str) -> tuple[str, str] | None:
     return ("its tables are missing or older", "run `lora setup`") if "does not exist" in why else None
 
 
+# SQLite's words, those for a file beside its own, and PostgreSQL's.
+_FULL = ("is full", "disk I/O error", "No space left on device")
+
+
 def _what_to_do(engine: Engine, why: str) -> str:
     if "no such table" in why:
         return "run `lora setup`"
-    if "is full" in why:
-        return "make room on its disk"
+    if any(words in why for words in _FULL):
+        return "make room on its disk, or see what is wrong with it"
     if "database is locked" in why:
         return f"somebody has been writing to it for {_WAIT_SECONDS} s: try again when they are done"
     if "readonly database" in why:

@@ -12,7 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import make_url, select, text
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 import registry
 from registry import queries
@@ -37,6 +37,15 @@ def test_what_raises_is_rolled_back(engine: Engine) -> None:
 
     with looking(engine) as session:
         assert session.scalars(select(Tenant)).all() == []
+
+
+@pytest.mark.parametrize("why", ["database or disk is full", "disk I/O error", "No space left on device"])
+def test_a_disk_that_is_full_is_told_as_that(tmp_path: Path, why: str) -> None:
+    """SQLite says an I/O error where it cannot make the files beside its own."""
+    opened = open_database(f"sqlite:///{tmp_path / 'registry.db'}")
+
+    with pytest.raises(DatabaseUnavailable, match=f"{why}; make room on its disk"), reading(opened):
+        raise OperationalError("SELECT 1", {}, Exception(why))
 
 
 def test_migrations_make_the_tables_that_the_code_means(engine: Engine) -> None:
