@@ -50,7 +50,7 @@ bench: .venv/.dev-ready
 	$(BIN)/python benchmarks/memory_law.py
 	$(BIN)/python benchmarks/lower_layers.py
 	$(BIN)/python benchmarks/mixed_generation.py
-	$(BIN)/python benchmarks/low_memory.py --row-tokens 256
+	$(BIN)/python benchmarks/low_memory.py --row-tokens 256 --minutes 60
 	$(BIN)/python benchmarks/tune_search.py
 
 bench-gpu: .venv/.dev-ready
