@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +11,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from flows.errors import FieldRefused, FlowError, Unready
 from lora_core.errors import LoraError
-from lora_core.recipe import Recipe, load_recipe, make_recipe
+from lora_core.recipe import Recipe, load_recipe
 from registry.errors import NameRefused, ScheduleRefused
 from registry.names import DEFAULT_ADAPTER, Reference
 from registry.schedules import Terms
@@ -99,15 +99,22 @@ def _wish(given: Given, tenant: str) -> Wish:
     reference = _tried("user", lambda: Reference(tenant, str(given["user"]), adapter))
     timing, terms = _timing_and_terms(given)
     base = str(given["base"]) if _is_given(given, "base") else None
-    return Wish(reference, timing, terms, base, _tried("recipe", lambda: _recipe(given)))
+    overrides = _overrides(given)
+    return Wish(reference, timing, terms, base, _tried("recipe", lambda: _recipe(given, overrides)))
 
 
-def _recipe(given: Given) -> Recipe:
+def _overrides(given: Given) -> list[str]:
+    value = given.get("set") or ""
+    if not isinstance(value, str):
+        raise FieldRefused("set", f"is a {type(value).__name__}", 'write it as one text, such as "rank=8 epochs=2"')
+    return value.split()
+
+
+def _recipe(given: Given, overrides: Sequence[str]) -> Recipe:
+    """A file's, an object's or the default one, with what is set on top."""
     written = given.get("recipe")
-    if isinstance(written, Mapping):
-        return make_recipe(written)
-    overrides = str(given["set"]).split() if _is_given(given, "set") else []
-    return load_recipe(str(written) if _is_given(given, "recipe") else None, overrides)
+    source = written if isinstance(written, Mapping) else str(written) if _is_given(given, "recipe") else None
+    return load_recipe(source, overrides)
 
 
 def _timing(way: str, given: Given, zone: str) -> Timing:

@@ -114,10 +114,13 @@ _MOST_BYTES = 1 << 16  # of a recipe's file
 _SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads 1e-4 as text
 
 
-def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from a YAML file (or the defaults), with `key=value` overrides on top.  Raises RecipeError."""
-    where = str(source) if source else "recipe"
-    given = _read_yaml(Path(source)) if source else {}
+def load_recipe(source: str | Path | Mapping[str, object] | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file, settings or the defaults, with `key=value` overrides on top.  Raises RecipeError."""
+    where, given = "recipe", dict[str, object]()
+    if isinstance(source, Mapping):
+        given = dict(source)
+    elif source:
+        where, given = str(source), _read_yaml(Path(source))
     try:
         changes = _overrides(overrides, where)
         if changes.get("search", given) is None:

@@ -35,6 +35,7 @@ BAD: list[tuple[dict[str, object], str, str]] = [
     ({"user": "a", "on_data": True, "min_bytes": "lots"}, "min_bytes", "no size"),
     ({"user": "a", "every": "6h", "priority": 1000}, "priority", "-99 to 99"),
     ({"user": "a", "every": "6h", "recipe": {"rnk": 3}}, "recipe", "did you mean rank"),
+    ({"user": "a", "every": "6h", "set": ["rank=8"]}, "set", "is a list; write it as one text"),
     ({"user": "a", "every": "6h", "sauce": 1}, "sauce", "is no field"),
     ({"user": "good", "every": "6h"}, "user", "line 1 is about the same adapter"),
 ]
@@ -89,6 +90,18 @@ def test_every_bad_line_is_told_and_nothing_is_set_unless_the_good_ones_are_want
     assert "is no JSON object" in told[-1]
     assert load(path, "--keep-good").code == 4
     assert users() == ["good"]
+
+
+def test_what_is_set_goes_on_top_of_a_recipe_that_is_an_object(load: Load, tmp_path: Path) -> None:
+    """As on top of one in a file."""
+    path = tmp_path / "schedules.jsonl"
+    path.write_text(json.dumps({"user": "ann", "every": "6h", "recipe": {"rank": 8, "lr": 1e-3}, "set": "rank=16"}))
+
+    load(path)
+
+    with reading(Client.from_environment().engine) as session:
+        ((_, schedule),) = schedules.schedules(session, queries.tenant_id(session, "acme"))
+    assert (schedule.recipe["method"]["rank"], schedule.recipe["learning_rate"]) == (16, 1e-3)
 
 
 def test_a_line_that_is_no_csv_takes_none_of_the_others_with_it(load: Load, tmp_path: Path) -> None:
