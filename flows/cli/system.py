@@ -11,6 +11,7 @@ import typer
 
 from flows.cli.printing import AsJson, answer, say
 from flows.factory import Factory
+from lora_core.errors import LoraError
 from registry.errors import RegistryError, StoreError
 from registry.session import reading, shown
 from registry.store import overwrites
@@ -70,10 +71,12 @@ def doctor(
     """
     factory = Factory.from_environment()
     tried = {"registry": _registry, "tables": _tables, "store": _store, "signs with": _signs, "trusts": _trusts}
-    checks = [_tried(factory, what, check) for what, check in tried.items()]
-    if not ready and not _is_wrong(checks[2]):
-        checks.insert(3, _tried(factory, "objects", _objects))
-    answer(checks if ready else _everything(factory, checks), as_json, "")
+    rows = checks = [_tried(factory, what, check) for what, check in tried.items()]
+    if not ready:
+        objects = [] if _is_wrong(checks[2]) else [_tried(factory, "objects", _objects)]
+        checks = [*checks[:3], *objects, *checks[3:], _tried(factory, "device", _device)]
+        rows = _everything(factory, checks)
+    answer(rows, as_json, "")
     if any(map(_is_wrong, checks)):
         raise typer.Exit(1)
 
@@ -93,12 +96,12 @@ def demo(
 
 
 def _everything(factory: Factory, checks: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Settings, connections, versions and device, a row each."""
+    """Settings, what was tried (the device last), and versions, a row each."""
     settings = factory.settings.model_dump(mode="json", exclude=SECRET)
     rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
-    rows += [*checks, {"what": "python", "state": platform.python_version()}]
+    rows += [*checks[:-1], {"what": "python", "state": platform.python_version()}]
     rows += [{"what": name, "state": _version(name)} for name in LIBRARIES]
-    return [*rows, {"what": "device", "state": _device()}]
+    return [*rows, checks[-1]]
 
 
 def _registry(factory: Factory) -> str:
@@ -151,7 +154,7 @@ def _is_wrong(row: dict[str, object]) -> bool:
 def _tried(factory: Factory, what: str, check: Callable[[Factory], str]) -> dict[str, object]:
     try:
         return {"what": what, "state": check(factory)}
-    except RegistryError as error:
+    except (RegistryError, LoraError) as error:
         return {"what": what, "state": f"error: {error}"}
 
 
@@ -162,11 +165,16 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _device() -> str:
+def _device(factory: Factory) -> str:
+    """Of this machine.  Raises DeviceMissing where LORA_DEVICE names another: then no worker begins."""
     if find_spec("torch") is None:
         return "no torch, so nothing is trained here"
     import torch
 
+    if factory.settings.device:
+        from lora_core.base_model import check_device
+
+        check_device(factory.settings.device)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"

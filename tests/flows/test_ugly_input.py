@@ -4,6 +4,7 @@ In this process, since each one of its own would cost seconds.
 """
 
 import getpass
+import json
 import os
 import subprocess
 import sys
@@ -125,6 +126,17 @@ def test_doctor_shows_the_settings_when_the_store_is_wrong(lora: LoraHere) -> No
     assert said.code == 1
     assert "LORA_SLOTS" in said.out
     assert "error: store http://x" in said.out
+
+
+@pytest.mark.usefixtures("registry")
+def test_doctor_says_that_a_device_is_not_here(lora: LoraHere) -> None:
+    """No worker would begin; a probe asks for registry and store alone."""
+    said = lora("doctor", "--json", LORA_DEVICE="potato")
+
+    (told,) = [row["state"] for row in json.loads(said.out) if row["what"] == "device"]
+    assert said.code == 1
+    assert "error: device 'potato' is not here" in told
+    assert "potato" not in lora("doctor", "--ready").out
 
 
 def test_doctor_shows_no_password_that_a_url_holds_in_its_query(lora: LoraHere) -> None:
