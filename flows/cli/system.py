@@ -70,14 +70,11 @@ def doctor(
     lora doctor
     """
     factory = Factory.from_environment()
-    tried = {"registry": _registry, "tables": _tables, "store": _store, "signs with": _signs, "trusts": _trusts}
-    rows = checks = [_tried(factory, what, check) for what, check in tried.items()]
-    if not ready:
-        objects = [] if _is_wrong(checks[2]) else [_tried(factory, "objects", _objects)]
-        checks = [*checks[:3], *objects, *checks[3:], _tried(factory, "device", _device)]
-        rows = _everything(factory, checks)
-    answer(rows, as_json, "")
-    if any(map(_is_wrong, checks)):
+    probed = {"registry": _registry, "tables": _tables, "store": _store, "signs with": _signs, "trusts": _trusts}
+    tried = probed if ready else probed | {"store": _store_and_objects, "device": _device}
+    checks = [_tried(factory, what, check) for what, check in tried.items()]
+    answer(checks if ready else _everything(factory, checks), as_json, "")
+    if any(str(row["state"]).startswith("error") for row in checks):
         raise typer.Exit(1)
 
 
@@ -127,14 +124,15 @@ def _store(factory: Factory) -> str:
     return factory.store.check()
 
 
-def _objects(factory: Factory) -> str:
+def _store_and_objects(factory: Factory) -> str:
     """Not asked by probes, since it writes, which a host that only pulls may not."""
+    found = factory.store.check()
     try:
         if overwrites(factory.store):
-            return "error: the store overwrites them; use an S3 with conditional PUT (If-None-Match)"
+            return f"error: {found} overwrites objects; use an S3 with conditional PUT (If-None-Match)"
     except StoreError as error:
-        return f"not tried: {error}"
-    return "never overwritten: tried"
+        return f"{found}; not tried whether objects are overwritten: {error}"
+    return f"{found}; objects are never overwritten: tried"
 
 
 def _signs(factory: Factory) -> str:
@@ -145,10 +143,6 @@ def _signs(factory: Factory) -> str:
 def _trusts(factory: Factory) -> str:
     keys = factory.settings.verifier.keys
     return ", ".join(map(str, keys)) or "any: signatures are not checked here"
-
-
-def _is_wrong(row: dict[str, object]) -> bool:
-    return str(row["state"]).startswith("error")
 
 
 def _tried(factory: Factory, what: str, check: Callable[[Factory], str]) -> dict[str, object]:
