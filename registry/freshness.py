@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, Select, Update, Uuid, bindparam, or_, select, update
+from sqlalchemy import BindParameter, ColumnElement, Select, Update, Uuid, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from registry.listed import listed
@@ -65,11 +65,21 @@ def data_added(session: Session, tenant: TenantId, user: UserId) -> None:
 
     Of two additions at once the second waits here, and then looks which data is the newest of both.
     """
+    in_turn(session, user)
     own = select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.user_id == user)
     mine = (Freshness.tenant_id == tenant, Freshness.adapter_id.in_(own))
     session.execute(select(Freshness.adapter_id).where(*mine).order_by(Freshness.adapter_id).with_for_update()).all()
     rows = update(Freshness).where(*mine).values(newest_id=newest(session, tenant, user))
     session.execute(rows, execution_options={"synchronize_session": False})
+
+
+def in_turn(session: Session, user: UserId) -> None:
+    """Wait until nobody else adds data or an adapter for a user, up to the end of their transaction.
+
+    At once, neither would see what the other adds, and the new adapter would know nothing of the new data.
+    """
+    if session.get_bind().dialect.name == "postgresql":  # SQLite has one writer
+        session.execute(select(func.pg_advisory_xact_lock(user.int & (1 << 63) - 1)))
 
 
 def latest_moved(tenant: TenantId, version: AdapterVersion) -> Update:

@@ -93,6 +93,7 @@ def ensure_adapter(session: Session, reference: Reference, now: datetime) -> Hol
 
 def _new_adapter(session: Session, tenant: TenantId, user: User, name: str, now: datetime) -> Adapter:
     made = Adapter(id=AdapterId(uuid.uuid4()), tenant_id=tenant, user_id=user.id, name=name, created_at=now)
+    freshness.in_turn(session, user.id)
     newest = freshness.newest(session, tenant, user.id)
     session.add(Freshness(adapter_id=made.id, tenant_id=tenant, newest_id=newest))
     return made

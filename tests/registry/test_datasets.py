@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,9 +14,9 @@ from sqlalchemy.engine import Engine
 from registry import freshness, queries
 from registry.datasets import Content, add_dataset
 from registry.errors import UploadSwept
-from registry.models import Dataset, Upload
+from registry.models import Dataset, Freshness, Upload
 from registry.names import Reference
-from registry.session import reading
+from registry.session import reading, transaction
 from registry.store import FolderStore
 from registry.uploads import UPLOAD_LEASE, sweep
 from tests.conftest import looking
@@ -45,6 +47,25 @@ def test_data_is_stored_once_however_often_it_is_added(engine: Engine, store: Fo
     assert store.get(row.key) == DATA
     with looking(engine) as session:
         assert session.query(Upload).count() == 0
+
+
+def test_an_adapter_that_is_made_while_data_comes_knows_of_it(engine: Engine, store: FolderStore) -> None:
+    """Each was blind to the other, and the new adapter not outdated until the next data came."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    add_dataset(engine, store, ALICE, HELLO, NOW)
+    newer = Content(hashlib.sha256(b"{}").hexdigest(), b"{}", 1)
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as session:
+            queries.ensure_adapter(session, Reference.parse("acme/alice/notes"), NOW)
+            adding = pool.submit(add_dataset, engine, store, ALICE, newer, NOW + timedelta(days=1))
+            with suppress(TimeoutError):
+                adding.result(0.5)
+        adding.result(30)
+
+    with looking(engine) as session:
+        known = session.execute(select(Dataset.digest).join(Freshness, Freshness.newest_id == Dataset.id)).all()
+    assert known == [(newer.digest,)] * 2
 
 
 def test_what_a_killed_ingest_left_is_swept(
