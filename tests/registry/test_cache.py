@@ -22,6 +22,8 @@ from registry.locks import alone
 from registry.names import Reference
 from registry.pulling import Puller
 from registry.resolved import Resolved
+from registry.signing import SIGNATURE, Signer
+from tests.registry.test_signing import write_pair
 
 ROOT = Path(__file__).parents[2]
 OLD = 3 * FRESH_SECONDS  # seconds ago
@@ -231,3 +233,28 @@ def test_a_cache_that_may_only_be_read_serves_what_it_has() -> None:
         done = subprocess.run([sys.executable, "-c", FIND, cache], cwd=ROOT, capture_output=True, text=True)
 
         assert done.stdout.strip() == str(folder), done.stderr
+
+
+KNOWS = """
+import model_signing.verifying  # before it may be out of reach
+from registry.signing import Verifier
+from tests.registry.test_cache import *
+os.setuid(65534)
+print(Verifier([Path(sys.argv[1])]).knows(Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_signed_version_in_a_cache_that_may_only_be_read_is_taken() -> None:
+    """It is checked each time, as nothing can be noted beside it; that was a traceback."""
+    with tempfile.TemporaryDirectory() as cache:
+        private, public = write_pair(Path(cache, "keys"))
+        folder, files = Path(cache, "digest", "default-1"), {"weights.bin": b"weights"}
+        folder.mkdir(parents=True)
+        for name, data in {**files, SIGNATURE: Signer(private).sign(folder.name, files)}.items():
+            (folder / name).write_bytes(data)
+        Path(cache).chmod(0o755)
+
+        done = subprocess.run([sys.executable, "-c", KNOWS, public, folder], cwd=ROOT, capture_output=True, text=True)
+
+        assert done.stdout.strip() == "True", done.stderr

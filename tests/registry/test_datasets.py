@@ -64,8 +64,8 @@ def test_an_adapter_that_is_made_while_data_comes_knows_of_it(engine: Engine, st
         adding.result(30)
 
     with looking(engine) as session:
-        known = session.execute(select(Dataset.digest).join(Freshness, Freshness.newest_id == Dataset.id)).all()
-    assert known == [(newer.digest,)] * 2
+        known = session.scalars(select(Dataset.digest).join(Freshness, Freshness.newest_id == Dataset.id)).all()
+    assert known == [newer.digest] * 2
 
 
 def test_what_a_killed_ingest_left_is_swept(

@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import os
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +27,6 @@ from registry.uploads import UPLOAD_LEASE, sweep
 from tests.registry.conftest import LEASE, NOW, Claim, finished
 from tests.registry.test_publishing import DyingStore
 
-ROOT = Path(__file__).parents[2]
 Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
@@ -145,29 +141,6 @@ def test_what_was_pulled_before_there_was_a_key_is_checked_once(
     (folder / SIGNATURE).unlink()  # would be missed by whoever checked it again
 
     assert trusting(pair[1]).pull("acme/alice") == folder
-
-
-KNOWS = """
-import model_signing.verifying  # before it may be out of reach
-from tests.registry.test_signing import *
-os.setuid(65534)
-print(Verifier([Path(sys.argv[1])]).knows(Path(sys.argv[2])))
-"""
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_a_signed_version_in_a_cache_that_may_only_be_read_is_taken(
-    published: Published, trusting: Trusting, pair: tuple[Path, Path]
-) -> None:
-    """It is checked each time, as nothing can be noted beside it; that was a traceback."""
-    with tempfile.TemporaryDirectory() as shared:
-        folder = shutil.copytree(trusting().pull("acme/alice"), Path(shared, "digest", published.served_name))
-        key = shutil.copy(pair[1], shared)
-        Path(shared).chmod(0o755)
-
-        done = subprocess.run([sys.executable, "-c", KNOWS, key, folder], cwd=ROOT, capture_output=True, text=True)
-
-    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_what_was_changed_in_the_cache_before_there_was_a_key_is_fetched_anew(
