@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from flows.errors import Unready
 from flows.leaving import Leave, on_signals
 
 HEALTH_PORT = 8080  # of the worker for the first GPU; the next ones have the numbers after it
@@ -38,6 +39,17 @@ def serve(pool: str, leave: Leave, environment: Mapping[str, str], tell: Callabl
         _wait_for(runs, leave)
         _stop(process, [*runs, *_runs(process.pid)])
         return 0
+
+
+def check_server() -> None:
+    """Raises Unready where Prefect's server does not answer: its worker would try for minutes, with pages of traces."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        trouble = client.api_healthcheck()
+    if trouble:
+        fix = "start it, check PREFECT_API_URL, or leave out --pool to work without one"
+        raise Unready(f"Prefect's server does not answer ({trouble})", fix)
 
 
 def command(pool: str) -> Sequence[str]:

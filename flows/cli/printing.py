@@ -99,7 +99,7 @@ def shown(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:#.4g}"
+        return f"{value:#.4g}".removesuffix(".")
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%d %H:%M:%S %Z")
     if isinstance(value, dict | list):

@@ -82,13 +82,14 @@ def work(
 
 def serve_pool(factory: Factory, leave: Leave, pool: str) -> int:
     """Be the worker of a Prefect work pool; its exit code.  Raises Unready, DeviceMissing."""
-    from flows.pool import health_port, serve
+    from flows.pool import check_server, health_port, serve
     from lora_core.base_model import check_device
 
     if not os.environ.get("PREFECT_API_URL"):
         raise Unready("no Prefect server is named", "set PREFECT_API_URL, or leave out --pool to work without one")
     settings = factory.settings
     check_device(settings.device or "cpu")
+    check_server()
     given = {"LORA_GRACE": f"{settings.grace:g}s", "LORA_DEVICE": settings.device}
     given |= {"LORA_MEMORY": str(int(settings.memory))} if settings.memory else {}
     ports = {"PREFECT_WORKER_WEBSERVER_PORT": health_port(settings.device)}

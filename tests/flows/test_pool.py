@@ -13,6 +13,7 @@ import pytest
 
 from flows import pool
 from flows.leaving import Leave
+from tests.flows.conftest import Lora
 
 # Stands for Prefect's worker: it begins a run in a session of its own, and ends at once when it is told to go.
 WORKER = """
@@ -83,3 +84,12 @@ def test_every_gpus_worker_answers_at_a_port_of_its_own() -> None:
     assert [pool.health_port(device) for device in ("", "cpu", "cuda", "cuda:0", "cuda:3")] == [
         "8080", "8080", "8080", "8080", "8083",
     ]  # fmt: skip
+
+
+def test_a_server_that_does_not_answer_is_told_before_prefects_worker_begins(lora: Lora) -> None:
+    """It would try for minutes, and end in pages of its own traces."""
+    away = {"PREFECT_API_URL": "http://127.0.0.1:1/api"}
+
+    said = lora("work", "--pool", "gpu", code=1, environment=away).stderr
+
+    assert (said.count("\n"), "does not answer" in said, "check PREFECT_API_URL" in said) == (1, True, True), said
