@@ -89,8 +89,9 @@ def measure(base: BaseModel, user: Learner, slots: int, with_peft: bool) -> Meas
     losses = {
         "halving": min(report.loss for report in reports if report.ended),
         "grid": min(best(one) for one in trained["grid"] if one.outcome != "retired"),
-        "peft": min(peft, default=math.nan),
     }
+    if with_peft:
+        losses["peft"] = min(peft)
     tokens = {name: sum(one.tokens for one in results) for name, results in trained.items()}
     winner = next(report.loss for report in reports if report.won)
     return Measured(user.name, len(trials), slots, losses, tokens, seconds, processor_seconds, winner)
@@ -154,7 +155,7 @@ def write_texts(home: Path, seed: int) -> dict[str, Path]:
 
 def show(result: Measured) -> str:
     """One line of the table."""
-    losses = " ".join(f"{result.losses[name]:>8.5f}" for name in ("grid", "halving", "peft"))
+    losses = " ".join(f"{result.losses.get(name, math.nan):>8.5f}" for name in ("grid", "halving", "peft"))
     times = " ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     return f"{result.user:>15} {losses} {result.gap:>7.2%} {result.share:>7.1%}   {times}"
 
