@@ -24,10 +24,10 @@ READERS: dict[str, Callable[[Factory], object]] = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_the_version_that_was_looked_up_is_the_one_that_is_pulled(
-    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else one version's files would meet another's data and recipe."""
-    factory = Factory(FactorySettings(home=tmp_path / "home"))
+    factory = Factory(FactorySettings(home=home))
     factory.set_up()
     with transaction(factory.engine) as session:
         enqueue(session, "acme/ada", 1)

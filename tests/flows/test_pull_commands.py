@@ -60,7 +60,7 @@ def test_a_list_is_pulled_and_a_bad_one_stops_no_other(
     """From a file, or from stdin; exit code 4 says that some failed, 1 that all did."""
     damage(tmp_path, "alice")
     listed = tmp_path / "list"
-    listed.write_text("acme/ada\n\n# tonight's\n  acme/alice:1\nacme/eve\nacme/bob@latest\n")
+    listed.write_text("# tonight's\n\nacme/ada\n  acme/alice:1\nacme/eve\nacme/bob@latest\n")
 
     said = lora_here("pull", "--list", str(listed), "--json")
     rows = json.loads(said.out)

@@ -80,7 +80,7 @@ def test_events_of_a_server_that_had_counted_further_are_told_once_they_are_put_
 ) -> None:
     """As the operations page says of a dump that is restored elsewhere: they would wait until this one comes so far."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("counts no transactions")
+        pytest.skip("SQLite counts no transactions")
     first, second = claim(2)
     publish(engine, store, first, finished("one"), NOW)
     told = followed(engine)
