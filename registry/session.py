@@ -43,6 +43,15 @@ _FILES = {  # what SQLite says of a file: what that means, and what to do
         "put a backup in its place, or what `sqlite3 FILE .recover` saves",
     ),
 }
+_ROOM = "make room on its disk, or see what is wrong with it"
+_FIXES = {  # what a database says of itself, and what to do
+    "no such table": "run `lora setup`",
+    "is full": _ROOM,
+    "disk I/O error": _ROOM,  # SQLite's, where it cannot make the files beside its own
+    "No space left on device": _ROOM,  # PostgreSQL's
+    "database is locked": f"somebody has been writing to it for {_WAIT_SECONDS} s: try again when they are done",
+    "readonly database": "check the rights to its file and folder",
+}
 _FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
 
 
@@ -144,19 +153,9 @@ def _rights(why: str) -> tuple[str, str] | None:
     return ("its tables are missing or older", "run `lora setup`") if "does not exist" in why else None
 
 
-# SQLite's words, those for a file beside its own, and PostgreSQL's.
-_FULL = ("is full", "disk I/O error", "No space left on device")
-
-
 def _what_to_do(engine: Engine, why: str) -> str:
-    if "no such table" in why:
-        return "run `lora setup`"
-    if any(words in why for words in _FULL):
-        return "make room on its disk, or see what is wrong with it"
-    if "database is locked" in why:
-        return f"somebody has been writing to it for {_WAIT_SECONDS} s: try again when they are done"
-    if "readonly database" in why:
-        return "check the rights to its file and folder"
+    if fix := next((fix for words, fix in _FIXES.items() if words in why), None):
+        return fix
     if "unable to open" not in why:
         return "check LORA_DATABASE_URL and that it is running"
     folder = Path(str(engine.url.database)).absolute().parent
