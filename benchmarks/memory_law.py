@@ -140,11 +140,9 @@ def train_twice(base: BaseModel, bank: Bank, setting: Setting) -> None:
 
 
 def _lesson(setting: Setting, slot: int) -> Lesson:
-    """A row of two random examples and some filling."""
-    generator = random.Random(slot)
-    half = max(2, setting.row_tokens // 2 - 1)
-    examples = [(n, _example(generator, half)) for n in range(2)]
-    return Lesson(pack(examples, setting.row_tokens)[0], 1.0, setting.dropout, slot)
+    """A row of one random example: no row has more predictions that count, and prompts and filling take less memory."""
+    (row,) = pack([(0, _example(random.Random(slot), setting.row_tokens))], setting.row_tokens)
+    return Lesson(row, 1.0, setting.dropout, slot)
 
 
 def _example(generator: random.Random, tokens: int) -> Rendered:

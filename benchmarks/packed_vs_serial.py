@@ -54,6 +54,7 @@ class Setting:
     tokens: int  # a user and step
     steps: int
     rank: int
+    prompts: float  # share of them that is not learnt
 
 
 class Measured(TypedDict):
@@ -61,6 +62,7 @@ class Measured(TypedDict):
 
     tokens: int
     steps: int
+    prompts: float
     seconds: Samples
     ratios: dict[str, list[float]]
 
@@ -72,7 +74,7 @@ def compare(setting: Setting, rounds: int) -> Measured:
     """
     base = random_base(SHAPES["6M"], CPU, torch.float32)
     peft_model = peft_twin(base, setting.rank)
-    load = Load(1, setting.tokens, setting.tokens)
+    load = Load(1, setting.tokens, setting.tokens, setting.prompts)
     recipe = load.recipe(setting.rank, setting.tokens)
     users = [load.examples(setting.steps, SHAPES["6M"].vocabulary, seed) for seed in range(setting.users)]
 
@@ -94,7 +96,10 @@ def compare(setting: Setting, rounds: int) -> Measured:
         }  # fmt: skip
         seconds = alternate(sides, rounds, CPU)
     found = {f"{one} / {other}": ratios(seconds[other], seconds[one]) for one, other in GOALS}
-    return {"tokens": setting.tokens, "steps": setting.steps, "seconds": seconds, "ratios": found}
+    return {
+        "tokens": setting.tokens, "steps": setting.steps, "prompts": setting.prompts,
+        "seconds": seconds, "ratios": found,
+    }  # fmt: skip
 
 
 def show(result: Measured) -> str:
@@ -114,14 +119,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--prompts", type=float, default=0.0, help="share of an example that is not learnt")
     parser.add_argument("--save", type=Path, help="write raw samples as JSON")
     options = parser.parse_args()
+    if not 0 <= options.prompts < 1:
+        parser.error(f"--prompts {options.prompts} leaves nothing to learn; give a share from 0 to below 1")
     machine = machine_facts(CPU)
     say(machine)
     say(f"{'tokens':>6} " + " ".join(f"{one + ' / ' + other:>26}" for one, other in GOALS))
     results = []
     for tokens in options.tokens:
-        results.append(compare(Setting(options.users, tokens, options.steps, options.rank), options.rounds))
+        setting = Setting(options.users, tokens, options.steps, options.rank, options.prompts)
+        results.append(compare(setting, options.rounds))
         say(show(results[-1]))
     if options.save:
         save(options.save, machine, results)

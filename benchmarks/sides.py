@@ -108,14 +108,17 @@ class Load:
     sequences: int
     shortest: int  # tokens of a sequence
     longest: int
+    prompts: float = 0.0  # share of a sequence that is read and not learnt
 
     def examples(self, steps: int, vocabulary: int, seed: int = 0) -> Examples:
         """Random ones for so many steps."""
         generator = random.Random(seed)
         lengths = (generator.randint(self.shortest, self.longest) for _ in range(steps * self.sequences))
-        return tuple(
-            Rendered(tuple(generator.choices(range(vocabulary), k=n)), (True,) * n, truncated=False) for n in lengths
-        )
+        return tuple(Rendered(tuple(generator.choices(range(vocabulary), k=n)), self._learnt(n)) for n in lengths)
+
+    def _learnt(self, length: int) -> tuple[bool, ...]:
+        prompt = round(self.prompts * length)
+        return (False,) * prompt + (True,) * (length - prompt)
 
     def rows(self, row_tokens: int) -> int:
         """How many rows of T tokens a step of sequences of the longest kind takes."""
@@ -204,8 +207,12 @@ def _padded(examples: Examples, length: int, device: torch.device) -> tuple[Tens
     """Ids and labels; what pads comes last, so that causal attention needs no mask."""
     rests = [length - len(example.tokens) for example in examples]
     ids = [(*example.tokens, *[0] * rest) for example, rest in zip(examples, rests, strict=True)]
-    labels = [(*example.tokens, *[IGNORED] * rest) for example, rest in zip(examples, rests, strict=True)]
+    labels = [(*_labels(example), *[IGNORED] * rest) for example, rest in zip(examples, rests, strict=True)]
     return torch.tensor(ids).to(device), torch.tensor(labels).to(device)
+
+
+def _labels(example: Rendered) -> Iterator[int]:
+    return (token if trained else IGNORED for token, trained in zip(example.tokens, example.trained, strict=True))
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:

@@ -75,7 +75,8 @@ class BaseModel:
 
     def stack(self, rows: Sequence[Row]) -> Batch:
         """K rows as one batch, on the base's device."""
-        return as_batch(fields_of(rows, self.model.device), self.model.dtype, self.windows)
+        fields_4KT = fields_of(rows, self.model.device)
+        return as_batch(fields_4KT, self.model.dtype, self.windows, sum(row.counted for row in rows))
 
     @property
     def parameters(self) -> int:

@@ -22,6 +22,7 @@ class Batch:
     positions_KT: Tensor
     documents_KT: Tensor
     masks: Masks
+    counted: int  # how many predictions count, at most
 
     @property
     def inputs(self) -> dict[str, Any]:  # tensors and a flag, as transformers' models take them
@@ -41,8 +42,11 @@ def fields_of(rows: Sequence[Row], device: torch.device) -> Tensor:
     return fields_4KT.to(device, copy=True)
 
 
-def as_batch(fields_4KT: Tensor, dtype: torch.dtype, windows: Windows) -> Batch:
-    """As one batch; a token sees its own document's earlier tokens, as far back as a layer looks, and nothing else."""
+def as_batch(fields_4KT: Tensor, dtype: torch.dtype, windows: Windows, counted: int | None = None) -> Batch:
+    """As one batch; a token sees its own document's earlier tokens, as far back as a layer looks, and nothing else.
+
+    `counted`: how many predictions count, which a GPU is not asked; None: all may.
+    """
     tokens_KT, targets_KT, positions_KT, documents_KT = fields_4KT.unbind()
     seen_KTT = (documents_KT[:, :, None] == documents_KT[:, None, :]).tril()
     # The mask is always given, even where plain causal attention would do: the kernel that runs, and so every
@@ -52,7 +56,8 @@ def as_batch(fields_4KT: Tensor, dtype: torch.dtype, windows: Windows) -> Batch:
         masks = {kind: _mask(seen_KTT, window, dtype) for kind, window in windows.items()}
     else:
         masks = _mask(seen_KTT, windows, dtype)
-    return Batch(tokens_KT, targets_KT, positions_KT, documents_KT, masks)
+    counted = tokens_KT.numel() if counted is None else counted
+    return Batch(tokens_KT, targets_KT, positions_KT, documents_KT, masks, counted)
 
 
 def _mask(seen_KTT: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
-from lora_core.data.packing import empty_row
+from lora_core.data.packing import pack
+from lora_core.data.rendering import Rendered
 from lora_core.layers import checkpointed
 from lora_core.learner import Lesson
 from lora_core.micro_step import backward_rows
@@ -53,9 +54,10 @@ def predict(
 
 
 def _train_once(base: BaseModel, bank: Bank, slots: int, row_tokens: int, drops: bool, lends: bool) -> None:
-    """A cohort from its making to its first optimiser step, all rows full; one user's, if that may be."""
+    """A cohort from its making to its first optimiser step, all rows one full document; one user's, if that may be."""
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
-    lesson = Lesson(empty_row(row_tokens), weight=1.0, dropout=0.5 if drops else 0.0, key=0)
+    (row,) = pack([(0, Rendered((0,) * row_tokens, (True,) * row_tokens))], row_tokens)
+    lesson = Lesson(row, weight=1.0, dropout=0.5 if drops else 0.0, key=0)
     with bank.attached(base, cohort):
         for lane in range(1, slots if lends else 1):
             cohort.borrow(0, lane)

@@ -43,7 +43,7 @@ def read_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None],
 def backward_rows(base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int) -> Tensor:
     """As `read_rows`, the answers still on the device, K x N: no number is looked at, so shapes alone can run it."""
     fields_4KT, weight_K = hand_over(base, cohort, lessons, row_tokens)
-    return _read(base, fields_4KT, weight_K, lessons)
+    return _read(base, fields_4KT, weight_K, lessons, _counted(lessons))
 
 
 def hand_over(
@@ -59,15 +59,22 @@ def hand_over(
     return fields_4KT, weight_K
 
 
-def _read(base: BaseModel, fields_4KT: Tensor, weight_K: Tensor, lessons: Sequence[Lesson | None]) -> Tensor:
-    """Answers K x N; on the device alone, unless there are pairs."""
+def _read(
+    base: BaseModel, fields_4KT: Tensor, weight_K: Tensor, lessons: Sequence[Lesson | None], counted: int | None = None
+) -> Tensor:
+    """Answers K x N; on the device alone, unless there are pairs.  So many predictions count, or all may."""
     learns = _learns(lessons)
     with torch.set_grad_enabled(learns):
-        loss_KT, _ = token_losses(base, as_batch(fields_4KT, base.model.dtype, base.windows))
+        loss_KT, _ = token_losses(base, as_batch(fields_4KT, base.model.dtype, base.windows, counted))
         loss_K, answers_KN = lesson_losses(loss_KT, [lesson.pairs if lesson else None for lesson in lessons])
     if learns:
         (loss_K * weight_K).sum().backward()  # summed, never averaged: no gradient depends on who shares the batch
     return answers_KN.detach()
+
+
+def _counted(lessons: Sequence[Lesson | None]) -> int:
+    """How many predictions count."""
+    return sum(lesson.row.counted for lesson in lessons if lesson)
 
 
 def _learns(lessons: Sequence[Lesson | None]) -> bool:
@@ -120,7 +127,10 @@ class Replay:
             self._record(kind, base, fields_4KT, weight_K, lessons)
         self._warm[kind] += 1
         recorded = self._recorded.get(kind)
-        answers_KN = recorded.play(fields_4KT, weight_K) if recorded else _read(base, fields_4KT, weight_K, lessons)
+        if recorded:
+            answers_KN = recorded.play(fields_4KT, weight_K)
+        else:
+            answers_KN = _read(base, fields_4KT, weight_K, lessons, _counted(lessons))
         answers: Answers = answers_KN.tolist()
         return answers
 

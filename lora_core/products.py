@@ -16,8 +16,8 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 
 
 def quick_product(x_NI: Tensor, weight_IO: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x W + b, N O.  In fp32 on a CPU a row has the same bits whoever is beside it, wherever it stands."""
-    if not _by_onednn(x_NI):
+    """x W + b, N O."""
+    if not multiplies_alone(x_NI):
         return F.linear(x_NI, weight_IO.mT, bias_O)
     y_MO = torch.ops.mkldnn._linear_pointwise(x_NI.flatten(0, -2), weight_IO.mT, bias_O, "none", [], "")
     y_NO: Tensor = torch.ops.aten._unsafe_view(y_MO, (*x_NI.shape[:-1], y_MO.shape[1]))  # some bases add to it in place
@@ -48,13 +48,14 @@ def add_product(y_KAB: Tensor | None, a_KAN: Tensor, b_KNB: Tensor) -> Tensor:
 
 def add_quick_product(y_KTO: Tensor, x_KTI: Tensor, weight_IO: Tensor) -> None:
     """Add x W to y, in place."""
-    if _by_onednn(x_KTI):
+    if multiplies_alone(x_KTI):
         y_KTO.add_(quick_product(x_KTI, weight_IO))
     else:
         y_KTO.flatten(0, 1).addmm_(x_KTI.flatten(0, 1), weight_IO)
 
 
-def _by_onednn(x_NI: Tensor) -> bool:
+def multiplies_alone(x_NI: Tensor) -> bool:
+    """Whether a row has the same bits whoever is beside it, how many, and wherever it stands: by oneDNN."""
     several = x_NI.numel() > x_NI.shape[-1]  # one alone is quicker the other way
     return _ONEDNN and several and x_NI.device.type == "cpu" and x_NI.dtype == torch.float32
 
@@ -86,7 +87,7 @@ QUICK: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: QuickLinear, Conv1D:
 
 
 def _product(x_NI: Tensor, weight_IO: Tensor, bias_O: Tensor | None) -> Tensor:
-    if not _by_onednn(x_NI):  # torch knows the gradient
+    if not multiplies_alone(x_NI):  # torch knows the gradient
         return quick_product(x_NI, weight_IO, bias_O)
     y_NO: Tensor = torch.ops.lora_core.quick_product(x_NI, weight_IO, bias_O)
     return y_NO

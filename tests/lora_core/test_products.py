@@ -28,7 +28,7 @@ def a_product(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
 
 @pytest.mark.usefixtures("one_thread")
 @given(of=a_product(), order=st.randoms(use_true_random=False), threads=st.sampled_from([1, 2]))
-def test_a_slots_bits_depend_on_no_neighbour_no_place_and_no_number_of_threads(
+def test_a_slots_bits_depend_on_no_neighbour_no_place_no_number_of_slots_and_none_of_threads(
     of: tuple[Tensor, Tensor, Tensor | None], order: Any, threads: int
 ) -> None:
     """What packed = alone rests on, whichever kernel oneDNN has for a shape."""
@@ -41,10 +41,12 @@ def test_a_slots_bits_depend_on_no_neighbour_no_place_and_no_number_of_threads(
     torch.set_num_threads(threads)
 
     moved_KTO, beside_KTO = (quick_product(x, weight_IO, bias_O) for x in (x_KTI[places], beside_KTI))
+    fewer_NO = quick_product(x_KTI.flatten(0, 1)[1:3], weight_IO, bias_O)
     torch.set_num_threads(1)
 
     assert torch.equal(moved_KTO, y_KTO[places])
     assert torch.equal(beside_KTO[0], y_KTO[places[0]])
+    assert len(fewer_NO) < 2 or torch.equal(fewer_NO, y_KTO.flatten(0, 1)[1:3])  # one alone is not multiplied so
     wanted = x_KTI.double() @ weight_IO.double() + (0 if bias_O is None else bias_O.double())
     torch.testing.assert_close(y_KTO.double(), wanted, rtol=1e-4, atol=1e-4)
 
