@@ -48,7 +48,7 @@ def load_within_budget(settings: FactorySettings, job: ClaimedJob) -> BaseModel:
     if settings.memory:
         known = outline(locate(name, revision))
         weights = Weights.of(known, default_dtype(device).itemsize)
-        check_base_fits(weights, job.base_quantised, settings.memory)
+        check_base_fits(weights, job.base_quantised or known.quantised, settings.memory)
     return load_base(name, revision, device, quantise=job.base_quantised)
 
 

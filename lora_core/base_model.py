@@ -25,7 +25,7 @@ from lora_core.batch import Batch, Windows, as_batch, fields_of
 from lora_core.data.packing import Row
 from lora_core.errors import BaseModelError, BaseUnfit, DeviceMissing
 from lora_core.products import quick_product, quicken
-from lora_core.quantised import QuantisedLinear, quantisation, unpack_on_use
+from lora_core.quantised import QuantisedLinear, packed_in, quantisation, unpack_on_use
 
 SHARDED = "auto"  # the device that means all GPUs: layers lie on one after another
 
@@ -54,7 +54,7 @@ class BaseModel:
     longest: int  # tokens an example may have: the base knows no later position
     windows: Windows  # how far back its layers look
     plain_head: bool  # logits are the last hidden state times the head's weight: no bias, scale or soft cap
-    quantised: str = ""  # 8bit, 4bit, or not
+    quantised: str = ""  # 8bit, 4bit, or not: as was asked for, or as its files are
 
     @property
     def frozen(self) -> list[Tensor]:
@@ -109,7 +109,10 @@ def outline(folder: Path) -> BaseModel:
     sites = tuple(Site(path, *widths(linear), -1 - n) for n, (path, linear) in enumerate(linears.items()))
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     longest, windows = positions(model.config), windows_of(model.config)
-    return BaseModel(model, None, str(folder), "", "", sites, transposed, longest, windows, plain_head=False)
+    packed = packed_in(model.config)
+    return BaseModel(
+        model, None, str(folder), "", "", sites, transposed, longest, windows, plain_head=False, quantised=packed
+    )
 
 
 def _config(folder: Path) -> PreTrainedConfig:
@@ -150,13 +153,15 @@ def load_base(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         why = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
         raise BaseModelError(name, why, "give a causal language model that transformers knows") from None
-    _check_loaded(name, model)
+    _check_loaded(name, model, quantise)
     model = model if placed else model.to(device)
     return freeze(model, tokenizer, name, revision or "main", fingerprint(folder, quantise), quantise)
 
 
-def _check_loaded(name: str, model: PreTrainedModel) -> None:
-    """Whether all of it is here, and its attention as long as rows are.  Raises BaseModelError."""
+def _check_loaded(name: str, model: PreTrainedModel, quantise: str) -> None:
+    """Whether all of it is here, as asked for, and its attention as long as rows are.  Raises BaseModelError."""
+    if quantise and (packed := packed_in(model.config)) != quantise:
+        raise BaseModelError(name, f"its files are in {packed} already", "unset LORA_QUANTISE, or take the whole base")
     if any(parameter.is_meta for parameter in model.parameters()):  # accelerate's word for what is left on CPU or disk
         raise BaseModelError(name, "it does not fit on the GPUs here", "add GPUs, or set LORA_QUANTISE to 8bit or 4bit")
     if model.config._attn_implementation != "sdpa" and not model._supports_attention_backend:
@@ -211,9 +216,8 @@ def freeze(
     sites = tuple(Site(path, *widths(linear), reads[path]) for path, linear in linears.items())
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     plain_head = _has_plain_head(model)
-    return BaseModel(
-        model, tokenizer, name, revision, digest, sites, transposed, longest, windows, plain_head, quantised
-    )
+    bits = quantised or packed_in(model.config)
+    return BaseModel(model, tokenizer, name, revision, digest, sites, transposed, longest, windows, plain_head, bits)
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from lora_core.products import quick_product
 
@@ -23,6 +23,16 @@ def quantisation(quantise: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def packed_in(config: PreTrainedConfig) -> str:
+    """The bits that a base's configuration says bitsandbytes has packed it in: 8bit, 4bit, or nothing.
+
+    Files can be packed already, whatever is asked for here.
+    """
+    given = getattr(config, "quantization_config", None) or {}
+    how = given if isinstance(given, dict) else given.to_dict()  # a file's, or a loaded model's
+    return next((bits for bits in ("8bit", "4bit") if how.get(f"load_in_{bits}")), "")
 
 
 def unpack_on_use(model: PreTrainedModel) -> None:

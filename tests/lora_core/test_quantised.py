@@ -14,11 +14,13 @@ from lora_core import base_files
 from lora_core.banks.lora import LoraBank, lora_bank
 from lora_core.banks.lora_sites import Link, LoraGroup, LoraSite, Lows, Sums
 from lora_core.base_files import fingerprint
-from lora_core.base_model import BaseModel, check_device, load_base
+from lora_core.base_model import BaseModel, check_device, load_base, outline
 from lora_core.cohort import Cohort
 from lora_core.data.packing import pack
-from lora_core.errors import BaseModelError
+from lora_core.errors import BaseModelError, ExportRefused, TrainingError
+from lora_core.export import merge
 from lora_core.forward import token_losses
+from lora_core.full_tuning import trainable
 from lora_core.learner import Learner
 from lora_core.quantised import quantisation
 from lora_core.train import train
@@ -51,6 +53,16 @@ def packed(request: pytest.FixtureRequest, folder: Path) -> BaseModel:
     return load_base(str(folder), quantise=request.param)
 
 
+@pytest.fixture(scope="session")
+def packed_files(packed: BaseModel, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose files are in few bits already, as hubs have them."""
+    made = tmp_path_factory.mktemp("packed") / packed.quantised
+    how = quantisation(packed.quantised, torch.float32)
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map={"": "cpu"}).save_pretrained(made)
+    make_tokenizer(CHATML).save_pretrained(made)
+    return made
+
+
 def digest(row_P: Tensor) -> str:
     """SHA-256 of a row."""
     return hashlib.sha256(row_P.numpy().tobytes()).hexdigest()
@@ -69,6 +81,26 @@ def test_a_quantised_base_has_the_same_sites_and_numbers_in_less_memory(folder: 
         sum(p.untyped_storage().nbytes() for p in base.model.model.layers.parameters()) for base in (packed, plain)
     ]
     assert sizes[0] < sizes[1] * {"4bit": 0.15, "8bit": 0.28}[packed.quantised]
+
+
+def test_a_base_whose_files_are_packed_is_a_quantised_one(packed: BaseModel, packed_files: Path) -> None:
+    """Nobody asked for it, but a delta must not be rounded into packed numbers, nor these be trained."""
+    base = load_base(str(packed_files))
+
+    assert (base.quantised, base.sites, base.digest) == (packed.quantised, packed.sites, fingerprint(packed_files))
+    assert outline(packed_files).quantised == packed.quantised
+    with pytest.raises(ExportRefused, match=f"{packed.quantised} weights"):
+        merge(base, {})
+    with pytest.raises(TrainingError, match=f"weights in {packed.quantised} cannot be trained"):
+        trainable(base)
+
+
+def test_a_base_whose_files_are_packed_is_packed_no_other_way(packed: BaseModel, packed_files: Path) -> None:
+    """It would keep its own bits, under the digest of others."""
+    other = {"4bit": "8bit", "8bit": "4bit"}[packed.quantised]
+
+    with pytest.raises(BaseModelError, match=f"files are in {packed.quantised} already; unset LORA_QUANTISE"):
+        load_base(str(packed_files), quantise=other)
 
 
 def test_a_fresh_row_is_the_quantised_base_exactly(packed: BaseModel) -> None:
