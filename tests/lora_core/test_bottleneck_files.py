@@ -1,5 +1,6 @@
 """Files of adapter layers: what is documented is what is written, and nothing else is read."""
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,20 @@ def test_files_mean_the_same_here_and_in_the_documented_lines_of_torch(
         torch.testing.assert_close(stock(tokens).logits, trained, atol=1e-5, rtol=1e-5)
     again = logits(base, wider, [None, wider.from_tensors(files.tensors, files.spec)], tokens)[1:]
     torch.testing.assert_close(again, trained, atol=1e-5, rtol=1e-5)
+
+
+def test_the_documented_lines_take_a_base_in_bf16(llama_base: BaseModel, tmp_path: Path) -> None:
+    """Which most are, as transformers loads them; tensors are in fp32."""
+    write(llama_base, tmp_path, spec())
+    stock = copy.deepcopy(llama_base.model).bfloat16()
+    known: dict[str, Callable[[PreTrainedModel, Path], None]] = {}
+    plain = stock(torch.tensor([[1, 2, 3]])).logits
+
+    exec(code_in(DOCS.read_text()), known)
+    known["apply_adapter"](stock, tmp_path)
+
+    assert stock(torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
+    assert not torch.equal(stock(torch.tensor([[1, 2, 3]])).logits, plain)
 
 
 def test_the_same_adapter_is_the_same_bytes(llama_base: BaseModel, tmp_path: Path) -> None:
