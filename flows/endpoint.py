@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 Check = Callable[[], Mapping[str, str]]  # what is wrong, by what is affected; empty when all is well
+CLIENT_SECONDS = 30.0  # for which a client that says nothing, or hears nothing, keeps a thread
 READY_SECONDS = 5.0  # for which an answer to /readyz is kept: probes come from several sides
 
 
@@ -122,7 +123,14 @@ def _answer(start: "StartResponse", status: str, body: Mapping[str, str]) -> lis
 
 
 class _Quiet(WSGIRequestHandler):
-    """Requests are not logged: probes come every few seconds."""
+    """Requests are not logged: probes come every few seconds, and some only knock and are gone."""
+
+    timeout = CLIENT_SECONDS
+
+    def handle(self) -> None:
+        """Answer one request, unless whoever asked has gone or never says what."""
+        with suppress(ConnectionError, TimeoutError):
+            super().handle()
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
