@@ -26,6 +26,9 @@ FINGERPRINTED = (
     "chat_template*",
     "*.tiktoken",
 )
+ADVICE = (
+    "generation_config.json"  # its makers': which tokens end an answer, and how to sample; no adapter depends on it
+)
 CONVERT = "convert them; pickles are never opened"
 QUANTISERS = ("bitsandbytes", "accelerate")
 
@@ -37,7 +40,7 @@ def locate(name: str, revision: str | None = None) -> Path:
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BaseModelError(name, "there is no such folder", "give a folder or a Hugging Face id")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*FINGERPRINTED]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*FINGERPRINTED, ADVICE]))
     except HFValidationError as error:
         raise BaseModelError(name, str(error).splitlines()[0], "give a folder or a Hugging Face id") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -57,7 +57,7 @@ def decode(base: BaseModel, lines: Sequence[Line]) -> list[list[int]]:
     seen = [[0] * rest + [1] * len(line.tokens) for rest, line in zip(rests, lines, strict=True)]
     steps, ends, device = max(line.most for line in lines), end_tokens(base), base.model.device
     settings = GenerationConfig(max_new_tokens=steps, eos_token_id=ends, pad_token_id=0)  # the likeliest token, always
-    with torch.inference_mode(), _asked_for_alone(base.model):
+    with torch.inference_mode(), unadvised(base.model):
         output_KT = base.model.generate(
             input_ids=torch.tensor(tokens, device=device), attention_mask=torch.tensor(seen, device=device),
             generation_config=settings, stopping_criteria=[_Limits(lines, width, device)],
@@ -68,7 +68,7 @@ def decode(base: BaseModel, lines: Sequence[Line]) -> list[list[int]]:
 
 
 @contextmanager
-def _asked_for_alone(model: PreTrainedModel) -> Iterator[None]:
+def unadvised(model: PreTrainedModel) -> Iterator[None]:
     """While inside, nothing of what a base's makers advise fills in what is not set: some of it counts the padding."""
     advised, model.generation_config = model.generation_config, GenerationConfig()
     try:

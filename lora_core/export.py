@@ -9,6 +9,7 @@ I inputs and O outputs of a site, R rank.
 import shutil
 import struct
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.base_files import FINGERPRINTED
+from lora_core.base_files import ADVICE, FINGERPRINTED
 from lora_core.base_model import BaseModel
+from lora_core.decoding import unadvised
 from lora_core.errors import BaseModelError, ExportRefused
 from lora_core.intake import AdapterFiles
 from lora_core.methods import AnyMethod, LoraSpec
@@ -170,16 +172,18 @@ def merge(base: BaseModel, found: Mapping[str, Delta]) -> None:
 def write_merged(folder: Path, base: BaseModel, base_folder: Path) -> None:
     """Write a merged base into an empty folder that transformers loads; the tokenizer's files are the base's own.
 
+    So is what its makers advise on generation, which transformers reads but does not write where it contradicts itself.
     Raises ExportRefused.
     """
     try:
-        base.model.save_pretrained(folder)
-    except (ValueError, NotImplementedError, SafetensorError) as error:  # a generation config that contradicts itself
+        with unadvised(base.model) if (base_folder / ADVICE).is_file() else nullcontext():
+            base.model.save_pretrained(folder)
+    except (ValueError, NotImplementedError, SafetensorError) as error:
         why = f"transformers cannot save its base: {str(error).strip().splitlines()[0][:200]}"
         raise ExportRefused("merged, this adapter", why, "mend the base's configuration") from None
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read what it writes
-    for pattern in FINGERPRINTED:
+    for pattern in (*FINGERPRINTED, ADVICE):
         for path in base_folder.glob(pattern):
             if path.is_file() and path.name != "config.json" and ".safetensors" not in path.name:
                 shutil.copyfile(path, folder / path.name)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from lora_core.base_files import count_parameters, fingerprint
 from lora_core.base_model import BaseModel, freeze, load_base, outline
 from lora_core.data.packing import pack
 from lora_core.data.rendering import IGNORED
+from lora_core.decoding import end_tokens
 from lora_core.errors import BaseModelError, BaseUnfit, DeviceMissing
 from lora_core.forward import token_losses
 from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, examples
@@ -198,3 +200,22 @@ def test_a_head_is_plain_at_every_width(width: int, dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=dtype)
 
     assert freeze(model, None).plain_head
+
+
+def test_a_base_from_the_hub_ends_its_answers_as_its_makers_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their word is in a file of its own, which no digest depends on."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        there = shutil.copytree(folder, folder.with_name("hub"))
+        for path in there.iterdir():
+            if not any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                path.unlink()
+        return str(there)
+
+    monkeypatch.setattr("lora_core.base_files.snapshot_download", download)
+
+    base = load_base("makers/base")
+
+    assert {3, 4} <= set(end_tokens(base) or ())
+    assert base.digest == fingerprint(folder)

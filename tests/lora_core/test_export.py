@@ -242,6 +242,22 @@ def test_merged_weights_give_the_adapters_logits(architecture: str, tmp_path: Pa
     assert tokenizers[0].chat_template == tokenizers[1].chat_template
 
 
+@pytest.mark.parametrize(
+    "advice", ['{"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": true}', '{"top_p": 0.9}']
+)
+def test_merged_weights_keep_what_the_bases_makers_advise(advice: str, tmp_path: Path) -> None:
+    """Which tokens end an answer is not in its config alone; the second contradicts itself, as several hubs' do."""
+    folder = save(made("llama"), tmp_path / "base")
+    (folder / "generation_config.json").write_text(advice)
+    base = load_base(str(folder))
+
+    (tmp_path / "merged").mkdir()
+    write_merged(tmp_path / "merged", base, folder)
+
+    assert (tmp_path / "merged" / "generation_config.json").read_text() == advice
+    assert base.model.generation_config.eos_token_id == ([2, 5] if "eos" in advice else None)
+
+
 def test_a_base_of_16_bits_is_merged_in_32_and_kept_in_16(tmp_path: Path) -> None:
     """As large as it was; each weight is the right one, rounded once."""
     folder = save(made("llama").to(torch.bfloat16), tmp_path / "base")
