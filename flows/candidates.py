@@ -47,7 +47,7 @@ class Candidate:
     learner: Learner
     held_out: tuple[Example, ...]
     cut: int  # examples that were longer than max_length
-    dropped: int  # examples with nothing to learn in that length, refused by the template, or read like a held-out one
+    dropped: int  # examples that teach nothing, as `Lessons` counts them
     live: AdapterFiles | None = None  # the version that `latest` points to now
     live_number: int | None = None
     search: Halving | None = None  # where its recipe asks for one
@@ -205,7 +205,8 @@ def _score_answers(base: BaseModel, bank: Bank, named: Sequence[tuple[Candidate,
 def _prompts(candidate: Candidate, base: BaseModel) -> list[tuple[list[int], str]]:
     limit = min(candidate.recipe.max_length, base.room(candidate.recipe.method.positions) - ANSWER_TOKENS)
     prompts = (_shown(render_prompt, example, base.tokenizer) for example in candidate.held_out)
-    return list(islice((prompt for prompt in prompts if prompt and 0 < len(prompt[0]) <= limit), ANSWERS_JUDGED))
+    fitting = (prompt for prompt in prompts if prompt and 0 < len(prompt[0]) <= limit and max(prompt[0]) < base.words)
+    return list(islice(fitting, ANSWERS_JUDGED))
 
 
 def _shown(way: Callable[..., Shown | None], *arguments: Any) -> Shown | None:  # whatever the way takes

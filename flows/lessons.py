@@ -19,7 +19,13 @@ class Lessons:
     judged: tuple[AnyRendered, ...]
     held_out: tuple[Example, ...]
     cut: int  # examples that were longer than max_length
-    dropped: int  # examples with nothing to learn in that length, refused by the template, or read like a held-out one
+    dropped: int  # examples of which nothing came, or what is judged by already
+
+
+# What to do against losses.
+SHORTER = "raise max_length, and row_tokens with it, or shorten what comes before the answers"
+OTHER_TURNS = "change their turns or choose another base"
+OTHER_WORDS = "leave those words out, or take a base whose tokenizer fits it"
 
 
 def read_lessons(label: str, examples: tuple[Example, ...], recipe: Recipe, base: BaseModel) -> Lessons:
@@ -45,6 +51,7 @@ class _Reader:
     def __init__(self, base: BaseModel, longest: int) -> None:
         self._base, self._longest = base, longest
         self._refused: list[str] = []
+        self._strange: list[str] = []  # tokens that the base does not know, one an example
         self._nothing = self._known = 0
 
     def read(self, examples: Iterable[Example], known: Container[tuple[int, ...]] = ()) -> tuple[AnyRendered, ...]:
@@ -60,6 +67,9 @@ class _Reader:
         except TemplateRefused as refusal:  # that one teaches nothing
             self._refused.append(str(refusal.args[0]))
             return None
+        if rendered and (last := max(rendered.tokens)) >= self._base.words:
+            self._strange.append(str(self._base.tokenizer.convert_ids_to_tokens(last)))
+            return None
         self._nothing += rendered is None
         return rendered
 
@@ -71,6 +81,8 @@ class _Reader:
             found.append(f"{self._nothing} have nothing to learn in their first {self._longest} tokens")
         if self._refused:
             found.append(f"{len(self._refused)} are refused by the base's chat template ({self._refused[0]})")
+        if self._strange:
+            found.append(f"{len(self._strange)} have tokens that the base has no embedding for ({self._strange[0]})")
         if self._known:
             found.append(f"{self._known} are read like one to judge by in their first {self._longest} tokens")
         return found
@@ -80,6 +92,7 @@ class _Reader:
         """What to do against most of the losses."""
         if not self.losses:
             return "add examples"
-        if self._nothing + self._known < len(self._refused):
-            return "change their turns or choose another base"
-        return "raise max_length, and row_tokens with it, or shorten what comes before the answers"
+        lost = {
+            SHORTER: self._nothing + self._known, OTHER_TURNS: len(self._refused), OTHER_WORDS: len(self._strange),
+        }  # fmt: skip
+        return max(lost, key=lambda fix: lost[fix])

@@ -79,6 +79,11 @@ class BaseModel:
         return as_batch(fields_4KT, self.model.dtype, self.windows, sum(row.counted for row in rows))
 
     @property
+    def words(self) -> int:
+        """How many tokens it has embeddings for: its tokenizer may have been given more, to fill rows with, say."""
+        return len(self.model.get_input_embeddings().weight)
+
+    @property
     def parameters(self) -> int:
         """How many numbers the base holds, however few bits each has; tied ones count once."""
         return int(self.model.num_parameters())

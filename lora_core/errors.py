@@ -12,7 +12,7 @@ LoraError
 ├── DeviceMissing         a device is not in this machine
 ├── MemoryTooSmall        not even one slot fits into a device's memory
 ├── ArtifactRefused       adapter files are hostile, broken or of another base
-├── PromptRefused         a prompt is empty, or leaves no room for an answer
+├── PromptRefused         a prompt is empty, leaves no room for an answer, or has a token that the base does not know
 ├── ExportRefused         an adapter has no place in another engine's files
 └── TrainingError         a user's training cannot start or go on
 
@@ -145,13 +145,18 @@ class ArtifactRefused(LoraError):
 
 
 class PromptRefused(LoraError):
-    """A prompt cannot be answered: how many tokens it has, and how many the base takes with the answer."""
+    """A prompt cannot be answered: how many tokens it has, and how many the base takes with the answer.
 
-    def __init__(self, tokens: int, longest: int) -> None:
-        super().__init__(tokens, longest)
+    Or which token the base's tokenizer makes of it, and the base does not know.
+    """
+
+    def __init__(self, tokens: int, longest: int, strange: int | None = None) -> None:
+        super().__init__(tokens, longest, strange)
 
     def __str__(self) -> str:
-        tokens, longest = self.args
+        tokens, longest, strange = self.args
+        if strange is not None:
+            return f"the prompt has token {strange}, which the base has no embedding for; leave that word out"
         if not tokens:
             return "the prompt has no tokens; say something"
         return f"the prompt has {tokens:,} tokens and the base takes {longest:,} with the answer; shorten it"

@@ -77,6 +77,8 @@ class Server:
     def _check(self, request: Request) -> None:
         if not 0 < len(request.prompt) < self.longest:
             raise PromptRefused(len(request.prompt), self.longest)
+        if max(request.prompt) >= self.base.words:
+            raise PromptRefused(len(request.prompt), self.longest, max(request.prompt))
 
     def _most(self, request: Request) -> int:
         """How long an answer may get: as asked for, and no longer than the base knows positions."""

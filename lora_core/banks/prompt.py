@@ -100,6 +100,8 @@ class PromptBank:
         tokens: list[int] = self.base.tokenizer(spec.start_text)["input_ids"]
         if not tokens:
             raise TrainingError(self.base.name, "its tokenizer makes nothing of start_text", "give another text")
+        if max(tokens) >= self.base.words:
+            raise TrainingError(self.base.name, "has no embedding for a token of start_text", "give another text")
         return (tokens * -(-spec.virtual_tokens // len(tokens)))[: spec.virtual_tokens]
 
 

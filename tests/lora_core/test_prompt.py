@@ -17,7 +17,7 @@ from lora_core.intake import read_artifact
 from lora_core.learner import Learner
 from lora_core.methods import PromptSpec
 from lora_core.train import train
-from tests.lora_core.conftest import ARCHITECTURES, T, examples, llama, make_tokenizer
+from tests.lora_core.conftest import ARCHITECTURES, WORDS, T, examples, llama, make_tokenizer
 from tests.lora_core.test_peft_parity import peft_loop
 from tests.lora_core.test_virtual_tokens import logits_of, user, virtual
 
@@ -100,12 +100,13 @@ def test_a_text_start_is_the_texts_embeddings_as_often_as_they_fit() -> None:
     assert not row_P.view(12, -1)[9:].any()
 
 
-def test_a_text_that_is_no_token_is_refused_before_its_user_joins_a_cohort() -> None:
+@pytest.mark.parametrize(("tokens", "why"), [([], "makes nothing"), ([1, WORDS], "no embedding for a token")])
+def test_a_text_that_is_no_token_is_refused_before_its_user_joins_a_cohort(tokens: list[int], why: str) -> None:
     """A tokenizer may make nothing of it: that is told as the bank is made, which is tried for each user alone."""
-    base = freeze(llama(), lambda text: {"input_ids": []}, "llama")
+    base = freeze(llama(), lambda text: {"input_ids": tokens}, "llama")
     spec = PromptSpec(start="text", start_text=" ")
 
-    with pytest.raises(TrainingError, match="makes nothing"):
+    with pytest.raises(TrainingError, match=why):
         PROMPT.make(base, [spec], 0)
 
 

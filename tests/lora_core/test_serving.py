@@ -216,6 +216,12 @@ def test_one_user_may_ask_in_several_rows(llama_base: BaseModel) -> None:
     assert shelf.loads == ["user4", "user4", "nobody"]
 
 
+def test_a_prompt_with_a_token_that_the_base_does_not_know_is_refused(llama_base: BaseModel) -> None:
+    """Tokenizers are given tokens to fill rows with, say, for which their bases have no embedding."""
+    with pytest.raises(PromptRefused, match=f"has token {WORDS}, which the base has no embedding for"):
+        Shelf(llama_base).server(llama_base, 2).answer([Request(None, (1, WORDS, 2))])
+
+
 @pytest.mark.parametrize("length", [0, 128, 500])
 def test_a_prompt_without_room_for_an_answer_is_refused(llama_base: BaseModel, length: int) -> None:
     """Before anything is computed."""
