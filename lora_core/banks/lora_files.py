@@ -16,6 +16,8 @@ CONFIG = "adapter_config.json"
 _PLAIN: Mapping[str, tuple[object, ...]] = {
     "bias": ("none",), "use_dora": (False, None), "modules_to_save": (None, []),
     "lora_bias": (False, None), "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None, []),  # from which on, and not before, the delta counts
+    "layer_replication": (None, []),  # the base's layers, some of them several times
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base
 }  # fmt: skip
 

@@ -224,6 +224,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "alpha text": (tamper_config(lora_alpha="1e3"), "lora_alpha"),
     "other method": (tamper_config(peft_type="IA3"), "peft_type"),
     "dora": (tamper_config(use_dora=True), "use_dora"),
+    "activated": (tamper_config(alora_invocation_tokens=[5, 6]), "alora_invocation_tokens"),
+    "layers again": (tamper_config(layer_replication=[[0, 1], [0, 1]]), "layer_replication"),
     "saved modules": (tamper_config(modules_to_save=["lm_head"]), "modules_to_save"),
     "rank pattern": (tamper_config(rank_pattern={".*": 512}), "rank_pattern"),
     "nan": (nan, "not finite"),

@@ -114,6 +114,8 @@ OWN = (
     "rank",
     "alpha",
     "dora",
+    "activated",
+    "layers again",
     "saved modules",
     "half a pair",
     "overlap",
