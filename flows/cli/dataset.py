@@ -1,12 +1,14 @@
 """`lora data`: look at users' files, and add them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from flows.cli.printing import AsJson, OwnReference, answer_one, say
 from flows.factory import Factory, add_data, read_data
-from lora_core.data.snapshot import IngestReport
+from lora_core.data.snapshot import IngestReport, TooManyBadRows
 from registry.names import Reference
 
 app = typer.Typer(no_args_is_help=True, help="Check and add users' datasets.")
@@ -23,11 +25,12 @@ MaxBad = Annotated[
 
 @app.command()
 def check(files: Files, max_bad: MaxBad = None, as_json: AsJson = False) -> None:
-    """Read files as `data add` would, and report every bad row; nothing is stored.
+    """Read files as `data add` would, and report bad rows, the first hundred one by one; nothing is stored.
 
     lora data check chats.jsonl more.csv.gz
     """
-    snapshot, report = read_data(Factory.from_environment(), files, max_bad)
+    with _refusal_told(as_json):
+        snapshot, report = read_data(Factory.from_environment(), files, max_bad)
     _tell(snapshot.digest, report, as_json)
 
 
@@ -41,11 +44,22 @@ def add(reference: OwnReference, files: Files, max_bad: MaxBad = None, as_json: 
     """
     factory = Factory.from_environment()
     factory.set_up()
-    digest, report = add_data(factory, Reference.parse_adapter(reference), files, max_bad)
+    with _refusal_told(as_json):
+        digest, report = add_data(factory, Reference.parse_adapter(reference), files, max_bad)
     _tell(digest, report, as_json)
 
 
-def _tell(digest: str, report: IngestReport, as_json: bool) -> None:
+@contextmanager
+def _refusal_told(as_json: bool) -> Iterator[None]:
+    """A dataset with too many bad rows is reported as any other before it is refused: nowhere is it needed more."""
+    try:
+        yield
+    except TooManyBadRows as refused:
+        _tell(None, refused.report, as_json)
+        raise
+
+
+def _tell(digest: str | None, report: IngestReport, as_json: bool) -> None:
     if not as_json:
         for problem in report.problems:
             say(str(problem))

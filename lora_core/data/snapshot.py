@@ -54,7 +54,8 @@ class TooManyBadRows(DatasetRefused):
 
     def __str__(self) -> str:
         source, why, fix, report = self.args
-        return "\n".join([f"{source}: {why}; {fix}", *map(str, report.problems[:10])])
+        first = f"; the first: {report.problems[0]}" if report.problems else ""
+        return f"{source}: {why}; {fix}{first}"
 
 
 def take_snapshot(
@@ -103,7 +104,8 @@ def _example(row: RawRow | RowProblem) -> Example | RowProblem:
 def _judge(source: str, report: IngestReport, policy: SkipPolicy) -> None:
     if report.bad > policy.max_bad_share * report.rows:
         why = f"{report.bad} of {report.rows} rows are wrong, more than {policy.max_bad_share:.0%}"
-        raise TooManyBadRows(source, why, "mend them, or allow more with --max-bad", report)
+        fix = "mend them (`lora data check` shows them), or allow more with LORA_MAX_BAD_SHARE"
+        raise TooManyBadRows(source, why, fix, report)
     if not report.kept:
         raise TooManyBadRows(source, "holds no example", "add rows", report)
 

@@ -297,6 +297,19 @@ def test_the_setting_says_how_many_rows_may_be_bad_where_nobody_else_does(
         assert lora("data", *command, str(path), *words, LORA_MAX_BAD_SHARE="0.6").code == code
 
 
+@pytest.mark.parametrize("command", [("check",), ("add", "acme/alice")])
+def test_of_a_refused_dataset_every_bad_row_is_told(lora: LoraHere, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """By line on standard output, or as JSON; why it is refused is one line on standard error."""
+    path = write_user(tmp_path / "a.jsonl", "hello", count=2)
+    path.write_text(path.read_text() + '{"prompt": "x"}\n' * 12)
+
+    told, facts = lora("data", *command, str(path)), lora("data", *command, str(path), "--json")
+
+    refused(told, 1, "12 of 14 rows are wrong, more than 10%", f"the first: {path}:3 completion: is missing")
+    assert all(f"{path}:{line} completion: is missing" in told.out for line in range(3, 15))
+    assert (facts.code, len(json.loads(facts.out)["problems"])) == (1, 12)
+
+
 @pytest.mark.parametrize(("named", "revision"), [(None, "v2"), ("default", "v2"), ("other", "main")])
 def test_the_revision_of_the_default_base_says_nothing_about_another(
     base_folder: Path, tmp_path: Path, named: str | None, revision: str

@@ -257,7 +257,7 @@ def test_too_many_bad_rows_refuse_the_dataset_with_the_first_of_them(tmp_path: P
     """A wrong export should not train a wrong adapter."""
     path = write(tmp_path / "a.jsonl", [*texts(8), {}, {}])
 
-    with pytest.raises(DatasetRefused, match=r"2 of 10 rows.*\n.*a.jsonl:9 row") as caught:
+    with pytest.raises(DatasetRefused, match=r"2 of 10 rows.*the first: .*a.jsonl:9 row") as caught:
         take_snapshot([path])
 
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
