@@ -10,6 +10,7 @@ from lora_core.errors import DatasetRefused
 
 csv.field_size_limit(1 << 24)
 
+OTHERS = (";", "\t", "|", ",")  # what spreadsheets of other countries, and files of another name, separate cells by
 # Lists inside a cell come as JSON; in some columns always, in others where it is no plain text.
 LISTS = {"messages": True, "conversations": True, "prompt": False, "chosen": False, "rejected": False}
 
@@ -28,7 +29,7 @@ def delimited(delimiter: str) -> Callable[[str, Bounded, Limits], Rows]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield RowProblem(name, reader.line_num, "row", f"is not CSV: {error}", "mend its quotes")
+                yield RowProblem(name, reader.line_num, "row", f"is not CSV: {error}", "mend its quotes and line ends")
                 continue
             if cells and not heading:
                 heading = _heading(name, cells, limits.columns)
@@ -63,6 +64,9 @@ class _Text:
 def _heading(name: str, cells: Sequence[str], most: int) -> Sequence[str]:
     if len(cells) > most:
         raise DatasetRefused(name, f"has {len(cells):,} columns, at most {most:,}", "keep the columns that are needed")
+    if len(cells) == 1 and (other := next((mark for mark in OTHERS if mark in cells[0]), None)):
+        why = f"has cells that {other!r} separates"
+        raise DatasetRefused(name, why, "save it with commas as .csv, or with tabs as .tsv")
     named = [cell for cell in cells if cell]
     twice = next((cell for index, cell in enumerate(named) if cell in named[:index]), None)
     if twice is not None:
@@ -74,7 +78,10 @@ def _row(name: str, number: int, heading: Sequence[str], cells: Sequence[str], d
     if len(cells) != len(heading):
         why = "has another number of cells than the heading"
         return RowProblem(name, number, "row", why, "quote cells that hold commas")
-    row: dict[str, object] = {key: cell for key, cell in zip(heading, cells, strict=True) if key}
+    # An empty cell is no list: so a table writes that a row has none.
+    row: dict[str, object] = {
+        key: cell for key, cell in zip(heading, cells, strict=True) if key and (cell or not LISTS.get(key))
+    }
     for key, always in LISTS.items():
         if isinstance(cell := row.get(key), str) and (always or cell.lstrip().startswith("[{")):
             try:

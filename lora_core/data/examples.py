@@ -259,7 +259,8 @@ def _text(value: object, field: str, blank: bool) -> str:
     if value is None:
         raise BadRow(field, "is missing", "add the text")
     if not isinstance(value, str):
-        raise BadRow(field, f"is {_shown(value)}, not text", "put it in quotes")
+        fix = "write it as one text" if isinstance(value, list | tuple | Mapping) else "put it in quotes"
+        raise BadRow(field, f"is {_shown(value)}, not text", fix)
     if not blank and not value.strip():
         raise BadRow(field, "is empty", "write the text that is to be learnt, or drop the row")
     if "\0" in value:

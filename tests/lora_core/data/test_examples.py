@@ -153,6 +153,7 @@ BAD: list[tuple[object, str, str]] = [
     ({"messages": [{"role": "assistant", "content": "  "}]}, "messages[0].content", "empty"),
     ({"messages": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "y"}]}, "messages[1]", "front"),
     ({"messages": ["hi"]}, "messages[0]", "not an object"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}, "messages[0].content", "as one text"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "as text"),
     (
         {"messages": [{"role": "assistant", "content": "x", "weight": 0}]},

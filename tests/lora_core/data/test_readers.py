@@ -285,6 +285,28 @@ def test_pairs_come_in_cells_as_text_or_as_lists_of_turns(tmp_path: Path) -> Non
     assert row.value == {"prompt": "q", "chosen": turns, "rejected": "[no]"}
 
 
+def test_an_empty_cell_is_no_list(tmp_path: Path) -> None:
+    """A table of rows of two kinds has columns for both."""
+    turns = [{"role": "assistant", "content": "yes"}]
+    rows = [{"messages": "", "prompt": "q", "completion": "a"}, {"messages": json.dumps(turns), "prompt": ""}]
+    (tmp_path / "x.csv").write_bytes(csv_bytes(rows))
+
+    snapshot, report = take_snapshot([str(tmp_path / "x.csv")])
+
+    assert (len(snapshot.examples), report.bad) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("x.csv", "prompt;completion\nq;a, b\n"), ("x.csv", "text|a\n"), ("x.tsv", "a,b\nq,a\n")]
+)
+def test_cells_apart_by_another_mark_are_told_once(tmp_path: Path, name: str, content: str) -> None:
+    """As a spreadsheet writes them where the comma stands in numbers; not as hundreds of bad rows."""
+    (tmp_path / name).write_text(content)
+
+    with pytest.raises(DatasetRefused, match=r"separates; save it with commas as \.csv"):
+        list(read_rows(str(tmp_path / name)))
+
+
 @pytest.mark.parametrize("line", [b"a,b\n1\n", b"a,b\n1,2,3\n", b'a,b\n"1,2\n'])
 def test_a_csv_row_of_the_wrong_shape_is_told(tmp_path: Path, line: bytes) -> None:
     """By line."""
