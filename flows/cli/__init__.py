@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
@@ -33,7 +34,7 @@ from flows.cli import (
     versions,
     working,
 )
-from flows.cli.printing import fail, in_words
+from flows.cli.printing import fail, in_words, installed, say
 from flows.errors import FlowError
 from lora_core.errors import LoraError
 from registry.errors import NotFound, RegistryError
@@ -46,6 +47,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        say(f"lora-factory {installed('lora-factory')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 # What `lora --help` shows, in this order: a heading, and the files whose commands stand under it.
 PANELS = {
     "The factory": (system, status, clock, metrics),

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
@@ -105,6 +106,14 @@ def shown(value: object) -> str:
     if isinstance(value, dict | list):
         return json.dumps(value, default=str)
     return plain(str(value))
+
+
+def installed(name: str) -> str:
+    """Which version of a distribution is installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def size(count: int) -> str:

@@ -2,14 +2,13 @@
 
 import platform
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.cli.printing import AsJson, answer, say
+from flows.cli.printing import AsJson, answer, installed, say
 from flows.factory import Factory
 from lora_core.errors import LoraError
 from registry.errors import RegistryError, StoreError
@@ -97,7 +96,7 @@ def _everything(factory: Factory, checks: list[dict[str, object]]) -> list[dict[
     settings = factory.settings.model_dump(mode="json", exclude=SECRET)
     rows: list[dict[str, object]] = [{"what": f"LORA_{key.upper()}", "state": value} for key, value in settings.items()]
     rows += [*checks[:-1], {"what": "python", "state": platform.python_version()}]
-    rows += [{"what": name, "state": _version(name)} for name in LIBRARIES]
+    rows += [{"what": name, "state": installed(name)} for name in LIBRARIES]
     return [*rows, checks[-1]]
 
 
@@ -150,13 +149,6 @@ def _tried(factory: Factory, what: str, check: Callable[[Factory], str]) -> dict
         return {"what": what, "state": check(factory)}
     except (RegistryError, LoraError) as error:
         return {"what": what, "state": f"error: {error}"}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _device(factory: Factory) -> str:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -295,6 +296,11 @@ def test_the_setting_says_how_many_rows_may_be_bad_where_nobody_else_does(
 
     for command in (("check",), ("add", "acme/alice")):
         assert lora("data", *command, str(path), *words, LORA_MAX_BAD_SHARE="0.6").code == code
+
+
+def test_the_command_says_which_version_it_is(lora: LoraHere) -> None:
+    """What anybody types first, and what a report of a bug begins with."""
+    assert lora("--version") == Said(0, f"lora-factory {version('lora-factory')}\n", "")
 
 
 @pytest.mark.parametrize("command", [("check",), ("add", "acme/alice")])
