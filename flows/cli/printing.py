@@ -100,7 +100,7 @@ def shown(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:#.4g}".removesuffix(".")
+        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:#.4g}".removesuffix(".")
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%d %H:%M:%S %Z")
     if isinstance(value, dict | list):

@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import pytest
 from sqlalchemy.engine import Engine
 
+from flows.cli.printing import shown
 from flows.factory import Factory, pin_base
 from flows.settings import FactorySettings
 from registry import jobs, queries
@@ -301,6 +302,14 @@ def test_the_setting_says_how_many_rows_may_be_bad_where_nobody_else_does(
 def test_the_command_says_which_version_it_is(lora: LoraHere) -> None:
     """What anybody types first, and what a report of a bug begins with."""
     assert lora("--version") == Said(0, f"lora-factory {version('lora-factory')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(0.0, "0.000"), (0.5, "0.5000"), (999.96, "1000"), (1234.5, "1,234.5"), (1.5e6, "1,500,000.0")]
+)
+def test_a_large_number_is_written_out(number: float, words: str) -> None:
+    """Device seconds of a month, and what they cost, are read by people who add them up."""
+    assert shown(number) == words
 
 
 @pytest.mark.parametrize("command", [("check",), ("add", "acme/alice")])
