@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flows.demo.corpus import Document, documents
+from flows.errors import Unready
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHAT_TEMPLATE = (  # ChatML
@@ -57,11 +58,13 @@ def make_base(folder: Path, seed: int = 0, say: Callable[[str], None] | None = N
     """A trained base in `folder`: the one already there, if it was made from the same plan, seed and text.
 
     It is made beside the folder and renamed when complete, so an interrupted call leaves nothing that looks finished.
+    Raises Unready where something else is in its place, such as a base of somebody's own.
     """
     plan, say = plan or Plan(), say or (lambda _: None)
     origin = _origin(plan, seed)
     if _is_made_from(folder, origin):
         return folder
+    _check_is_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
         made = Path(workshop) / folder.name
@@ -199,8 +202,15 @@ def _origin(plan: Plan, seed: int) -> str:
 def _is_made_from(folder: Path, origin: str) -> bool:
     try:
         return (folder / MADE).read_text(encoding="utf-8") == origin
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def _check_is_free(folder: Path) -> None:
+    """Only what was made here gives way: `lora demo --home .` may find `./base`, which cannot be made again."""
+    if (folder / MADE).is_file() or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    raise Unready(f"{folder} is there, and was not made by the demo", "name another folder with --home")
 
 
 def _move_in(made: Path, folder: Path, origin: str) -> None:
