@@ -1,7 +1,7 @@
 """`lora compare`: which method for this data, and what each costs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
@@ -9,6 +9,9 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from flows.cli.printing import AsJson, answer, console, remark, say, size
 from flows.cli.training import BaseOption, RecipeOption, SetOption
 from flows.factory import Factory
+
+if TYPE_CHECKING:
+    from lora_core.compare import Compared
 
 
 def register(app: typer.Typer) -> None:
@@ -56,16 +59,7 @@ def compare(
         before = comparing.bare(loaded, learner)
         missed: list[str] = []
         results = [*comparing.compare(loaded, learner, tell, lambda name, why: missed.append(f"{name}: {why}"))]
-    rows = [
-        {
-            "method": one.method, "rate": one.rate, "loss": round(one.loss, 4),
-            "gain": round(before.loss - one.loss, 4),
-            "accuracy": None if one.accuracy is None else f"{one.accuracy:.1%}", "trained": one.parameters,
-            "share": f"{one.share:.2%}", "peak": size(one.peak_bytes), "seconds": round(one.seconds, 2),
-            "file": size(one.file_bytes), "fit": one.fit,
-        }
-        for one in results
-    ]  # fmt: skip
+    rows = [_row(one, before.loss, as_json) for one in results]
     answer(rows, as_json, "", None if as_json else f"{learner.name}: the base alone loses {before.loss:.4f}")
     for line in missed:
         remark(f"not compared: {line}")
@@ -75,6 +69,22 @@ def compare(
             say(line)
         _show_examples()
         say(f"picture   {path}")
+
+
+def _row(one: "Compared", base_loss: float, as_json: bool) -> dict[str, object]:
+    """One method's figures; programs are told bytes and shares as numbers."""
+    share, accuracy, peak, file = one.share, one.accuracy, one.peak_bytes, one.file_bytes
+    words = {
+        "accuracy": None if accuracy is None else f"{accuracy:.1%}", "share": f"{share:.2%}", "peak": size(peak),
+        "file": size(file),
+    }  # fmt: skip
+    numbers = {"accuracy": accuracy, "share": share, "peak": peak, "file": file}
+    row = {
+        "method": one.method, "rate": one.rate, "loss": round(one.loss, 4), "gain": round(base_loss - one.loss, 4),
+        "accuracy": None, "trained": one.parameters, "share": None, "peak": None, "seconds": round(one.seconds, 2),
+        "file": None, "fit": one.fit,
+    }  # fmt: skip
+    return row | (numbers if as_json else words)
 
 
 def _show_examples() -> None:

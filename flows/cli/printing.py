@@ -1,6 +1,7 @@
 """How commands answer: tables for people, JSON for programs, one line on stderr for what went wrong."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -14,6 +15,7 @@ from rich.table import Table
 
 # What people wrote is shown as they wrote it: rich would take [words] for its markup and :words: for pictures.
 console = Console(markup=False, emoji=False)
+_unbounded = Console(markup=False, emoji=False, width=1 << 20)
 Row = Mapping[str, object]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Answer as JSON, for programs.")]
@@ -71,7 +73,7 @@ def answer(rows: Sequence[Row], as_json: bool, empty: str, title: str | None = N
     elif not rows:
         say(empty)
     else:
-        console.print(table(rows, title))
+        print_table(table(rows, title))
 
 
 def answer_one(row: Row, as_json: bool) -> None:
@@ -82,6 +84,12 @@ def answer_one(row: Row, as_json: bool) -> None:
     width = max(len(key) for key in row)
     for key, value in row.items():
         say(f"{key:<{width}}  {shown(value)}")
+
+
+def print_table(made: Table) -> None:
+    """A table, folded to the terminal's width; where none looks, each row is a line, for grep and the like."""
+    folded = console.is_terminal or "COLUMNS" in os.environ
+    (console if folded else _unbounded).print(made)
 
 
 def table(rows: Sequence[Row], title: str | None = None) -> Table:

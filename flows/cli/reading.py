@@ -35,7 +35,7 @@ def list_(
         names = [tenant] if tenant else [one.name for one in queries.tenants(session)]
         # Each is entered by its name: on PostgreSQL nothing else shows its rows.
         found = [(name, queries.listing(session, queries.tenant_id(session, name), limit + 1)) for name in names]
-    rows = [_listed(name, one) for name, some in found for one in some[:limit]]
+    rows = [_listed(name, one, as_json) for name, some in found for one in some[:limit]]
     answer(rows, as_json, "no adapters yet; train one: lora train TENANT/USER --data FILE --base BASE")
     if any(len(some) > limit for _, some in found):
         remark("... and more; raise --limit")
@@ -95,7 +95,7 @@ def show(reference: VersionReference, as_json: AsJson = False) -> None:
         dataset, base, job = queries.lineage(session, tenant, version)
         scores = queries.scores(session, tenant, version)
         removed = retention.gone(session, tenant, version.adapter_id).get(version.id)
-    facts = _version_facts(wanted, version) | _cost(version) | ({"removed": removed} if removed else {})
+    facts = _version_facts(wanted, version, as_json) | _cost(version) | ({"removed": removed} if removed else {})
     made_from = {
         "base": f"{base.name} ({', '.join(filter(None, (base.quantised, base.digest[:12])))})",
         "dataset": f"{dataset.digest[:12]}, {dataset.examples} examples",
@@ -106,19 +106,19 @@ def show(reference: VersionReference, as_json: AsJson = False) -> None:
     answer_one({**facts, **made_from, "recipe": version.recipe, "scores": scores}, as_json)
 
 
-def _listed(tenant: str, one: Listed) -> dict[str, object]:
+def _listed(tenant: str, one: Listed, as_json: bool) -> dict[str, object]:
     return {
         "adapter": Reference(tenant, one.user, one.adapter).label,
         "latest": one.latest.number if one.latest else None,
         "versions": one.head,
         "base loss": _figure(one.base, "loss"),
         "loss": _figure(one.candidate, "loss"),
-        "size": size(one.latest.size) if one.latest else None,
+        "size": one.latest and _size(one.latest, as_json),
         "made": one.latest.created_at if one.latest else None,
     }
 
 
-def _version_facts(wanted: Reference, version: AdapterVersion) -> dict[str, object]:
+def _version_facts(wanted: Reference, version: AdapterVersion, as_json: bool) -> dict[str, object]:
     return {
         "reference": f"{wanted.label}:{version.number}",
         "state": version.state,
@@ -127,9 +127,14 @@ def _version_facts(wanted: Reference, version: AdapterVersion) -> dict[str, obje
         "served name": version.served_name,
         "prefix": version.prefix,
         "manifest sha256": version.sha256,
-        "size": size(version.size),
+        "size": _size(version, as_json),
         "trained parameters": version.parameters,
     }
+
+
+def _size(version: AdapterVersion, as_json: bool) -> int | str:
+    """Programs are told bytes."""
+    return version.size if as_json else size(version.size)
 
 
 def _cost(version: AdapterVersion) -> dict[str, object]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.printing import AsJson, OwnReference, console, say, table
+from flows.cli.printing import AsJson, OwnReference, print_table, say, table
 from flows.cli.training import GOOD, BaseOption, RecipeOption, SetOption, not_trained, progress_bar
 from flows.factory import Factory, Pinned, add_data, pin_base, read_data, request_training
 from registry.names import Reference
@@ -101,6 +101,6 @@ def _show(trials: Trials, outcome: dict[str, str], as_json: bool) -> None:
         sys.stdout.write(json.dumps({**outcome, "trials": trials}, indent=2) + "\n")
         return
     if trials:
-        console.print(table(table_rows(trials)))
+        print_table(table(table_rows(trials)))
     facts = [f"version {outcome['version']}"] if outcome.get("version", "-") != "-" else []
     say(": ".join([f"{outcome['user']} {outcome['result']}", *facts, *([outcome["why"]] if "why" in outcome else [])]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from flows.cli.printing import console, say, size, table
+from flows.cli.printing import console, print_table, say, size, table
 from flows.demo.people import Person, write_people
 from flows.demo.tiny_base import make_base
 from flows.factory import Factory, add_data, pin_base, request_training
@@ -112,7 +112,7 @@ def _run_flow(jobs: Sequence[Enqueued]) -> None:
 
 def _show(factory: Factory, people: Sequence[Person], base: Path, anew: bool) -> None:
     """What the registry says of everybody, from pulled files; then one user before and after."""
-    console.print(table([_row(factory, person) for person in people]))
+    print_table(table([_row(factory, person) for person in people]))
     for person in people:
         say(f"{_reference(person).label:<12} {person.habit}")
     _try_stock_peft(factory, people[0], base)

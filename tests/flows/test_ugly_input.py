@@ -305,11 +305,37 @@ def test_the_command_says_which_version_it_is(lora: LoraHere) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(0.0, "0.000"), (0.5, "0.5000"), (999.96, "1000"), (1234.5, "1,234.5"), (1.5e6, "1,500,000.0")]
+    ("number", "words"),
+    [(0.0, "0.000"), (0.5, "0.5000"), (999.96, "1000"), (1234.5, "1,234.5"), (1.5e6, "1,500,000.0")],
 )
 def test_a_large_number_is_written_out(number: float, words: str) -> None:
     """Device seconds of a month, and what they cost, are read by people who add them up."""
     assert shown(number) == words
+
+
+@pytest.mark.usefixtures("published")
+def test_where_no_terminal_is_a_row_is_a_line(lora: LoraHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lora protect acme | grep ...` finds what a fold would have cut in two; COLUMNS folds all the same."""
+    monkeypatch.delenv("COLUMNS")
+
+    whole = lora("protect", "acme", "beta", "--reason", "x" * 90).out.splitlines()
+    folded = lora("protect", "acme", COLUMNS="60").out.splitlines()
+
+    assert any("beta" in line and "x" * 90 in line for line in whole)
+    assert max(map(len, folded)) <= 60
+
+
+@pytest.mark.usefixtures("published")
+def test_programs_are_told_sizes_in_bytes(lora: LoraHere) -> None:
+    """By `lora list` and `show` as by `cache list` and `export`; people in larger units."""
+    (listed,), shown_ = (
+        json.loads(lora("list", "acme", "--json").out),
+        json.loads(lora("show", "acme/alice", "--json").out),
+    )
+
+    assert isinstance(listed["size"], int)
+    assert listed["size"] == shown_["size"]
+    assert f"{listed['size']} B" in lora("list", "acme").out
 
 
 @pytest.mark.parametrize("command", [("check",), ("add", "acme/alice")])
