@@ -126,9 +126,9 @@ def _newest(
     wanted: Reference, adapter: AdapterId | None, dataset: Dataset | None
 ) -> tuple[AdapterId, Dataset] | NotFound:
     if adapter is None:
-        return NotFound("adapter", f"{wanted.user}/{wanted.adapter}", "see `lora list TENANT` for those there are")
+        return NotFound("adapter", wanted.label, f"add its data first: lora data add {wanted.label} FILE")
     if dataset is None:
-        return NotFound("dataset of", wanted.user, "add one: lora data add TENANT/USER FILE")
+        return NotFound("dataset of", wanted.label, f"add one: lora data add {wanted.label} FILE")
     return adapter, dataset
 
 

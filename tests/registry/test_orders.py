@@ -144,8 +144,12 @@ def test_the_newest_data_of_many_are_those_of_each(engine: Engine) -> None:
         for one in wanted[:2]:
             holder = queries.holder(session, tenant, one.user, one.adapter)
             assert found[one] == (holder.adapter.id, queries.newest_dataset(session, tenant, holder))
-    assert "no dataset of empty" in str(found[wanted[2]])
-    assert isinstance(found[wanted[3]], NotFound)
+    missing = [found[one] for one in wanted[2:]]
+    assert all(isinstance(one, NotFound) for one in missing)
+    assert [str(one) for one in missing] == [
+        "there is no dataset of acme/empty; add one: lora data add acme/empty FILE",
+        "there is no adapter acme/nobody; add its data first: lora data add acme/nobody FILE",
+    ]
 
 
 def test_one_who_asks_alone_is_refused_by_an_error(engine: Engine) -> None:
