@@ -30,8 +30,9 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Wish:
-    """A schedule as somebody wants it."""
+    """A schedule as somebody wants it, and the line that says so."""
 
+    line: int
     reference: Reference
     timing: Timing
     terms: Terms
@@ -59,7 +60,7 @@ def read_wishes(path: Path, tenant: str) -> tuple[list[Wish], list[BadLine]]:
         try:
             if isinstance(given, str):
                 raise FieldRefused("line", given, _FIX[path.suffix.lower()])
-            wish = _wish(given, tenant)
+            wish = _wish(number, given, tenant)
             if (before := seen.setdefault(wish.reference.label, number)) != number:
                 raise FieldRefused("user", f"line {before} is about the same adapter", "keep one of them")
             wishes.append(wish)
@@ -90,7 +91,7 @@ def _timing_and_terms(given: Given) -> tuple[Timing, Terms]:
     return _tried(way, lambda: _timing(way, given, zone)), _tried("priority", terms.check)
 
 
-def _wish(given: Given, tenant: str) -> Wish:
+def _wish(line: int, given: Given, tenant: str) -> Wish:
     if unknown := [name for name in given if name not in FIELDS]:
         raise FieldRefused(str(unknown[0])[:40], "is no field", f"fields are {', '.join(FIELDS)}")
     if not _is_given(given, "user"):
@@ -100,7 +101,7 @@ def _wish(given: Given, tenant: str) -> Wish:
     timing, terms = _timing_and_terms(given)
     base = str(given["base"]) if _is_given(given, "base") else None
     overrides = _overrides(given)
-    return Wish(reference, timing, terms, base, _tried("recipe", lambda: _recipe(given, overrides)))
+    return Wish(line, reference, timing, terms, base, _tried("recipe", lambda: _recipe(given, overrides)))
 
 
 def _overrides(given: Given) -> list[str]:

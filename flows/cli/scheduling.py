@@ -9,6 +9,7 @@ import typer
 from flows.cli.printing import AsJson, Limit, OwnReference, Page, answer, fail, remark, say
 from flows.cli.training import BaseOption, RecipeOption, SetOption
 from flows.factory import Factory, now
+from lora_core.errors import BaseModelError
 from registry import queries, schedules
 from registry.models import Schedule
 from registry.names import Reference, check_plain
@@ -17,7 +18,7 @@ from registry.session import reading, transaction
 from registry.timing import Quiet, Timing
 
 if TYPE_CHECKING:
-    from flows.wishes import Wish
+    from flows.wishes import BadLine, Wish
 
 MOST_SHOWN = 100  # bad lines of a file; the rest are counted
 
@@ -98,32 +99,49 @@ def load(
     factory = Factory.from_environment()
     factory.set_up()
     wishes, bad = read_wishes(file, check_plain("tenant", tenant))
-    pinned = _pinned(factory, {wish.base or base for wish in wishes})
+    pinned, missing = _pinned(factory, wishes, base)
+    wishes = [wish for wish in wishes if wish.base in pinned]
+    bad = sorted([*bad, *missing], key=lambda one: one.line)
     for one in bad[:MOST_SHOWN]:
         fail(f"{file}:{one.line}: {one.field}: {one.why}; {one.fix}", 1)
     if len(bad) > MOST_SHOWN:
         fail(f"... and {len(bad) - MOST_SHOWN} more bad lines", 1)
     if not dry_run and wishes and (keep_good or not bad):
-        _put_all(factory, wishes, pinned, base)
+        _put_all(factory, wishes, pinned)
     counts = f"{len(wishes)} good lines, {len(bad)} bad"
     say(f"{counts}: {'nothing set' if dry_run or (bad and not keep_good) else f'{len(wishes)} schedules set'}")
     if bad:
         raise typer.Exit(4 if keep_good and wishes and not dry_run else 1)
 
 
-def _pinned(factory: Factory, bases: set[str | None]) -> dict[str | None, str]:
-    """The full name of each base that is named, read once.  Raises BaseModelError, Unready."""
+def _pinned(
+    factory: Factory, wishes: "Sequence[Wish]", base: str | None
+) -> "tuple[dict[str | None, str], list[BadLine]]":
+    """The full name of each base that lines name, read once, and the lines whose base is not there.
+
+    Raises BaseModelError, Unready for the base of those that name none.
+    """
     from flows.factory import pin_base
+    from flows.wishes import BadLine
 
-    return {name: pin_base(factory, name).name for name in bases}
+    pinned, missing = dict[str | None, str](), dict[str, BaseModelError]()
+    for name in {wish.base for wish in wishes}:
+        try:
+            pinned[name] = pin_base(factory, name or base).name
+        except BaseModelError as error:
+            if name is None:
+                raise
+            missing[name] = error
+    lost = [(wish.line, *missing[wish.base].args) for wish in wishes if wish.base in missing]
+    return pinned, [BadLine(line, "base", f"{name[:200]}: {why}", fix) for line, name, why, fix in lost]
 
 
-def _put_all(factory: Factory, wishes: "Sequence[Wish]", bases: Mapping[str | None, str], base: str | None) -> None:
+def _put_all(factory: Factory, wishes: "Sequence[Wish]", bases: Mapping[str | None, str]) -> None:
     """Every schedule in one transaction."""
     with transaction(factory.engine) as session:
         for wish in wishes:
             holder = queries.ensure_adapter(session, wish.reference, now())
-            body, name = wish.recipe.model_dump(mode="json"), bases[wish.base or base]
+            body, name = wish.recipe.model_dump(mode="json"), bases[wish.base]
             schedules.put(session, holder.tenant_id, holder, wish.timing, name, body, now(), wish.terms)
 
 

@@ -92,6 +92,19 @@ def test_every_bad_line_is_told_and_nothing_is_set_unless_the_good_ones_are_want
     assert users() == ["good"]
 
 
+def test_a_line_whose_base_is_not_there_is_a_bad_line(load: Load, tmp_path: Path) -> None:
+    """Beside the others that are bad, and the good ones can be set without it."""
+    path = tmp_path / "wishes.csv"
+    path.write_text("user,every,base\na,6h,\nb,6h,/nowhere\nc,6,\n")
+
+    told, kept = load(path), load(path, "--keep-good")
+
+    assert (told.code, told.out) == (1, "1 good lines, 2 bad: nothing set\n")
+    assert "wishes.csv:3: base: /nowhere: there is no such folder; give a folder or a Hugging Face id\n" in told.err
+    assert "wishes.csv:4: every:" in told.err
+    assert (kept.code, users()) == (4, ["a"])
+
+
 def test_what_is_set_goes_on_top_of_a_recipe_that_is_an_object(load: Load, tmp_path: Path) -> None:
     """As on top of one in a file."""
     path = tmp_path / "schedules.jsonl"
