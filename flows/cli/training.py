@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flows.cli.printing import AsJson, answer, console, say
+from flows.cli.printing import AsJson, answer, console, remark, say
 from flows.factory import Factory, add_data, pin_base, request_training
 from flows.leaving import Leave
 from flows.logs import set_up_logs
@@ -72,7 +72,7 @@ def train(
         add_data(factory, wanted[0], data)
     with transaction(factory.engine) as session:
         jobs = {one.label: request_training(session, one, pinned, settled) for one in wanted}
-    with at_work(factory):
+    with stop_told(), at_work(factory):
         asked = [job.job_id for job in jobs.values() if not job.unchanged]
         rows = [row for trained in cohorts(factory, asked, quiet=as_json) for row in trained]
     for label in jobs.keys() - {row["user"] for row in rows}:
@@ -99,6 +99,18 @@ def cohorts(
         yield report.rows(cohort)
         if only is not None:  # who was put off would be asked for again, and again be too large
             only = [job for job in only if job not in cohort.put_off]
+
+
+@contextmanager
+def stop_told() -> Iterator[None]:
+    """Whoever stops a training by Ctrl-C has asked for it all the same, and is told so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        remark(
+            "stopped; whoever is not done waits in the queue: run it again, or take it back with `lora queue cancel`"
+        )
+        raise
 
 
 @contextmanager

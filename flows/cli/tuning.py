@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.printing import AsJson, OwnReference, print_table, say, table
-from flows.cli.training import GOOD, BaseOption, RecipeOption, SetOption, not_trained, progress_bar
+from flows.cli.training import GOOD, BaseOption, RecipeOption, SetOption, not_trained, progress_bar, stop_told
 from flows.factory import Factory, Pinned, add_data, pin_base, read_data, request_training
 from registry.names import Reference
 from registry.orders import Enqueued
@@ -86,7 +86,7 @@ def _published(factory: Factory, wanted: Reference, job: Enqueued, quiet: bool) 
         manifest = factory.client.pull(f"{wanted.label}:{job.number}") / "manifest.json"
         trials: Trials = json.loads(manifest.read_text(encoding="utf-8"))["search"]["trials"]
         return trials, not_trained(factory, wanted.label, job)
-    with at_work(factory), progress_bar(quiet) as watch:
+    with stop_told(), at_work(factory), progress_bar(quiet) as watch:
         cohort = run_cohort(factory, [job.job_id], watch)
     if cohort is None:
         return [], not_trained(factory, wanted.label, job)

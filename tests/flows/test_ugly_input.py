@@ -18,6 +18,7 @@ from sqlalchemy.engine import Engine
 
 from flows.cli.printing import shown
 from flows.factory import Factory, pin_base
+from flows.lora import main
 from flows.settings import FactorySettings
 from registry import jobs, queries
 from registry.names import Reference
@@ -297,6 +298,37 @@ def test_the_setting_says_how_many_rows_may_be_bad_where_nobody_else_does(
 
     for command in (("check",), ("add", "acme/alice")):
         assert lora("data", *command, str(path), *words, LORA_MAX_BAD_SHARE="0.6").code == code
+
+
+def test_ctrl_c_is_quiet_while_the_command_line_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes a second, in which one sees what one has typed."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.__import__", stopped)
+    with pytest.raises(SystemExit) as left:
+        main()
+    monkeypatch.undo()
+
+    assert left.value.code == 130
+
+
+def test_who_stops_a_training_is_told_that_it_is_asked_for(
+    lora: LoraHere, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its job waits: a worker would train it, and publish."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.work.run_cohort", stopped)
+    data = write_user(tmp_path / "a.jsonl", "hello")
+    said = lora("train", "acme/alice", "--data", str(data), "--base", str(base_folder))
+
+    assert (said.code, said.out) == (130, "")
+    assert "waits in the queue: run it again, or take it back with `lora queue cancel`" in said.err
+    assert "queued" in lora("queue", "list").out
 
 
 def test_the_command_says_which_version_it_is(lora: LoraHere) -> None:
