@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flows.errors import Unready
 from flows.factory import Factory
+from flows.fitting import place_recorded
 from flows.records import recorded_methods
 from lora_core.base_files import fingerprint, locate
 from lora_core.base_model import load_base, outline
@@ -60,9 +61,10 @@ class Origin:
             row = queries.version(session, tenant, exactly)
             _, base, _ = queries.lineage(session, tenant, row)
         recorded = [as_lora(spec) for spec in recorded_methods(row.recipe)]
-        folder = locate(base_name or base.name, base.revision)
+        name, revision = (base_name, base.revision) if base_name else place_recorded(factory.settings, base)
+        folder = locate(name, revision)
         if fingerprint(folder, base.quantised) != base.digest:
-            raise Unready(f"{base_name or base.name} is not the base that {text} was trained on", "pass it with --base")
+            raise Unready(f"{name} is not the base that {text} was trained on", "pass it with --base")
         return cls(version, factory.client.fetch(version), base, folder, recorded)
 
     @property

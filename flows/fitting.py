@@ -54,8 +54,13 @@ def load_within_budget(settings: FactorySettings, job: ClaimedJob) -> BaseModel:
 
 def load_recorded(settings: FactorySettings, made_on: SharedBase) -> BaseModel:
     """The base that a version was trained on, as it is here now: whether it is the same, its digest tells."""
-    name, revision = _place_of(settings, made_on.name, made_on.revision, made_on.quantised, made_on.digest)
+    name, revision = place_recorded(settings, made_on)
     return load_base(name, revision, settings.device or None, quantise=made_on.quantised)
+
+
+def place_recorded(settings: FactorySettings, made_on: SharedBase) -> tuple[str, str | None]:
+    """Where the base is on this machine that a version was trained on, and its revision."""
+    return _place_of(settings, made_on.name, made_on.revision, made_on.quantised, made_on.digest)
 
 
 def _place_of(

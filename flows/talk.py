@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flows.errors import Unready
 from flows.factory import Factory
+from flows.fitting import place_recorded
 from flows.records import recorded_methods
 from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel, load_base
@@ -66,7 +67,8 @@ class Talk:
         factory = Factory.from_environment()
         made_on = find(factory, reference).made_on
         device = factory.settings.device or None
-        base = load_base(base_name or made_on.name, made_on.revision, device, quantise=made_on.quantised)
+        name, revision = (base_name, made_on.revision) if base_name else place_recorded(factory.settings, made_on)
+        base = load_base(name, revision, device, quantise=made_on.quantised)
         talk = cls(factory, base)
         talk.turn_to(reference)
         return talk

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
+from sqlalchemy.orm import Session
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows import export
@@ -19,7 +22,9 @@ from flows.talk import Talk
 from flows.work import run_cohort
 from lora_core.errors import ExportRefused
 from lora_core.recipe import load_recipe
+from registry import queries
 from registry.errors import NotFound
+from registry.models import Dataset, Job, SharedBase
 from registry.names import Reference
 from registry.session import transaction
 from tests.flows.conftest import QUICK, write_user
@@ -51,6 +56,29 @@ def test_a_published_version_becomes_a_gguf_adapter(factory: Factory, tmp_path: 
     assert reader.fields["adapter.lora.alpha"].contents() == pytest.approx(32 / 4**0.5 * 4)
     assert bytes_in(tmp_path / "alice.gguf") == (tmp_path / "alice.gguf").stat().st_size
     assert os.listdir(tmp_path) == ["alice.gguf"]
+
+
+def test_a_base_that_has_moved_is_found_where_lora_base_is(
+    factory: Factory, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by workers, `lora matrix` and `reproduce`: for exports and for talks, nobody needs to say --base."""
+    moved, lineage = tmp_path / "moved", queries.lineage
+    shutil.copytree(base_folder, moved)
+
+    def gone(session: Session, *of: Any) -> tuple[Dataset, SharedBase, Job]:
+        dataset, base, job = lineage(session, *of)
+        session.expunge(base)
+        base.name = "/nowhere/base"
+        return dataset, base, job
+
+    monkeypatch.setattr(queries, "lineage", gone)
+    here = Factory(factory.settings.model_copy(update={"base": str(moved)}))
+    monkeypatch.setattr(Factory, "from_environment", lambda: here)
+
+    origin = export_gguf(here, "acme/alice", tmp_path / "alice.gguf")
+
+    assert origin.base_folder == moved
+    assert Talk.of("acme/alice").base.name == str(moved)
 
 
 def test_a_published_version_becomes_a_model_of_its_own(
