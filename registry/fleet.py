@@ -32,6 +32,7 @@ from registry.names import LATEST, TenantId, check_plain, check_user, check_word
 from registry.protection import check_movable
 
 _COLUMNS = ("tenant_id", "adapter_id", "name", "kind", "from_id", "to_id", "actor", "reason", "at", "fleet_id")
+_NOBODY = ("no adapter's alias would move", "see `lora list`, or change --where")
 _CONDITIONS = "user=NAME, user=START*, adapter=NAME, base=DIGEST, since=TIME and until=TIME, such as since=2026-03-01"
 
 
@@ -76,10 +77,11 @@ class Where:
 
 @dataclass(frozen=True)
 class FleetMove:
-    """What was moved: the number to take it back by, and how many adapters' aliases."""
+    """What was moved: the number to take it back by, how many adapters' aliases, and how many of them it made."""
 
     fleet_id: int
     count: int
+    made: int
 
 
 def promote_all(
@@ -122,7 +124,7 @@ def promote_all(
         )
     )
     session.execute(insert(AliasMove).from_select(_COLUMNS, chosen))
-    return _carry_out(session, tenant, alias, fleet_id)
+    return _carry_out(session, tenant, alias, fleet_id, _NOBODY)
 
 
 def roll_back_all(
@@ -156,7 +158,8 @@ def roll_back_all(
         ~exists().where(Tombstone.version_id == done.from_id),
     )
     session.execute(insert(AliasMove).from_select(_COLUMNS, chosen))
-    return _carry_out(session, tenant, alias, number)
+    why = f"nothing of move {undone} can be taken back: what it made has no version before it, or one that is gone"
+    return _carry_out(session, tenant, alias, number, (f"{why}, or has moved since", "see `lora history TENANT/USER`"))
 
 
 def _begin(
@@ -185,12 +188,15 @@ def _words(alias: str, kind: str, start: Any, end: Any, *told: Any) -> list[Colu
             literal(fleet_id)]  # fmt: skip
 
 
-def _carry_out(session: Session, tenant: TenantId, alias: str, fleet_id: int) -> FleetMove:
-    """Set the aliases by the moves that were written.  Raises PromotionRefused unless every one is where it was."""
+def _carry_out(session: Session, tenant: TenantId, alias: str, fleet_id: int, nobody: tuple[str, str]) -> FleetMove:
+    """Set the aliases by the moves that were written; `nobody` says why there are none, and what to do.
+
+    Raises PromotionRefused for none, and unless every one is where it was.
+    """
     mine = (AliasMove.tenant_id == tenant, AliasMove.name == alias, AliasMove.fleet_id == fleet_id)
     count = session.scalars(select(func.count()).select_from(AliasMove).where(*mine)).one()
     if not count:
-        raise PromotionRefused(f"fleet@{alias}", "no adapter's alias would move", "see `lora list`, or change --where")
+        raise PromotionRefused(f"fleet@{alias}", *nobody)
     moved = (Alias.tenant_id == tenant, Alias.name == alias, Alias.adapter_id == AliasMove.adapter_id)
     target = (AdapterVersion.tenant_id == tenant, AdapterVersion.id == AliasMove.to_id)
     if alias == LATEST:
@@ -206,9 +212,10 @@ def _carry_out(session: Session, tenant: TenantId, alias: str, fleet_id: int) ->
     try:
         set_ = _rows(session.execute(there, execution_options=options))
         new = new.where(AliasMove.from_id.is_(None))
-        set_ += _rows(session.execute(insert(Alias).from_select(columns, new), execution_options=options))
+        made = _rows(session.execute(insert(Alias).from_select(columns, new), execution_options=options))
+        set_ += made
     except IntegrityError:  # somebody made one of these aliases meanwhile
-        set_ = -1
+        set_, made = -1, 0
     if set_ != count:
         why = "somebody moved one of them meanwhile, so nothing was changed"
         raise PromotionRefused(f"fleet@{alias}", why, "run it again")
@@ -219,7 +226,7 @@ def _carry_out(session: Session, tenant: TenantId, alias: str, fleet_id: int) ->
         raise PromotionRefused(f"fleet@{alias}", why, "run it again")
     if alias == LATEST:
         freshness.latests_moved(session, tenant, alias, fleet_id)
-    return FleetMove(fleet_id, count)
+    return FleetMove(fleet_id, count, made)
 
 
 def _wait_for_publishers(session: Session, tenant: TenantId, fleet_id: int) -> None:

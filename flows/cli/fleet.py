@@ -39,7 +39,9 @@ def promote_all(
         done = fleet.promote_all(
             session, id_, alias, source, meant, actor=who(), reason=reason, now=now(), force=force, override=override
         )
-    say(f"{tenant}: {alias} of {done.count} adapters is now at {source}; back: {_back(tenant, alias, done.fleet_id)}")
+    new = f", {done.made} of them new, with nothing to go back to" if done.made else ""
+    back = f"; back: {_back(tenant, alias, done.fleet_id)}" if done.count > done.made else ""
+    say(f"{tenant}: {alias} of {done.count} adapters is now at {source}{new}{back}")
 
 
 def roll_back_all(tenant: str, alias: str, number: int | None, reason: str, *, override: bool) -> None:

@@ -42,6 +42,17 @@ def test_a_fleet_goes_there_and_back_by_the_command_that_it_was_told(lora_here: 
     assert "release 7" in lora_here("history", "acme/ada").out
 
 
+def test_a_fleet_that_makes_an_alias_promises_no_way_back(lora_here: LoraHere) -> None:
+    """Before the first move there is no version to go back to."""
+    made = lora_here("promote", "acme", "--all", "--alias", "canary", "--where", "user=a*")
+    more = lora_here("promote", "acme", "--all", "--alias", "canary", "--from", "latest")
+    back = lora_here("rollback", "acme", "--all", "--alias", "canary")
+
+    assert made.out == "acme: canary of 2 adapters is now at latest, 2 of them new, with nothing to go back to\n"
+    assert (more.code, "1 of them new" in more.out, "; back:" in more.out) == (0, True, False)
+    assert (back.code, "can be taken back: what it made has no version before it" in back.err) == (1, True)
+
+
 def test_a_protected_alias_is_listed_refused_overridden_and_freed(lora_here: LoraHere) -> None:
     """By one user's move and by a fleet's."""
     assert "audit" in lora_here("protect", "acme", "production", "--reason", "audit").out
