@@ -38,6 +38,8 @@ def check(files: Files, max_bad: MaxBad = None, as_json: AsJson = False) -> None
 def add(reference: OwnReference, files: Files, max_bad: MaxBad = None, as_json: AsJson = False) -> None:
     """Snapshot a user's files into the store; `train` and schedules use the newest snapshot.
 
+    Data are a user's: all adapters of theirs, whichever is named here, are trained on the newest from then on.
+
     lora data add acme/alice chats.jsonl
 
     lora data add acme/bob s3://exports/bob/
