@@ -69,7 +69,8 @@ class Watch:
         """Every service's first process and all below it, with what those took who have ended and were waited for."""
         for name, service in list(self.site.services.items()):
             for root, pids in service.trees.items():
-                self._cpu[name, root] = sum(_taken(pid) for pid in pids)
+                taken = sum(_taken(pid) for pid in pids)  # less than before once it is killed
+                self._cpu[name, root] = max(taken, self._cpu.get((name, root), 0.0))
 
     def settle(self) -> "Watch":
         """Begin now: what was taken before does not count."""
