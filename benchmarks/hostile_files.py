@@ -3,7 +3,8 @@
     python -m benchmarks.hostile_files [--files 2000] [--first 10000]
 
 Adapters and datasets in turn, seeded, mutated and made up (`tests/hostile/`), in a process of its own whose peak memory
-is measured for each file.  Saves every verdict to `benchmarks/results/hostile_files.json`.
+is measured for each file.  Saves every verdict; exit code 1 when one is bad: a crash, a hang, a file taken for what it
+is not.
 """
 
 import argparse
@@ -15,18 +16,18 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.measuring import processor
+from benchmarks.command_line import from_one
+from benchmarks.measuring import RESULTS, processor
 from lora_core.data.rows import Limits
 from tests.hostile.trial import Verdict, run
-
-RESULTS = Path(__file__).parent / "results" / "hostile_files.json"
 
 
 def main() -> None:
     """Read them, and say what came of them by kind."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=2000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=from_one, default=2000)
     parser.add_argument("--first", type=int, default=10_000, help="the first seed")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         verdicts = list(run(Path(place), range(given.first, given.first + given.files), Limits().file_bytes))
@@ -41,8 +42,10 @@ def main() -> None:
         "largest_parquet_reader_bytes": max(one.reader_bytes for one in verdicts),
         "verdicts": [[one.seed, one.kind, one.outcome, round(one.seconds, 4), one.bytes] for one in verdicts],
     }
-    RESULTS.write_text(json.dumps(facts) + "\n")
+    given.results.mkdir(parents=True, exist_ok=True)
+    (given.results / "hostile_files.json").write_text(json.dumps(facts) + "\n")
     sys.stdout.write(_told(verdicts))
+    sys.exit(0 if all(one.good for one in verdicts) else 1)
 
 
 def _told(verdicts: list[Verdict]) -> str:
