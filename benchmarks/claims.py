@@ -2,9 +2,9 @@
 
 PostgreSQL as an application uses it: row-level security forced, a role that owns nothing.  Every line is filled anew;
 then claims of so many seats follow each other until the line is empty, by one claimer or by several at once, each a
-process of its own that closes what it claimed, untimed.  A sample is one whole transaction, from BEGIN to COMMIT; the
-events that a claim writes are in it.
-The load says what else the machine was doing.
+process of its own that closes what it claimed.  A sample is one whole transaction, from BEGIN to COMMIT; the events
+that a claim writes are in it, and closing is not.  Jobs a second are claimed and closed ones.  The
+load says what else the machine was doing.
 
     python benchmarks/claims.py --jobs 10000 --seats 64
 
@@ -16,16 +16,17 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime, timedelta
-from multiprocessing import get_context
 from pathlib import Path
 
 from sqlalchemy import text
 from sqlalchemy.engine import Engine
 
-from benchmarks.fleet_move import ROLE, database, facts
+from benchmarks.command_line import end_when_told, from_one
+from benchmarks.crew import crew
+from benchmarks.fleet_move import facts
 from benchmarks.measuring import RESULTS, save, say, spread
+from benchmarks.registry_seed import ROLE, database
 from registry import jobs
 from registry.schema import migrate
 from registry.session import open_database, transaction
@@ -101,8 +102,7 @@ def measure(url: str, line: tuple[int, int, int], seats: int, claimers: int) -> 
     waiting, tenants, groups = line
     fill(url, waiting, tenants, groups)
     application = open_database(url).url.set(username=ROLE).render_as_string(hide_password=False)
-    with ProcessPoolExecutor(claimers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(abs, range(claimers)))  # everybody is there before the first claim
+    with crew(claimers) as pool:
         start = time.perf_counter()
         parts = list(pool.map(drain, [application] * claimers, [seats] * claimers))
         wall = time.perf_counter() - start
@@ -114,7 +114,8 @@ def measure(url: str, line: tuple[int, int, int], seats: int, claimers: int) -> 
     say(f"{what}: a claim {spread([1000 * value for value in seconds], ' ms')}, {waiting / wall:,.0f} jobs/s")
     return {
         "waiting": waiting, "tenants": tenants, "groups": groups, "claimers": claimers, "seats": seats,
-        "load": round(os.getloadavg()[0], 1), "wall": wall, "seconds": seconds,
+        "load": round(os.getloadavg()[0], 1), "wall": wall, "claims of each": [len(some) for some, _ in parts],
+        "seconds": seconds,
     }  # fmt: skip
 
 
@@ -126,12 +127,13 @@ def lines(waiting: int) -> Sequence[tuple[int, int, int]]:
 def main() -> None:
     """Measure, say, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=10_000)
-    parser.add_argument("--seats", type=int, default=64)
-    parser.add_argument("--claimers", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--jobs", type=from_one, default=10_000)
+    parser.add_argument("--seats", type=from_one, default=64)
+    parser.add_argument("--claimers", type=from_one, nargs="+", default=[1, 8])
     parser.add_argument("--url", default="", help="a database to be emptied, as its superuser")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    end_when_told()
     with database(options.url) as url:
         found = [measure(url, line, options.seats, many) for line in lines(options.jobs) for many in options.claimers]
         save(options.results / "claims.json", facts(url), found)

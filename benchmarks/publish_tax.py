@@ -18,11 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from benchmarks.command_line import end_when_told, from_one
 from benchmarks.measuring import RESULTS, machine_facts, ratios, save, say
 from benchmarks.storms.servers import running_site
 from flows import cohort as steps
@@ -98,9 +100,10 @@ def seconds_of(factory: Factory, users: list[Reference], seed: int, on: bool) ->
 def main() -> None:
     """Measure, say, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=from_one, default=7)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    end_when_told()
     with tempfile.TemporaryDirectory() as name, ExitStack() as servers:
         servers.enter_context(patch.object(outgoing, "PATIENCE_SECONDS", math.inf))
         folder = Path(name)
@@ -117,7 +120,7 @@ def main() -> None:
                 say(f"{'warm-up' if not number else f'round {number}'}, {side}: {took:.2f} s")
                 seconds[side] += [took] if number else []  # the first round warms up
     taxes = sorted(ratio - 1 for ratio in ratios(seconds["on"], seconds["off"]))
-    say(f"publishing adds {taxes[len(taxes) // 2]:+.2%} ({taxes[0]:+.2%} to {taxes[-1]:+.2%})")
+    say(f"publishing adds {median(taxes):+.2%} ({taxes[0]:+.2%} to {taxes[-1]:+.2%})")
     result = {"users": USERS, "seconds": seconds, "taxes": taxes}
     save(options.results / "publish_tax.json", machine_facts(torch.device("cpu")), [result])
 

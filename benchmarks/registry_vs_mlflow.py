@@ -27,9 +27,10 @@ from typing import IO
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.engine import Engine
 
+from benchmarks.command_line import end_when_told, from_one
 from benchmarks.fleet_move import facts
 from benchmarks.measuring import RESULTS, save, say, spread
-from benchmarks.registry_seed import TENANT, database, seed
+from benchmarks.registry_seed import MUCH_WAL, TENANT, database, seed
 from registry.client import Client
 from registry.store import open_store
 
@@ -119,14 +120,15 @@ def measure(engine: Engine, other: OtherSide, models: int, rounds: int, count: i
 def main() -> None:
     """Measure, say, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--lookups", type=int, default=500, help="of each side in a round")
+    parser.add_argument("--models", type=from_one, default=10_000)
+    parser.add_argument("--rounds", type=from_one, default=5)
+    parser.add_argument("--lookups", type=from_one, default=500, help="of each side in a round")
     parser.add_argument("--mlflow-python", default="", help="an interpreter that has MLflow; by default one is made")
     parser.add_argument("--url", default="", help="a PostgreSQL, as its superuser; two databases are made on it")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    with database(options.url) as server, tempfile.TemporaryDirectory() as folder:
+    end_when_told()
+    with database(options.url, max_wal_size=MUCH_WAL) as server, tempfile.TemporaryDirectory() as folder:
         python = mlflow_python(Path(folder) / "mlflow", options.mlflow_python)
         urls = {name: _made(server, name) for name in ("bench_lora", "bench_mlflow")}
         engine = seed(urls["bench_lora"], options.models, 2)

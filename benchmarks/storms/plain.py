@@ -7,11 +7,10 @@ queue, no database, no store, no Prefect: snapshots come from local files, adapt
 import itertools
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
+from benchmarks.crew import crew
 from benchmarks.storms.crowd import RECIPE, Crowd
 from flows.candidates import Candidate, judge_candidates, make_candidate, training_bank
 from flows.guests import train_candidates
@@ -40,8 +39,7 @@ def train_plainly(crowd: Crowd, folder: Path, users: int, processes: int, slots:
         (folder / f"{number}.{snapshot.digest}").write_bytes(snapshot.content)
     files = sorted(folder.iterdir())
     shares = [files[number::processes] for number in range(processes)]
-    with ProcessPoolExecutor(processes, get_context("spawn"), _load, (str(crowd.base),)) as pool:
-        list(pool.map(_settled, range(processes)))
+    with crew(processes, _load, (str(crowd.base),)) as pool:
         start = time.monotonic()
         found = list(pool.map(_train, shares, [slots] * processes))
         wall = time.monotonic() - start
@@ -55,11 +53,6 @@ _base: BaseModel | None = None  # of this process
 def _load(folder: str) -> None:
     global _base
     _base = load_base(folder, None, "cpu")
-
-
-def _settled(_: int) -> None:
-    """Held so long that every process of the pool takes one, and has its base."""
-    time.sleep(1)
 
 
 def _train(files: Sequence[Path], slots: int) -> dict[str, float]:
