@@ -21,11 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).parents[1]
 S3_SERVER = ROOT / "infra" / "s3-server"
 STARTED = ("setup", "prefect", "deploy", "metrics", "clock", "worker")  # in order; postgres and minio are ours
+STOPPING_SECONDS = 20.0  # for them to end by themselves; a worker saves who is in training
 STAYING = ("prefect", "metrics", "clock", "worker")  # of them; the others run once
 # What a shell needs to use the stack.
 SHOWN = (
@@ -76,7 +78,7 @@ def running(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[St
             _start(stack, name, services[name], place, extra or {})
         yield stack
     finally:
-        _stop(stack)
+        stop(stack)
         subprocess.run([S3_SERVER, "stop", folder / "s3"], check=False)
         database.cleanup()
 
@@ -166,16 +168,30 @@ def _ended(stack: Stack, name: str) -> str:
     return "" if code is None else f"{name} ended with {code}; see {stack.folder / name}.log"
 
 
-def _stop(stack: Stack) -> None:
-    """The last started first, each with its children."""
+def stop(stack: Stack) -> None:
+    """The last started first, each with all below it: a worker's runs are sessions of their own."""
+    below = [one for process in stack.processes.values() for one in _tree(process.pid)]
     for process in reversed(stack.processes.values()):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
+    until = time.monotonic() + STOPPING_SECONDS
     for process in stack.processes.values():
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(0, until - time.monotonic()))
+        below += _tree(process.pid)
+    for one in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    for process in stack.processes.values():
+        process.wait()
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    """A process and all that descend from it, as far as they live."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    return []
 
 
 def free_port() -> int:

@@ -4,10 +4,12 @@ import contextlib
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 
 from infra import stack
@@ -32,6 +34,31 @@ def test_a_part_that_ends_by_itself_ends_the_stack_and_is_named(
         stack.main()
 
     assert left.value.code == f"clock ended with 1; see {tmp_path / 'clock'}.log"
+
+
+def test_what_a_part_has_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run of a worker that does not go in time is a session of its own, and would train on for nobody."""
+    monkeypatch.setattr(stack, "STOPPING_SECONDS", 0.2)
+    part = f"trap '' TERM; setsid sleep 60 & echo $! > {tmp_path / 'run'}; wait; sleep 60"
+    with subprocess.Popen(["sh", "-c", part], start_new_session=True) as worker:
+        while not (tmp_path / "run").exists() or not (tmp_path / "run").read_text():
+            time.sleep(0.01)
+        run = psutil.Process(int((tmp_path / "run").read_text()))
+
+        stack.stop(stack.Stack(tmp_path, {}, {"worker": worker}))
+
+    assert _is_over(run)
+
+
+def _is_over(process: psutil.Process) -> bool:
+    """Whether a process ends within a moment, or has ended and nobody has waited for it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for _ in range(200):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True
+            time.sleep(0.01)
+        return False
+    return True
 
 
 @pytest.mark.long
