@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.command_line import from_one
 from benchmarks.sides import SHAPES, random_base
 from lora_core import seating
 from lora_core.banks.lora import LoraBank
@@ -97,13 +98,15 @@ def run(learners: list[Learner], slots: int, row_tokens: int) -> tuple[list[Trai
 def main() -> None:
     """Print the figures against their goals, and keep them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--users", type=int, default=500)
-    parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--row-tokens", type=int, default=1024)
+    parser.add_argument("--users", type=from_one, default=500)
+    parser.add_argument("--slots", type=from_one, default=64)
+    parser.add_argument("--row-tokens", type=from_one, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="of everybody's examples")
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
+    if not 0 <= options.held_out < 1:
+        parser.error("the share that is held out is at least 0, and below 1")
     torch.set_num_threads(1)
     learners = trace(options.users, options.row_tokens, options.seed, options.held_out)
     few = {learner.name for learner in learners if _rows(learner, options.row_tokens) <= seating.FEW}
