@@ -3,13 +3,15 @@
 import shutil
 import socket
 import subprocess
+import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from sqlalchemy import create_engine, text
 
 APPLICATION = "lora_app"  # the role that works with the tables and owns nothing
@@ -107,3 +109,14 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+def is_over(process: psutil.Process) -> bool:
+    """Whether a process ends within a moment, or has ended and nobody has waited for it."""
+    with suppress(psutil.NoSuchProcess):
+        for _ in range(200):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True
+            time.sleep(0.01)
+        return False
+    return True

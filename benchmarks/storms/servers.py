@@ -7,7 +7,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 S3_SERVER = ROOT / "infra" / "s3-server"
@@ -55,17 +56,29 @@ class Process:
             self.process.wait()
 
     def stop(self) -> None:
-        """Ask it to end; kill what does not."""
+        """Ask it to end; kill what does not, and what it leaves behind, as Prefect's worker does its runs."""
+        left = self._tree
         if self.process and self.process.poll() is None:
             self.process.send_signal(signal.SIGINT if self.user else signal.SIGTERM)  # PostgreSQL's fast shutdown
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=15)
         self.kill()
+        _kill([one.pid for one in left if one.is_running()])  # and is not somebody else by now
 
     @property
     def pids(self) -> list[int]:
         """Its processes that live."""
-        return _tree(self.process.pid) if self.process else []
+        return [one.pid for one in self._tree]
+
+    @property
+    def _tree(self) -> list[psutil.Process]:
+        """They, which a pid alone is not for ever."""
+        if self.process is None:
+            return []
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.process.pid)
+            return [one for one in (root, *root.children(recursive=True)) if one.is_running()]
+        return []
 
     @property
     def trees(self) -> dict[int, list[int]]:
@@ -192,14 +205,6 @@ def postgres_programs() -> Path | None:
     return max(found, key=lambda path: int(path.parent.name), default=None)
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def _postgres(site: Site, programs: Path, port: int) -> Process:
     """A PostgreSQL of its own below the folder; as root, run by the system's user for it."""
     data = site.folder / "postgres"
@@ -296,14 +301,6 @@ def _responds(url: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _tree(pid: int) -> list[int]:
-    """A process and all that descend from it, as far as they live."""
-    with suppress(psutil.NoSuchProcess):
-        root = psutil.Process(pid)
-        return [one.pid for one in (root, *root.children(recursive=True)) if one.is_running()]
-    return []
 
 
 def _kill(pids: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from benchmarks.registry_seed import database, new_database
 from benchmarks.storms.servers import Process, Site
 from benchmarks.storms.watching import Watch
 from registry.session import open_database
-from tests.servers import execute
+from tests.servers import execute, is_over
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,9 +36,10 @@ def test_a_database_ends_with_its_block_however_that_ends(tmp_path: Path) -> Non
     with pytest.raises(SystemExit), database("", tmp_path) as url:
         execute(url, "SELECT 1")
         (pid,) = (int(file.read_text().split()[0]) for file in tmp_path.glob("*/postgres/postmaster.pid"))
+        server = psutil.Process(pid)
         raise SystemExit("what was measured is wrong")
 
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert is_over(server)
 
 
 SLEEPER = """
@@ -110,3 +111,16 @@ def test_the_time_that_a_killed_service_took_is_not_forgotten(postgres_url: str,
     watch.look(measured=True)
 
     assert watch.cpu_seconds["worker"] >= 0.2
+
+
+def test_what_a_service_leaves_behind_is_ended_with_it(tmp_path: Path) -> None:
+    """Prefect's worker goes, and its runs are sessions of their own: they would train on without any server."""
+    log = tmp_path / "log"
+    command = ["sh", "-c", "setsid sleep 60 & echo $!; wait"]
+    service = Process("worker", command, dict(os.environ), log, lambda: log.exists() and log.stat().st_size > 0)
+    service.start()
+    run = psutil.Process(int(log.read_text()))
+
+    service.stop()
+
+    assert is_over(run)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from infra import stack
-from tests.servers import S3Server
+from tests.servers import S3Server, is_over
 
 
 def test_a_part_that_ends_by_itself_ends_the_stack_and_is_named(
@@ -47,18 +47,7 @@ def test_what_a_part_has_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, t
 
         stack.stop(stack.Stack(tmp_path, {}, {"worker": worker}))
 
-    assert _is_over(run)
-
-
-def _is_over(process: psutil.Process) -> bool:
-    """Whether a process ends within a moment, or has ended and nobody has waited for it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for _ in range(200):
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return True
-            time.sleep(0.01)
-        return False
-    return True
+    assert is_over(run)
 
 
 @pytest.mark.long
