@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import platform
-import signal
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command_line import end_when_told, from_one
 from benchmarks.storms import story
 from benchmarks.storms.chaos import supervised
 from benchmarks.storms.counts import count
@@ -98,12 +98,12 @@ def _place(given: Path | None) -> Iterator[Path]:
         yield folder
 
 
-def main() -> None:
-    """Run one storm and keep what came of it."""
+def command_line() -> argparse.ArgumentParser:
+    """What a storm may be told."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--users", type=int, default=10_000)
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--users", type=from_one, default=10_000)
+    parser.add_argument("--workers", type=from_one, default=4)
+    parser.add_argument("--slots", type=from_one, default=32)
     parser.add_argument("--width", type=int, default=64, help="of the base's hidden states")
     parser.add_argument("--layers", type=int, default=2, help="of the base")
     parser.add_argument("--kill", action="store_true", help="kill everything at random; S3's objects are on disk then")
@@ -114,22 +114,32 @@ def main() -> None:
     parser.add_argument("--plain-users", type=int, default=PLAIN_USERS, help="0: no tax is told")
     parser.add_argument("--folder", type=Path, help="where everything runs; it is kept")
     parser.add_argument("--save", type=Path, help="a .json; its picture lies beside it")
+    return parser
+
+
+def main() -> None:
+    """Run one storm and keep what came of it."""
+    parser = command_line()
     options = parser.parse_args()
-    if min(options.users, options.workers, options.slots) < 1:
-        parser.error("there must be a user, a worker and a slot at least")
     if options.folder and options.folder.exists() and any(options.folder.iterdir()):
         parser.error(f"{options.folder} is not empty; name a new folder")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of everything that stops what was started
+    end_when_told()
     with _place(options.folder) as folder:
         crowd = make_crowd(options.users, options.seed, folder, options.width, options.layers)
         told = _told(folder, crowd, options)
-    base = "" if options.width == parser.get_default("width") else f"_width_{options.width}"
-    name = f"storm_{options.users}{base}{'' if options.prefect else '_no_prefect'}{'_killed' if options.kill else ''}"
-    path = options.save or RESULTS / f"{name}.json"
+    path = options.save or RESULTS / f"{result_name(options, parser)}.json"
     path.write_text(json.dumps(told, indent=None, separators=(",", ":")) + "\n")
     story.draw(told, path.with_suffix(".png"))
     say(_summary(told))
     sys.exit(0 if told["ended"] and not told["counted"]["wrong"] else 1)
+
+
+def result_name(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """Of a storm's results: one that was told to be another than the usual does not write over the usual one's."""
+    chosen = {name: getattr(options, name) for name in ("width", "layers", "workers", "slots", "seed")}
+    other = "".join(f"_{name}_{value}" for name, value in chosen.items() if value != parser.get_default(name))
+    how = ("" if options.prefect else "_no_prefect") + ("_killed" if options.kill else "")
+    return f"storm_{options.users}{other}{how}"
 
 
 def _told(folder: Path, crowd: Crowd, options: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +150,7 @@ def _told(folder: Path, crowd: Crowd, options: argparse.Namespace) -> dict[str, 
     with running_site(folder, options.kill, settings, options.prefect) as site:
         told = storm(site, crowd, options)
     plain_users = 0 if options.kill else min(options.plain_users, options.users)
-    if plain_users:
+    if plain_users and told["ended"]:  # else it is not known what a user takes
         say(f"{plain_users} users are trained with nothing around them")
         plain = train_plainly(crowd, folder / "plain", plain_users, options.workers, options.slots)
         a_user = told["wall_seconds"] / options.users

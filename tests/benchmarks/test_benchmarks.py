@@ -11,7 +11,7 @@ import psutil
 import pytest
 from sqlalchemy.engine import Engine
 
-from benchmarks import fleet_move, registry_seed
+from benchmarks import fleet_move, registry_seed, storm
 from benchmarks.command_line import from_one
 from benchmarks.registry_seed import database, new_database
 from benchmarks.storms.servers import Process, Site
@@ -124,3 +124,14 @@ def test_what_a_service_leaves_behind_is_ended_with_it(tmp_path: Path) -> None:
     service.stop()
 
     assert is_over(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [("", "storm_10000"), ("--users 1000 --kill", "storm_1000_killed"), ("--layers 6", "storm_10000_layers_6")],
+)
+def test_another_storm_does_not_write_over_the_usual_ones_figures(words: str, name: str) -> None:
+    """The pages link to them."""
+    parser = storm.command_line()
+
+    assert storm.result_name(parser.parse_args(words.split()), parser) == name
