@@ -50,6 +50,19 @@ def test_what_a_part_has_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, t
     assert is_over(run)
 
 
+def test_each_server_that_is_not_there_is_told(tmp_path: Path) -> None:
+    """One without the others serves nobody; without apt-get nothing can be installed."""
+    for program in ("ls", "id", "ceph-mon"):
+        (tmp_path / program).symlink_to(shutil.which(program) or "/bin/true")
+
+    told = subprocess.run(
+        ["/bin/bash", stack.ROOT / "infra" / "install-test-servers"],
+        env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert "apt-get install radosgw ceph-osd" in told.stderr
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("radosgw"), reason="needs the S3 server; run infra/install-test-servers")
 def test_objects_are_there_when_the_stack_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
