@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Dialect, Engine, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, ExceptionContext
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -35,6 +35,7 @@ _REACH = {
     "connect_timeout": 30, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3,
     "tcp_user_timeout": 60_000,  # milliseconds
 }  # fmt: skip
+_ONLY_READS = "25006"  # PostgreSQL's number of that error
 _IDLE_SECONDS = 1  # a connection that was used more lately is taken to be alive unless it has closed
 _FILES = {  # what SQLite says of a file: what that means, and what to do
     "not a database": ("the file is something else than a database", "name another file in LORA_DATABASE_URL"),
@@ -51,6 +52,9 @@ _FIXES = {  # what a database says of itself, and what to do
     "No space left on device": _ROOM,  # PostgreSQL's
     "database is locked": f"somebody has been writing to it for {_WAIT_SECONDS} s: try again when they are done",
     "readonly database": "check the rights to its file and folder",
+    "read-only transaction": (
+        "another server is taking over from it: try again; if it stays, name the one that may be written to"
+    ),
 }
 _FORMS = "use sqlite:///file or postgresql+psycopg://user@host/name (pip install 'lora-factory[postgres]')"
 
@@ -71,6 +75,7 @@ def open_database(url: str) -> Engine:
         event.listen(engine, "connect", _set_up_postgres)
         event.listen(engine, "checkin", _note_the_time)
         event.listen(engine, "checkout", partial(_check_alive, engine.dialect))
+        event.listen(engine, "handle_error", _leave_who_only_reads)
         return engine
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise DatabaseUnavailable(_without_password(url), str(error).splitlines()[0], _FORMS) from None
@@ -196,6 +201,12 @@ def _check_alive(dialect: Dialect, connection: Any, record: ConnectionPoolEntry,
             dialect.do_ping(connection)
     except dialect.loaded_dbapi.Error as error:
         raise InvalidatePoolError from error  # a new one, and none of the others that are as old
+
+
+def _leave_who_only_reads(context: ExceptionContext) -> None:
+    """Take a server that only reads for one that is away: who asks anew is led to the one that took over from it."""
+    if getattr(context.original_exception, "sqlstate", None) == _ONLY_READS:
+        context.is_disconnect = True  # none of the pool's connections to it is used again
 
 
 def _heard(connection: Any) -> bool:  # psycopg's connection

@@ -23,6 +23,7 @@ from registry.session import open_database, reading, transaction
 from registry.tenancy import enter_named
 from tests.conftest import looking
 from tests.registry.conftest import NOW
+from tests.servers import execute
 
 PACKAGE = Path(str(registry.__file__)).parent
 
@@ -155,6 +156,30 @@ def test_a_worker_that_stands_still_inside_a_transaction_loses_it(
     with reading(engine) as session:
         assert session.scalars(select(Tenant)).all() == []
     engine.dispose()
+
+
+def test_a_server_that_only_reads_since_another_took_over_is_told_and_left(
+    postgres_server: str, postgres_url: str
+) -> None:
+    """Kept in the pool, its connections would hold a process to it until that is started anew."""
+    engine = open_database(postgres_url)
+    migrate(engine)
+    engine.dispose()
+    database = f"ALTER DATABASE {engine.url.database}"
+    execute(postgres_server, f"{database} SET default_transaction_read_only = on")
+    with pytest.raises(DatabaseUnavailable, match="read-only transaction; another server"):
+        add_tenant(engine)
+    execute(postgres_server, f"{database} RESET default_transaction_read_only")
+
+    add_tenant(engine)
+
+    engine.dispose()
+
+
+def add_tenant(engine: Engine) -> None:
+    """One row."""
+    with transaction(engine) as session:
+        session.add(Tenant(name="acme", created_at=NOW))
 
 
 def test_nothing_is_compiled_just_in_time(postgres_url: str) -> None:
