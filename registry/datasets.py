@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy.engine import Engine
 
-from registry import schedules, uploads
+from registry import freshness, schedules, uploads
 from registry.errors import UploadSwept
 from registry.keys import dataset_prefix
 from registry.names import Reference
@@ -42,6 +42,7 @@ def add_dataset(engine: Engine, store: ObjectStore, reference: Reference, conten
     }  # keywords of unlike types
     with transaction(engine) as session:
         holder = ensure_adapter(session, reference, now)
+        freshness.in_turn(session, holder.user.id)  # as who makes an adapter, before the locks of data and schedules
         key = dataset_key(session, holder.tenant_id, holder, content.digest)
         if key is not None:
             # Heals a store that has lost it, under the locks of user and row: nobody removes them meanwhile.
@@ -57,6 +58,7 @@ def add_dataset(engine: Engine, store: ObjectStore, reference: Reference, conten
         enter(session, holder.tenant_id)
         if not still_there(session, holder.tenant_id, holder):
             raise UploadSwept(prefix)
+        freshness.in_turn(session, holder.user.id)
         schedules.wake(session, holder.tenant_id, holder.user.id, now)
         row = ensure_dataset(session, holder.tenant_id, holder, key=key, **facts)
         # Where another attempt was sooner, this one's bytes are the sweeper's.

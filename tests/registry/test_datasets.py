@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -66,6 +66,27 @@ def test_an_adapter_that_is_made_while_data_comes_knows_of_it(engine: Engine, st
     with looking(engine) as session:
         known = session.scalars(select(Dataset.digest).join(Freshness, Freshness.newest_id == Dataset.id)).all()
     assert known == [newer.digest] * 2
+
+
+def test_the_same_data_under_another_adapter_at_once_waits_its_turn(engine: Engine, store: FolderStore) -> None:
+    """The first held the data and the second its user's turn: each waited for the other, until one was given up."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    add_dataset(engine, store, ALICE, HELLO, NOW)
+    notes, others = Reference.parse("acme/alice/notes"), list[Future[None]]()
+
+    class Meeting(FolderStore):
+        """Somebody else comes while data is stored."""
+
+        def put_new(self, key: str, data: bytes) -> bool:
+            others.append(pool.submit(add_dataset, engine, store, notes, HELLO, NOW))
+            with suppress(TimeoutError):
+                others[0].result(0.3)
+            return super().put_new(key, data)
+
+    with ThreadPoolExecutor(1) as pool:
+        add_dataset(engine, Meeting(store.root), ALICE, HELLO, NOW)
+        others[0].result(30)
 
 
 def test_what_a_killed_ingest_left_is_swept(
