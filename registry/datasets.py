@@ -38,11 +38,12 @@ def add_dataset(engine: Engine, store: ObjectStore, reference: Reference, conten
         "digest": content.digest,
         "examples": content.examples,
         "size": len(content.data),
-        "now": now,
     }  # keywords of unlike types
     with transaction(engine) as session:
         holder = ensure_adapter(session, reference, now)
         freshness.in_turn(session, holder.user.id)  # as who makes an adapter, before the locks of data and schedules
+        # Asked for after what is there, also where this machine's clock is behind; before what comes while it uploads.
+        facts["now"] = freshness.added_last(session, holder.tenant_id, holder.user.id, content.digest, now)
         key = dataset_key(session, holder.tenant_id, holder, content.digest)
         if key is not None:
             # Heals a store that has lost it, under the locks of user and row: nobody removes them meanwhile.

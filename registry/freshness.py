@@ -110,6 +110,16 @@ def newest(session: Session, tenant: TenantId, user: UserId) -> DatasetId | None
     return session.scalar(mine.order_by(Dataset.added_at.desc(), Dataset.digest).limit(1))
 
 
+def added_last(session: Session, tenant: TenantId, user: UserId, digest: str, now: datetime) -> datetime:
+    """When data of that digest is added now: after all other data of its user, whatever the clocks of machines say.
+
+    For whoever is `in_turn`.
+    """
+    others = (Dataset.tenant_id == tenant, Dataset.user_id == user, Dataset.digest != digest)
+    last = session.scalar(select(func.max(Dataset.added_at)).where(*others))
+    return now if last is None else max(now, last + datetime.resolution)
+
+
 def _newer(tenant: TenantId, place: Place) -> Select[tuple[AdapterId]]:
     """Adapters whose user has data that `latest` was not trained on, by id."""
     newer = Freshness.newest_id.is_distinct_from(Freshness.dataset_id)

@@ -49,6 +49,19 @@ def test_data_is_stored_once_however_often_it_is_added(engine: Engine, store: Fo
         assert session.query(Upload).count() == 0
 
 
+def test_what_is_added_last_is_the_newest_whatever_a_machines_clock_says(engine: Engine, store: FolderStore) -> None:
+    """A host that is a minute behind would add data that nobody is ever trained on."""
+    newer = Content(hashlib.sha256(b"{}").hexdigest(), b"{}", 1)
+    for content in (HELLO, newer, HELLO, newer):
+        add_dataset(engine, store, ALICE, content, NOW - timedelta(minutes=content is newer))
+
+        with reading(engine) as session:
+            tenant = queries.tenant_id(session, "acme")
+            owner = queries.holder(session, tenant, "alice", "default")
+            assert queries.newest_dataset(session, tenant, owner).digest == content.digest
+            assert freshness.newest(session, tenant, owner.user.id) == queries.newest_dataset(session, tenant, owner).id
+
+
 def test_an_adapter_that_is_made_while_data_comes_knows_of_it(engine: Engine, store: FolderStore) -> None:
     """Each was blind to the other, and the new adapter not outdated until the next data came."""
     if engine.dialect.name == "sqlite":
