@@ -139,9 +139,11 @@ def waiting(session: Session, now: datetime) -> dict[str, int]:
     """How many jobs a claim could take now, those of dead workers among them, by cohort group."""
     found: dict[str, int] = {}
     with across(session, Across.CLAIM):
-        free = {one.tenant_id: room(session, one, now) for one in session.scalars(select(Share)).all()}
         counted = select(Job.tenant_id, Job.cohort_group, func.count()).where(ready(now), ~behind(now))
-        for tenant, group, count in session.execute(counted.group_by(Job.tenant_id, Job.cohort_group)).tuples():
+        counts = session.execute(counted.group_by(Job.tenant_id, Job.cohort_group)).tuples().all()
+        # After them, so that nobody is missing whose first job came meanwhile.
+        free = {one.tenant_id: room(session, one, now) for one in session.scalars(select(Share)).all()}
+        for tenant, group, count in counts:
             if (may := min(count, free[tenant])) > 0:
                 free[tenant] -= may
                 found[group] = found.get(group, 0) + may
