@@ -66,9 +66,16 @@ def health_port(device: str) -> str:
 
 def _runs(worker: int) -> list[psutil.Process]:
     """The processes of the runs under way, which are sessions of their own."""
-    with suppress(psutil.NoSuchProcess):
-        return [one for one in psutil.Process(worker).children(recursive=True) if "prefect.engine" in one.cmdline()]
-    return []
+    try:
+        return [one for one in psutil.Process(worker).children(recursive=True) if _is_run(one)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_run(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+        return "prefect.engine" in process.cmdline()
+    return False
 
 
 def _wait_for(runs: Sequence[psutil.Process], leave: Leave) -> None:

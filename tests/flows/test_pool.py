@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -70,6 +71,20 @@ def test_asked_twice_a_worker_does_not_wait(monkeypatch: pytest.MonkeyPatch, tmp
             return
         time.sleep(0.02)
     raise AssertionError(left)
+
+
+def test_a_process_that_ends_while_runs_are_looked_for_hides_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not found is not waited for: it is killed in the middle of its training."""
+    brief = subprocess.Popen([sys.executable, "-c", ""])
+    over = psutil.Process(brief.pid)
+    brief.wait()
+    with subprocess.Popen([sys.executable, "-c", "input()", "prefect.engine"], stdin=subprocess.PIPE) as run:
+        monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [over, psutil.Process(run.pid)])
+
+        found = [one.pid for one in pool._runs(os.getpid())]
+
+        run.kill()
+    assert found == [run.pid]
 
 
 def test_a_worker_that_ends_by_itself_says_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
