@@ -94,6 +94,9 @@ def latests_moved(session: Session, tenant: TenantId, alias: str, fleet_id: int)
     """`latest` of a fleet is another version, as its moves say."""
     same = (AliasMove.tenant_id == Freshness.tenant_id, AliasMove.adapter_id == Freshness.adapter_id)
     moved = (*same, AliasMove.name == alias, AliasMove.fleet_id == fleet_id)
+    # In the order of whoever adds data, which a statement that changes rows does not promise to keep.
+    theirs = select(Freshness.adapter_id).where(Freshness.tenant_id == tenant, *moved)
+    session.execute(theirs.order_by(Freshness.adapter_id).with_for_update(of=Freshness)).all()
     rows = update(Freshness).where(Freshness.tenant_id == tenant, *moved)
     made_from = {
         "dataset_id": AdapterVersion.dataset_id,

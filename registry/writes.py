@@ -18,6 +18,7 @@ from sqlalchemy import (
     String,
     Table,
     Update,
+    and_,
     bindparam,
     cast,
     column,
@@ -36,7 +37,10 @@ Shape = tuple[Table, tuple[str, ...], tuple[str, ...]]  # what a statement depen
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows, all of the same columns, to add to a table; or, `by` some of them (the tenant's first), to change in it."""
+    """Rows, all of the same columns, to add to a table; or, `by` some of them (the tenant's first), to change in it.
+
+    Those to change are locked in the order of these.
+    """
 
     table: type[Base]
     rows: Sequence[Mapping[str, object]]
@@ -83,8 +87,11 @@ def _many(number: int, table: Table, names: tuple[str, ...], by: tuple[str, ...]
     rows = listed.table_valued(*columns, name=f"given_{number}").render_derived(with_types=True)
     if not by:
         return insert(table).from_select(names, select(*(rows.c[name] for name in names)))
-    same = [table.c[name] == rows.c[name] for name in by]
-    return update(table).where(*same).values({name: rows.c[name] for name in names if name not in by})
+    there = select(*rows.c).join(table, and_(*(table.c[name] == rows.c[name] for name in by)))
+    # An update alone locks its rows in whatever order it meets them.
+    locked = there.order_by(*(rows.c[name] for name in by)).with_for_update(of=table).subquery(f"locked_{number}")
+    same = [table.c[name] == locked.c[name] for name in by]
+    return update(table).where(*same).values({name: locked.c[name] for name in names if name not in by})
 
 
 @cache

@@ -7,14 +7,14 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, true
 from sqlalchemy.engine import Engine
 
 from registry import aliases, fleet, lookups, queries
 from registry.errors import AliasProtected, NameRefused, NotFound, PromotionRefused
 from registry.fleet import FleetMove, Where
 from registry.glance import glance
-from registry.models import Alias
+from registry.models import Alias, Freshness
 from registry.names import Reference
 from registry.protection import protect, protected, unprotect
 from registry.publishing import publish
@@ -113,22 +113,26 @@ def test_names_that_differ_by_case_are_different_beginnings(
 
 
 @pytest.mark.usefixtures("users")
-def test_a_fleet_that_waits_for_a_publisher_holds_no_alias_that_it_needs(engine: Engine, move: Move) -> None:
-    """Both lock `latest` of many in one order, so that neither waits for the other for ever."""
+@pytest.mark.parametrize("table", [Alias, Freshness])
+def test_a_fleet_that_waits_holds_nothing_that_a_publisher_or_new_data_needs(
+    engine: Engine, move: Move, table: type[Alias] | type[Freshness]
+) -> None:
+    """All lock what `latest` of many is in one order, so that neither waits for the other for ever."""
     if engine.dialect.name == "sqlite":
         pytest.skip("one writer at a time")
     with reading(engine) as session:
         tenant = queries.tenant_id(session, "acme")
-    latest = select(Alias).where(Alias.tenant_id == tenant, Alias.name == "latest").order_by(Alias.adapter_id)
+    only = Alias.name == "latest" if table is Alias else true()
+    latest = select(table).where(table.tenant_id == tenant, only).order_by(table.adapter_id)
     with ThreadPoolExecutor(1) as pool:
-        with transaction(engine) as publisher:
-            enter(publisher, tenant)
-            publisher.scalars(latest.limit(1).with_for_update()).one()
+        with transaction(engine) as other:
+            enter(other, tenant)
+            other.scalars(latest.limit(1).with_for_update()).one()
             moving = pool.submit(move, alias="latest", source="production")
             with suppress(TimeoutError):
                 moving.result(0.5)
 
-            assert len(publisher.scalars(latest.with_for_update(nowait=True)).all()) == 4
+            assert len(other.scalars(latest.with_for_update(nowait=True)).all()) == 4
         assert moving.result(30).count == 4
 
 

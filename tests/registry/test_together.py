@@ -3,23 +3,25 @@
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from registry import jobs, protection, queries, together
 from registry.errors import ContentDiffers, DatabaseUnavailable, LeaseLost, StoreUnavailable
 from registry.jobs import ClaimedJob
-from registry.models import AdapterVersion, Alias, AliasMove, Evaluation, Event, Job, Upload
+from registry.models import AdapterVersion, Alias, AliasMove, Evaluation, Event, Freshness, Job, Upload
+from registry.names import Reference
 from registry.publishing import Finished, Published, declare, place, publish, publish_together
 from registry.session import transaction
 from registry.store import FolderStore
+from registry.tenancy import enter
 from registry.uploads import UPLOAD_LEASE, sweep
-from tests.conftest import looking
+from tests.conftest import looking, tampering
 from tests.faults.invariants import check_nothing_is_left, check_readers_see_whole_versions
 from tests.registry.conftest import LEASE, NOW, Claim, finished
 
@@ -218,3 +220,32 @@ def test_a_heartbeat_and_a_publisher_of_the_same_jobs_wait_for_each_other_in_one
         heart.result()
 
     assert [_number(found[job.id]) for job in held] == [1] * len(held)
+
+
+def test_a_publisher_who_waits_for_new_data_holds_nothing_that_this_needs(
+    engine: Engine, store: FolderStore, claim: Claim
+) -> None:
+    """Both write what is known of a user's adapters, in one order: in two each would wait for the other."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    work = work_of(store, claim, [f"acme/alice/a{number}" for number in range(6)])
+    known = select(Freshness).where(Freshness.adapter_id.in_([job.adapter_id for job, _ in work]))
+    known = known.order_by(Freshness.adapter_id)
+    with transaction(engine) as session:
+        for number in range(60):  # with as many PostgreSQL reads the whole table, as its rows lie there
+            queries.ensure_adapter(session, Reference.parse(f"acme/bob/b{number}"), NOW)
+    with tampering(engine) as owner:
+        owner.execute(text("ANALYZE freshness"))
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as adding:
+            enter(adding, work[0][0].tenant_id)
+            adding.scalars(known.limit(1).with_for_update()).one()
+            publishing = pool.submit(publish_together, engine, store, work, NOW)
+            with suppress(TimeoutError):
+                publishing.result(0.7)
+
+            assert len(adding.scalars(known.with_for_update(nowait=True)).all()) == 6
+        published = [one for one in publishing.result(30).values() if isinstance(one, Published) and one.accepted]
+    with looking(engine) as session:
+        trained_on = session.scalars(select(Freshness.dataset_id).where(Freshness.dataset_id.is_not(None))).all()
+    assert len(trained_on) == len(published) == 5
