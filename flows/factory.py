@@ -28,6 +28,7 @@ from registry.orders import Asked, Enqueued, Order, enqueue_many, newest_dataset
 from registry.session import open_database
 from registry.signing import Signer
 from registry.store import ObjectStore, open_store, s3_client
+from registry.tenancy import enter
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -151,15 +152,32 @@ def request_training(
     session: Session, reference: Reference, base: Pinned, recipe: Recipe, priority: int = 0
 ) -> Enqueued:
     """Enqueue a user's newest dataset; what was trained before from equal data, base and recipe stays as it is."""
-    tenant = queries.tenant_id(session, reference.tenant)
-    (found,) = request_many(session, tenant, [Wanted(reference, base, recipe, priority)])
-    if isinstance(found, RegistryError):
-        raise found
-    return found
+    return request_all(session, [Wanted(reference, base, recipe, priority)])[reference]
+
+
+def request_all(session: Session, wanted: Sequence[Wanted]) -> dict[Reference, Enqueued]:
+    """The same for many, each once, of any tenants.  Raises what ails the first of them.
+
+    Tenant by tenant, as a tick asks: of two who ask for the same at once one waits, and never both.
+    """
+    names = dict.fromkeys(one.reference.tenant for one in wanted)
+    tenants = {queries.tenant_id(session, name): name for name in names}
+    found: dict[Reference, Enqueued | RegistryError] = {}
+    for tenant, name in sorted(tenants.items()):
+        enter(session, tenant)
+        own = list({one.reference: one for one in wanted if one.reference.tenant == name}.values())
+        found |= zip((one.reference for one in own), request_many(session, tenant, own), strict=True)
+    asked: dict[Reference, Enqueued] = {}
+    for one in wanted:
+        became = found[one.reference]
+        if isinstance(became, RegistryError):
+            raise became
+        asked[one.reference] = became
+    return asked
 
 
 def request_many(session: Session, tenant: TenantId, wanted: Sequence[Wanted]) -> list[Enqueued | RegistryError]:
-    """The same for many of one tenant, which the transaction sees already; each is told what came of it."""
+    """The same for many adapters of one tenant, which the transaction sees already; each is told what came of it."""
     if not wanted:
         return []
     newest = newest_datasets(session, tenant, [one.reference for one in wanted])

@@ -93,7 +93,7 @@ def enqueue_many(
             continue
         let_in.append(one)
         free -= one.key not in known or known[one.key].state in GIVEN_UP
-    new = [one for one in let_in if one.key not in known]
+    new = sorted((one for one in let_in if one.key not in known), key=lambda one: one.key)  # as whoever does the same
     found = known | _added(session, tenant, new, now)
     for one in let_in:
         _settle(session, found[one.key], one, now)

@@ -143,10 +143,11 @@ def wake(session: Session, tenant: TenantId, user: UserId, now: datetime) -> Non
     It is waited for, so whoever adds data calls this before taking locks that a tick needs.
     """
     adapters = select(Adapter.id).where(Adapter.tenant_id == tenant, Adapter.user_id == user)
-    waiting = (Schedule.timing == "data", Schedule.adapter_id.in_(adapters))
+    waiting = (Schedule.tenant_id == tenant, Schedule.timing == "data", Schedule.adapter_id.in_(adapters))
+    in_turn = select(Schedule.adapter_id).where(*waiting).order_by(Schedule.adapter_id).with_for_update()
     sooner = case((Schedule.next_due_at <= now, Schedule.next_due_at), else_=now)
     session.execute(
-        update(Schedule).where(Schedule.tenant_id == tenant, *waiting).values(next_due_at=sooner),
+        update(Schedule).where(*waiting, Schedule.adapter_id.in_(in_turn)).values(next_due_at=sooner),
         execution_options={"synchronize_session": False},
     )
 

@@ -51,6 +51,7 @@ _FIXES = {  # what a database says of itself, and what to do
     "disk I/O error": _ROOM,  # SQLite's, where it cannot make the files beside its own
     "No space left on device": _ROOM,  # PostgreSQL's
     "database is locked": f"somebody has been writing to it for {_WAIT_SECONDS} s: try again when they are done",
+    "deadlock detected": "this and another transaction waited for each other, and this one was given up: try again",
     "readonly database": "check the rights to its file and folder",
     "read-only transaction": (
         "another server is taking over from it: try again; if it stays, name the one that may be written to"

@@ -107,7 +107,7 @@ def load(
     if len(bad) > MOST_SHOWN:
         fail(f"... and {len(bad) - MOST_SHOWN} more bad lines", 1)
     if not dry_run and wishes and (keep_good or not bad):
-        _put_all(factory, wishes, pinned)
+        put_all(factory, wishes, pinned)
     counts = f"{len(wishes)} good lines, {len(bad)} bad"
     say(f"{counts}: {'nothing set' if dry_run or (bad and not keep_good) else f'{len(wishes)} schedules set'}")
     if bad:
@@ -136,11 +136,12 @@ def _pinned(
     return pinned, [BadLine(line, "base", f"{name[:200]}: {why}", fix) for line, name, why, fix in lost]
 
 
-def _put_all(factory: Factory, wishes: "Sequence[Wish]", bases: Mapping[str | None, str]) -> None:
-    """Every schedule in one transaction."""
+def put_all(factory: Factory, wishes: "Sequence[Wish]", bases: Mapping[str | None, str]) -> None:
+    """Every schedule in one transaction, in an order of its own: of two files of the same users at once one waits."""
     with transaction(factory.engine) as session:
-        for wish in wishes:
-            holder = queries.ensure_adapter(session, wish.reference, now())
+        in_turn = sorted(wishes, key=lambda wish: wish.reference.label)
+        owned = [(queries.ensure_adapter(session, wish.reference, now()), wish) for wish in in_turn]
+        for holder, wish in sorted(owned, key=lambda one: one[0].adapter.id):
             body, name = wish.recipe.model_dump(mode="json"), bases[wish.base]
             schedules.put(session, holder.tenant_id, holder, wish.timing, name, body, now(), wish.terms)
 

@@ -8,7 +8,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flows.cli.printing import AsJson, answer, console, remark, say
-from flows.factory import Factory, add_data, pin_base, request_training
+from flows.factory import Factory, Wanted, add_data, pin_base, request_all
 from flows.leaving import Leave
 from flows.logs import set_up_logs
 from registry import queries
@@ -71,7 +71,8 @@ def train(
     if data:
         add_data(factory, wanted[0], data)
     with transaction(factory.engine) as session:
-        jobs = {one.label: request_training(session, one, pinned, settled) for one in wanted}
+        asked_for = request_all(session, [Wanted(one, pinned, settled) for one in wanted])
+    jobs = {one.label: job for one, job in asked_for.items()}
     with stop_told(), at_work(factory):
         asked = [job.job_id for job in jobs.values() if not job.unchanged]
         rows = [row for trained in cohorts(factory, asked, quiet=as_json) for row in trained]

@@ -13,7 +13,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from flows.cli.printing import console, print_table, say, size, table
 from flows.demo.people import Person, write_people
 from flows.demo.tiny_base import make_base
-from flows.factory import Factory, add_data, pin_base, request_training
+from flows.factory import Factory, Wanted, add_data, pin_base, request_all
 from lora_core.recipe import Recipe, make_recipe
 from registry import queries
 from registry.names import Reference
@@ -96,10 +96,8 @@ def _add_everybody(factory: Factory, people: Sequence[Person]) -> None:
 def _request_everybody(factory: Factory, people: Sequence[Person], base: Path) -> dict[str, Enqueued]:
     pinned = pin_base(factory, str(base))
     with transaction(factory.engine) as session:
-        return {
-            _reference(person).label: request_training(session, _reference(person), pinned, recipe())
-            for person in people
-        }
+        asked = request_all(session, [Wanted(_reference(person), pinned, recipe()) for person in people])
+    return {reference.label: job for reference, job in asked.items()}
 
 
 def _run_flow(jobs: Sequence[Enqueued]) -> None:

@@ -3,22 +3,29 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import Select, select
 from sqlalchemy.engine import Engine
 
 from flows import due
 from flows import factory as clock
+from flows.cli.scheduling import put_all
 from flows.due import Ticked, fire_due
-from flows.factory import Factory, add_data, pin_base
+from flows.factory import Factory, Wanted, add_data, pin_base, request_all
 from flows.settings import FactorySettings
+from flows.wishes import Wish
+from lora_core.recipe import Recipe
 from registry import jobs, orders, queries, schedules, shares
-from registry.models import Job, Schedule
+from registry.models import Adapter, Job, Schedule, User
 from registry.names import Reference
 from registry.schedules import Filter, Terms
 from registry.session import reading, transaction
+from registry.tenancy import enter
 from registry.timing import Quiet, Timing
 from tests.conftest import looking
 
@@ -236,3 +243,66 @@ def test_workers_are_asked_for_once_a_first_batch_waits(
     fire_due(factory, begun)
 
     assert waiting == [3] * times
+
+
+def free_while_waiting(engine: Engine, rows: Select[Any], act: Callable[[], object]) -> int:
+    """How many rows others may still lock while somebody who writes to all of them waits for the first."""
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as other:
+            enter(other, queries.tenant_id(other, "acme"))
+            other.execute(rows.limit(1).with_for_update()).one()
+            acting = pool.submit(act)
+            with suppress(TimeoutError):
+                acting.result(0.5)
+            free = len(other.execute(rows.with_for_update(nowait=True)).all())
+        acting.result(30)
+    return free
+
+
+def test_who_asks_for_many_holds_nothing_that_others_need_whom_it_waits_for(
+    factory: Factory, set_: Set, time: Clock, tmp_path: Path
+) -> None:
+    """A tick, a heartbeat, a publisher and a file of schedules lock many, too: in two orders all would be stuck."""
+    if factory.engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    base = pin_base(factory)
+    for number in range(6):
+        give(factory, tmp_path, f"acme/user{number}", 3)
+        set_(f"acme/user{number}", Timing.every("1h"))
+    fire_due(factory)
+    time.moment += timedelta(hours=2)
+    fire_due(factory)
+    jobs_there, scheduled = select(Job.adapter_id).order_by(Job.id), select(Schedule.adapter_id)
+    scheduled = scheduled.order_by(Schedule.adapter_id)
+    with looking(factory.engine) as session:
+        names = dict(
+            session.execute(select(Adapter.id, User.name).join(User, User.id == Adapter.user_id)).tuples().all()
+        )
+        last_first = [
+            [Reference("acme", names[one]) for one in reversed(session.scalars(rows).all())]
+            for rows in (jobs_there, scheduled)
+        ]
+
+    def ask() -> None:
+        with transaction(factory.engine) as session:
+            request_all(session, [Wanted(one, base, Recipe()) for one in last_first[0]])
+
+    def load() -> None:
+        wishes = [Wish(one, Timing.every("2h"), Terms(), None, Recipe()) for one in last_first[1]]
+        put_all(factory, wishes, {None: base.name})
+
+    assert free_while_waiting(factory.engine, jobs_there, ask) == 6
+    assert free_while_waiting(factory.engine, scheduled, load) == 6
+
+
+def test_new_data_of_a_user_with_many_schedules_holds_none_while_it_waits_for_another(
+    factory: Factory, set_: Set, tmp_path: Path
+) -> None:
+    """Which a file of schedules may need next."""
+    if factory.engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    for number in range(6):
+        set_(f"acme/alice/a{number}", Timing.on_data())
+    scheduled = select(Schedule.adapter_id).order_by(Schedule.adapter_id)
+
+    assert free_while_waiting(factory.engine, scheduled, lambda: give(factory, tmp_path, "acme/alice/a0", 3)) == 6
