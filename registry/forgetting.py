@@ -81,7 +81,9 @@ def forget(engine: Engine, store: ObjectStore, wish: Wish, clean_here: CleanHere
     with transaction(engine) as session:
         tenant = tenant_id(session, wish.tenant)
         earlier = _known(session, tenant, wish, finished=False)
-        found = earlier or _begin(session, tenant, wish, now) or _known(session, tenant, wish, finished=True)
+        found = earlier or _begin(session, tenant, wish, now)
+        for finished in (False, True):  # somebody else may just have begun
+            found = found or _known(session, tenant, wish, finished)
         if found is None:
             raise NotFound("user", f"{wish.tenant}/{wish.user}", f"see `lora list {wish.tenant}` for those there are")
     receipt = finish(engine, store, tenant, found.id, clean_here, now)

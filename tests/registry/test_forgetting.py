@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
-from registry import holds, queries, schedules
+from registry import forgetting, holds, queries, schedules
 from registry.errors import NameRefused, NamesakeLeft, NotYetForgotten, UnderHold
 from registry.forgetting import Wish
 from registry.models import Adapter, Job, Schedule, User
@@ -23,6 +23,7 @@ from tests.conftest import looking
 from tests.registry.conftest import NOW, Claim, forget
 
 LATER = NOW + timedelta(hours=1)
+ALICE = Wish("acme", "alice", "", "me", "request")
 
 
 def test_who_came_under_the_name_of_somebody_being_forgotten_is_asked_about_apart(
@@ -41,6 +42,27 @@ def test_who_came_under_the_name_of_somebody_being_forgotten_is_asked_about_apar
     assert users(engine) == ["alice"]
     assert forget(engine, store, "alice", LATER).deleted["users"] == {"count": 1}
     assert users(engine) == []
+
+
+def test_two_who_forget_somebody_at_once_get_the_receipt_of_that(engine: Engine, store: FolderStore) -> None:
+    """Not that of a namesake who was forgotten long ago, with whom the second would be told that it is done."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("one writer at a time")
+    for moment in (NOW, LATER):
+        with transaction(engine) as session:
+            queries.ensure_adapter(session, Reference.parse("acme/alice"), moment)
+        if moment == NOW:
+            forget(engine, store, "alice", NOW)
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as session:
+            begun = forgetting._begin(session, queries.tenant_id(session, "acme"), ALICE, LATER)
+            second = pool.submit(forget, engine, store, "alice", LATER)
+            with suppress(TimeoutError):
+                second.result(0.5)
+        receipt = second.result(30)
+
+    assert begun
+    assert (receipt.id, receipt.begun_at, users(engine)) == (begun.id, LATER, [])
 
 
 @pytest.mark.parametrize("user", ["a", "al", "7", "a-b", "a.b", "a_"])
