@@ -19,6 +19,7 @@ from registry.queries import Holder, find_or_add, note
 from registry.shares import MADE, share
 
 STEP = timedelta(hours=1)  # of waiting that one step of priority is worth
+_MOST_BEHIND = timedelta(hours=1)  # a job of a clock that was wilder than that would put all later ones behind
 _NO_END = 1 << 30  # room of a tenant without a quota
 GIVEN_UP = ("failed", "cancelled")  # states of a job that waits again when it is asked for
 
@@ -94,9 +95,10 @@ def enqueue_many(
         let_in.append(one)
         free -= one.key not in known or known[one.key].state in GIVEN_UP
     new = sorted((one for one in let_in if one.key not in known), key=lambda one: one.key)  # as whoever does the same
-    found = known | _added(session, tenant, new, now)
+    moments = _moments(session, tenant, let_in, now)
+    found = known | _added(session, tenant, new, moments)
     for one in let_in:
-        _settle(session, found[one.key], one, now)
+        _settle(session, found[one.key], one, moments[one.adapter_id])
     session.flush()
     numbers = _numbers(session, tenant, [found[one.key] for one in let_in])
     return [refused.get(one.key) or _told(found[one.key], numbers) for one in asked]
@@ -167,16 +169,30 @@ def _known(session: Session, tenant: TenantId, asked: Sequence[Asked]) -> dict[K
     return {(job.adapter_id, job.fingerprint): job for job in jobs}
 
 
-def _added(session: Session, tenant: TenantId, new: Sequence[Asked], now: datetime) -> dict[Key, Job]:
+def _moments(session: Session, tenant: TenantId, asked: Sequence[Asked], now: datetime) -> dict[AdapterId, datetime]:
+    """When each adapter's job is asked for: after its others, also where this machine's clock is up to an hour behind.
+
+    By this `latest` follows what was asked for last.
+    """
+    adapters = {one.adapter_id for one in asked}
+    mine = (Job.tenant_id == tenant, Job.adapter_id.in_(adapters))
+    last = session.execute(select(Job.adapter_id, func.max(Job.created_at)).where(*mine).group_by(Job.adapter_id))
+    after = {adapter: at + datetime.resolution for adapter, at in last.tuples() if at < now + _MOST_BEHIND}
+    return {adapter: max(now, after.get(adapter, now)) for adapter in adapters}
+
+
+def _added(
+    session: Session, tenant: TenantId, new: Sequence[Asked], moments: Mapping[AdapterId, datetime]
+) -> dict[Key, Job]:
     """Jobs that there were none of; those that somebody else makes at this moment are theirs."""
     if not new:
         return {}
-    made = {one.key: _new_job(tenant, one, now) for one in new}
+    made = {one.key: _new_job(tenant, one, moments[one.adapter_id]) for one in new}
     try:
         with session.begin_nested():
             session.add_all(made.values())
     except IntegrityError:
-        return {one.key: _found_or_added(session, tenant, one, now) for one in new}
+        return {one.key: _found_or_added(session, tenant, one, moments[one.adapter_id]) for one in new}
     return made
 
 

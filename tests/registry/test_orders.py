@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -15,9 +16,11 @@ from registry.errors import NotFound, QuotaReached
 from registry.models import Event, Job
 from registry.names import Reference, TenantId
 from registry.orders import Asked, Enqueued, Order, enqueue, enqueue_many, newest_datasets
-from registry.session import transaction
+from registry.publishing import publish
+from registry.session import reading, transaction
+from registry.store import FolderStore
 from tests.conftest import looking
-from tests.registry.conftest import LEASE, NOW
+from tests.registry.conftest import LEASE, NOW, finished
 
 USERS = 8
 LATER = NOW + timedelta(hours=3)
@@ -128,6 +131,22 @@ def statements(engine: Engine, tenant: str, users: int) -> int:
         enqueue_many(session, id_, some, NOW)
         event.remove(engine, "before_cursor_execute", hear)
     return len(seen)
+
+
+def test_what_is_asked_for_last_is_served_whatever_a_machines_clock_says(engine: Engine, store: FolderStore) -> None:
+    """Its version would be there and `latest` stay at the one before, where the host that asks is a minute behind."""
+    for data, moment in ((1, NOW), (2, NOW - timedelta(minutes=1)), (1, NOW - timedelta(minutes=2))):
+        with transaction(engine) as session:
+            (one,) = asked(session, "acme", [0], data)
+            wanted = replace(one, order=replace(one.order, recipe_digest=f"{moment:%M}" * 32))
+            enqueue_many(session, queries.tenant_id(session, "acme"), [wanted], moment)
+        with transaction(engine) as session:
+            (job,) = jobs.claim(session, "w", LEASE, 1, LATER)
+        number = publish(engine, store, job, finished(str(moment)), LATER).number
+
+        with reading(engine) as session:
+            tenant = queries.tenant_id(session, "acme")
+            assert queries.version(session, tenant, Reference("acme", "user0", alias="latest")).number == number
 
 
 def test_the_newest_data_of_many_are_those_of_each(engine: Engine) -> None:
