@@ -69,8 +69,8 @@ def _tidy(factory: Factory) -> None:
 
 def _is_time(stamp: Path) -> bool:
     """Whether the hour is over that a file stands for; then a new one begins."""
-    if stamp.is_file() and time.time() - stamp.stat().st_mtime < EVERY.total_seconds():
-        return False
+    if stamp.is_file() and 0 <= time.time() - stamp.stat().st_mtime < EVERY.total_seconds():
+        return False  # a moment to come is that of a clock that was ahead
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.touch()
     return True
@@ -117,7 +117,7 @@ def _drop_states(factory: Factory) -> int:
     folder, stamp, moment = home / "states", home / "states-cleared", now()
     if not folder.is_dir():
         return 0
-    last = _last_cleared(stamp)
+    last = _last_cleared(stamp, moment)
     since = [(last, moment), (last - AGAIN, moment - AGAIN)]
     if not any(forgetting.anybody(factory.engine, *between) for between in since):
         return 0
@@ -132,10 +132,13 @@ def _drop_states(factory: Factory) -> int:
     return len(files)
 
 
-def _last_cleared(stamp: Path) -> datetime:
-    """When the states last went: ever, where nobody can read it, for too often does no harm."""
+def _last_cleared(stamp: Path, moment: datetime) -> datetime:
+    """When the states last went: ever, where nobody can tell, for too often does no harm.
+
+    What is left of a torn moment may be one without a zone; one to come is that of a clock that was ahead.
+    """
     try:
         last = datetime.fromisoformat(stamp.read_text())
     except (OSError, ValueError):
         return EVER
-    return last if last.tzinfo else EVER  # what is left of a torn moment may be one without a zone
+    return last if last.tzinfo and last <= moment else EVER

@@ -324,6 +324,20 @@ def test_a_home_that_cannot_be_written_holds_up_no_upkeep(
     assert list(small.store.keys(prefix)) == []
 
 
+def test_a_home_is_tidied_also_after_its_clock_was_ahead(small: Factory) -> None:
+    """A machine that began with a wrong date would keep what is of nobody any more for as long."""
+    save, stamp = small.settings.home_folder / "saves" / "nobody.pt", small.settings.home_folder / "tidied"
+    save.parent.mkdir(parents=True, exist_ok=True)
+    save.touch()
+    stamp.touch()
+    os.utime(stamp, (2**32, 2**32))
+
+    assert keep_up(small) == []
+
+    assert not save.exists()
+    assert stamp.stat().st_mtime < 2**32
+
+
 def test_an_upload_under_way_is_waited_for(small: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What arrives late goes too, before the receipt says that all is gone; upkeep finishes it."""
     job = claimed(small, ALICE, "in work")
@@ -363,9 +377,12 @@ def test_who_is_under_hold_is_not_forgotten(small: Factory) -> None:
     assert found(small) == {}
 
 
-@pytest.mark.parametrize("left", [b"", b"2026-03-0", b"2026-03-01", b"2026-03-01T10:00:00.1", b"\xff\x00"])
+AHEAD = b"2999-03-01T10:00:00+00:00"
+
+
+@pytest.mark.parametrize("left", [b"", b"2026-03-0", b"2026-03-01", b"2026-03-01T10:00:00.1", b"\xff\x00", AHEAD])
 def test_a_torn_stamp_means_that_states_never_went(small: Factory, left: bytes) -> None:
-    """As a full disk leaves one: upkeep and forgetting go on, states go once more, and the stamp is whole again."""
+    """As a full disk leaves one, or a clock that was ahead: states go once more, and the stamp is whole again."""
     home = small.settings.home_folder
     stamp, state = home / "states-cleared", home / "states" / "eager" / "x" / "a row.safetensors"
     forget(small, wish())
