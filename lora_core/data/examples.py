@@ -137,8 +137,20 @@ def _turn(turn: object, field: str, role_key: str, text_key: str) -> Message:
     known = ROLES[role.lower()]
     if known == "assistant":
         _check_is_said(turn, field)
-    content = _text(turn.get(text_key), f"{field}.{text_key}", blank=known != "assistant")
-    return Message(known, content)
+    content = _joined(turn.get(text_key), f"{field}.{text_key}")
+    return Message(known, _text(content, f"{field}.{text_key}", blank=known != "assistant"))
+
+
+def _joined(content: object, field: str) -> object:
+    """Parts of text as one, where a turn's content is a list of them (OpenAI's newer layout); else as it is."""
+    if not isinstance(content, Sequence) or isinstance(content, str) or not content:
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise BadRow(f"{field}[{index}]", f"is {_shown(part)}, not a part of text", "drop the part, or the row")
+        texts.append(_text(part.get("text"), f"{field}[{index}].text", blank=True))
+    return "".join(texts)
 
 
 def _check_is_said(turn: Mapping[str, object], field: str) -> None:

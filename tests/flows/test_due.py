@@ -288,7 +288,9 @@ def test_who_asks_for_many_holds_nothing_that_others_need_whom_it_waits_for(
             request_all(session, [Wanted(one, base, Recipe()) for one in last_first[0]])
 
     def load() -> None:
-        wishes = [Wish(one, Timing.every("2h"), Terms(), None, Recipe()) for one in last_first[1]]
+        wishes = [
+            Wish(line, one, Timing.every("2h"), Terms(), None, Recipe()) for line, one in enumerate(last_first[1])
+        ]
         put_all(factory, wishes, {None: base.name})
 
     assert free_while_waiting(factory.engine, jobs_there, ask) == 6

@@ -48,6 +48,7 @@ some_example = st.one_of(
 )
 
 
+PARTS = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]  # of one turn
 ASKED, GOOD, POOR = Message("user", "2+2?"), Message("assistant", "4"), Message("assistant", "5")
 
 
@@ -64,6 +65,7 @@ def turns(*messages: Message) -> list[dict[str, str]]:
         {"instruction": "hi", "input": "", "output": "hello"},
         {"instruction": "hi", "output": "hello"},
         {"prompt": turns(Message("user", "hi")), "completion": turns(Message("assistant", "hello"))},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": PARTS}]},
     ],
 )
 def test_chats_of_every_format_are_one_kind_of_example(row: dict[str, object]) -> None:
@@ -153,7 +155,11 @@ BAD: list[tuple[object, str, str]] = [
     ({"messages": [{"role": "assistant", "content": "  "}]}, "messages[0].content", "empty"),
     ({"messages": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "y"}]}, "messages[1]", "front"),
     ({"messages": ["hi"]}, "messages[0]", "not an object"),
-    ({"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}, "messages[0].content", "as one text"),
+    ({"messages": [{"role": "assistant", "content": []}]}, "messages[0].content", "as one text"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "is missing"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "not a part of"),
+    ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages[0].content[0]", "not a part of text"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "text", "text": " "}]}]}, "messages[0].content", "empty"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "as text"),
     (
         {"messages": [{"role": "assistant", "content": "x", "weight": 0}]},
