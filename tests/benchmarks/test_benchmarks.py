@@ -31,6 +31,7 @@ def test_a_number_that_cannot_be_meant_is_told(text: str) -> None:
     assert from_one("12") == 12
 
 
+@pytest.mark.long
 def test_a_database_ends_with_its_block_however_that_ends(tmp_path: Path) -> None:
     """A server whose folder is gone could not be told to stop any more."""
     with pytest.raises(SystemExit), database("", tmp_path) as url:

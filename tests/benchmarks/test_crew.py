@@ -4,6 +4,8 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from benchmarks.crew import crew
 
 
@@ -20,6 +22,7 @@ def _who(_: int) -> int:
     return os.getpid()
 
 
+@pytest.mark.long
 def test_a_crew_begins_together(tmp_path: Path) -> None:
     """The first to have loaded would do everything before the others are there."""
     with crew(3, _load, (tmp_path,)) as pool:

@@ -53,7 +53,7 @@ def test_the_same_adapter_is_the_same_bytes(llama_base: BaseModel) -> None:
     assert artifact(llama_base) == artifact(llama_base, backwards=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
     """PEFT's own files differ from process to process."""
     code = (
