@@ -169,6 +169,8 @@ def _check_loaded(name: str, model: PreTrainedModel, quantise: str) -> None:
         raise BaseModelError(name, f"its files are in {packed} already", "unset LORA_QUANTISE, or take the whole base")
     if any(parameter.is_meta for parameter in model.parameters()):  # accelerate's word for what is left on CPU or disk
         raise BaseModelError(name, "it does not fit on the GPUs here", "add GPUs, or set LORA_QUANTISE to 8bit or 4bit")
+    if any(parameter.is_floating_point() and parameter.itemsize == 1 for parameter in model.parameters()):
+        raise BaseModelError(name, "its weights stay in fp8 here, whose scales no site applies", "take it in bf16")
     if model.config._attn_implementation != "sdpa" and not model._supports_attention_backend:
         raise BaseUnfit(name, "its attention is of an older kind, whose tables end where its positions do", DENSE)
 

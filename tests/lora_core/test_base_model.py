@@ -164,6 +164,17 @@ def test_an_attention_with_tables_of_its_own_is_refused(tmp_path: Path, tokenize
         load_base(str(tmp_path))
 
 
+def test_weights_that_stay_in_fp8_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers leaves them on a GPU that multiplies them itself: a scale beside each is not in its linear."""
+    model = ARCHITECTURES["llama"]()
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").get_parameter("weight")
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+
+    with pytest.raises(BaseModelError, match="stay in fp8"):
+        load_base(str(folder))
+
+
 def capped() -> Gemma2ForCausalLM:
     """Caps its logits softly."""
     return Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=5.0))
