@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from registry.cache import Cache, intact
-from registry.errors import ManifestRefused, ObjectDiffers, ObjectMissing, RegistryError, StoreUnavailable
+from registry.errors import ManifestRefused, ObjectDiffers, ObjectMissing, PullFailed, RegistryError, StoreUnavailable
 from registry.keys import MANIFEST
 from registry.manifests import files_named
 from registry.names import check_file
@@ -54,9 +54,10 @@ class Puller:
         """
         unanswered = 0
         for done in self._in_turn(versions, verify):
-            unanswered = unanswered + 1 if isinstance(done.error, StoreUnavailable) else 0
+            if not isinstance(done.error, PullFailed):  # by others, for whom it waited: theirs are counted
+                unanswered = unanswered + 1 if isinstance(done.error, StoreUnavailable) else 0
             yield done
-            if unanswered >= _GIVE_UP and done.error:
+            if unanswered >= _GIVE_UP and isinstance(done.error, StoreUnavailable):
                 raise done.error
 
     @contextmanager

@@ -93,7 +93,7 @@ def test_a_store_that_is_away_ends_it(
         for done in client.pull_many(BOTH * 3):
             seen.append(done)
 
-    assert len(seen) == 3
+    assert sum(isinstance(one.error, StoreUnavailable) for one in seen) == 3  # one may have waited for two of them
 
 
 def test_who_stops_reading_leaves_nothing_running(client: Client, published: None) -> None:
