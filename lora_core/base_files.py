@@ -26,9 +26,7 @@ FINGERPRINTED = (
     "chat_template*",
     "*.tiktoken",
 )
-ADVICE = (
-    "generation_config.json"  # its makers': which tokens end an answer, and how to sample; no adapter depends on it
-)
+ADVICE = "generation_config.json"  # its makers': which tokens end answers, how to sample; no adapter depends on it
 CONVERT = "convert them; pickles are never opened"
 QUANTISERS = ("bitsandbytes", "accelerate")
 

@@ -178,7 +178,7 @@ def write_merged(folder: Path, base: BaseModel, base_folder: Path) -> None:
     try:
         with unadvised(base.model) if (base_folder / ADVICE).is_file() else nullcontext():
             base.model.save_pretrained(folder)
-    except (ValueError, NotImplementedError, SafetensorError) as error:
+    except (ValueError, NotImplementedError, SafetensorError) as error:  # what transformers says where it cannot
         why = f"transformers cannot save its base: {str(error).strip().splitlines()[0][:200]}"
         raise ExportRefused("merged, this adapter", why, "mend the base's configuration") from None
     for path in folder.glob("*.safetensors"):

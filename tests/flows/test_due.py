@@ -264,7 +264,7 @@ def test_who_asks_for_many_holds_nothing_that_others_need_whom_it_waits_for(
 ) -> None:
     """A tick, a heartbeat, a publisher and a file of schedules lock many, too: in two orders all would be stuck."""
     if factory.engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     base = pin_base(factory)
     for number in range(6):
         give(factory, tmp_path, f"acme/user{number}", 3)
@@ -302,7 +302,7 @@ def test_new_data_of_a_user_with_many_schedules_holds_none_while_it_waits_for_an
 ) -> None:
     """Which a file of schedules may need next."""
     if factory.engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     for number in range(6):
         set_(f"acme/alice/a{number}", Timing.on_data())
     scheduled = select(Schedule.adapter_id).order_by(Schedule.adapter_id)

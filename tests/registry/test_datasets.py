@@ -65,7 +65,7 @@ def test_what_is_added_last_is_the_newest_whatever_a_machines_clock_says(engine:
 def test_an_adapter_that_is_made_while_data_comes_knows_of_it(engine: Engine, store: FolderStore) -> None:
     """Each was blind to the other, and the new adapter not outdated until the next data came."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     add_dataset(engine, store, ALICE, HELLO, NOW)
     newer = Content(hashlib.sha256(b"{}").hexdigest(), b"{}", 1)
     with ThreadPoolExecutor(1) as pool:
@@ -84,7 +84,7 @@ def test_an_adapter_that_is_made_while_data_comes_knows_of_it(engine: Engine, st
 def test_the_same_data_under_another_adapter_at_once_waits_its_turn(engine: Engine, store: FolderStore) -> None:
     """The first held the data and the second its user's turn: each waited for the other, until one was given up."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     add_dataset(engine, store, ALICE, HELLO, NOW)
     notes, others = Reference.parse("acme/alice/notes"), list[Future[None]]()
 

@@ -119,7 +119,7 @@ def test_a_fleet_that_waits_holds_nothing_that_a_publisher_or_new_data_needs(
 ) -> None:
     """All lock what `latest` of many is in one order, so that neither waits for the other for ever."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     with reading(engine) as session:
         tenant = queries.tenant_id(session, "acme")
     only = Alias.name == "latest" if table is Alias else true()
@@ -198,7 +198,7 @@ def test_somebody_who_moves_one_of_them_meanwhile_stops_the_fleet(
 ) -> None:
     """All or nobody: the fleet's move is a compare-and-set of every alias."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time: there is no meanwhile")
+        pytest.skip("SQLite has one writer at a time: there is no meanwhile")
     written = fleet._carry_out
 
     def late(*arguments: object) -> FleetMove:

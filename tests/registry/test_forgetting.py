@@ -47,7 +47,7 @@ def test_who_came_under_the_name_of_somebody_being_forgotten_is_asked_about_apar
 def test_two_who_forget_somebody_at_once_get_the_receipt_of_that(engine: Engine, store: FolderStore) -> None:
     """Not that of a namesake who was forgotten long ago, with whom the second would be told that it is done."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     for moment in (NOW, LATER):
         with transaction(engine) as session:
             queries.ensure_adapter(session, Reference.parse("acme/alice"), moment)
@@ -81,7 +81,7 @@ def test_who_forgets_waits_for_a_tick_or_publisher_and_holds_nothing_that_they_n
 ) -> None:
     """They lock a schedule or job first and the adapter after it; the other way round it would be a deadlock."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     claim()
     with transaction(engine) as session:
         tenant = queries.tenant_id(session, "acme")
@@ -104,7 +104,7 @@ def test_who_forgets_waits_for_a_tick_or_publisher_and_holds_nothing_that_they_n
 def test_a_hold_that_is_being_put_is_waited_for_and_holds(engine: Engine, store: FolderStore, claim: Claim) -> None:
     """Both lock the tenant before the user; the other way round it was a deadlock, and one of them failed."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     claim()
     said: Any = {"actor": "me", "reason": "case 17", "now": NOW}  # keywords of unlike types
     with ThreadPoolExecutor(1) as pool:

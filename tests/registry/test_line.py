@@ -251,7 +251,7 @@ def test_two_claims_at_once_never_take_two_jobs_of_one_adapter(engine: Engine) -
 def test_an_urgent_job_does_not_overtake_its_adapters_own_that_is_just_taken(engine: Engine) -> None:
     """A claim beside the first sees neither that it has taken the adapter, nor anybody before the urgent one."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     with transaction(engine) as session:
         enqueue(session, "acme/alice", 1)
     with transaction(engine) as first:

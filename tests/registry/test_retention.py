@@ -91,7 +91,7 @@ def test_a_policy_keeps_what_any_of_its_rules_keeps(
 def test_of_two_who_set_a_policy_at_once_the_later_sets_it(engine: Engine, six: Keep) -> None:
     """The first policy that a tenant has, and one instead of it."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     for newest in (2, 4):
         with ThreadPoolExecutor(1) as pool:
             with transaction(engine) as session:

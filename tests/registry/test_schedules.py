@@ -44,7 +44,7 @@ def fire(engine: Engine, moment: datetime) -> list[str]:
 def test_of_two_who_set_a_schedule_at_once_the_later_sets_all_of_it(engine: Engine, there: bool) -> None:
     """Whether there was one before or not: two runs of a file of schedules may overlap."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     with transaction(engine) as session:
         holder = queries.ensure_adapter(session, Reference.parse("acme/alice"), NOW)
     if there:
@@ -138,7 +138,7 @@ def test_who_adds_data_often_loses_no_turn_by_it(engine: Engine, store: FolderSt
 def test_data_that_comes_while_a_tick_looks_wakes_its_schedule(engine: Engine, store: FolderStore) -> None:
     """The tick has seen the old data, and puts the schedule to sleep when it commits."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time: the data comes before the tick or after it")
+        pytest.skip("SQLite has one writer at a time: the data comes before the tick or after it")
     add(engine, store, "one", NOW)
     put(engine, "acme/alice", Timing.on_data())
     with ThreadPoolExecutor(1) as pool:

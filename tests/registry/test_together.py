@@ -227,7 +227,7 @@ def test_a_publisher_who_waits_for_new_data_holds_nothing_that_this_needs(
 ) -> None:
     """Both write what is known of a user's adapters, in one order: in two each would wait for the other."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
     work = work_of(store, claim, [f"acme/alice/a{number}" for number in range(6)])
     known = select(Freshness).where(Freshness.adapter_id.in_([job.adapter_id for job, _ in work]))
     known = known.order_by(Freshness.adapter_id)

@@ -51,7 +51,7 @@ def test_a_slow_sweeper_deletes_nothing_that_was_committed_meanwhile(
 ) -> None:
     """Two sweepers, and a publisher that tries again: what has a row keeps its bytes."""
     if engine.dialect.name == "sqlite":
-        pytest.skip("one writer at a time: the second sweeper waits for the first")
+        pytest.skip("SQLite has one writer at a time: the second sweeper waits for the first")
     (job,) = claim()
     publishing.declare(engine, job, hashlib.sha256(finished().files["manifest.json"]).hexdigest(), NOW)
     later = NOW + 2 * UPLOAD_LEASE
