@@ -181,8 +181,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="the demo's base where it is made already")
     parser.add_argument("--users", type=int, default=8)
-    parser.add_argument("--slots", type=int, default=4)
-    parser.add_argument("--together", type=int, metavar="ROUNDS", default=0, help="all users in one cohort of 4x slots")
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--together", type=int, metavar="ROUNDS", default=0, help="all users in one cohort")
     parser.add_argument("--texts", action="store_true", help="users of plain English instead of the demo's")
     parser.add_argument("--seed", type=int, default=0, help="of the users' examples")
     parser.add_argument("--without-peft", action="store_true", help="only what is found and what it reads")
@@ -198,11 +198,11 @@ def main() -> None:
         files = (write_texts if options.texts else write_habits)(Path(home) / "people", options.seed)
         chosen = users(base, recipe, files)[: options.users]
     if options.together:
-        seconds = measure_together(base, chosen, 4 * options.slots, options.together)
+        seconds = measure_together(base, chosen, options.slots, options.together)
         over = ratios(seconds["peft"], seconds["halving"])
         say(f"{len(chosen)} users together, peft / halving: {spread(over)} [{GOALS['speed']:g}x]")
         if options.save:
-            save(options.save, machine, [{"users": len(chosen), "slots": 4 * options.slots, "seconds": seconds}])
+            save(options.save, machine, [{"users": len(chosen), "slots": options.slots, "seconds": seconds}])
         return
     short = chosen[0].recipe.model_copy(update={"epochs": 1, "max_steps": 8})
     measure(base, replace(chosen[0], recipe=short), options.slots, not options.without_peft)  # warms up

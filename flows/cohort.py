@@ -15,7 +15,7 @@ from flows.costs import Meter
 from flows.desk import Desk
 from flows.entrance import Entrance, Newcomer
 from flows.factory import Factory, now
-from flows.fitting import budget_bytes, load_for, plan_fitting, seats_for_more, usual_plan
+from flows.fitting import budget_bytes, load_for, plan_fitting, seats_for_more, seats_of, usual_plan
 from flows.guests import train_candidates
 from flows.hands import Hands
 from flows.joining import drop, join, newcomers, put_off, tell_claimed
@@ -149,9 +149,9 @@ def _fill(factory: Factory, cohort: Cohort, claimed: Sequence[ClaimedJob], admit
 
 def _fit_into_memory(factory: Factory, cohort: Cohort, admits: bool) -> None:
     """Plan as many slots as fit, where it is known how much memory there is; who does not fit is put off alone."""
-    seats = sum(candidate.seats for candidate in cohort.candidates)
+    seats = seats_of(factory.settings, cohort.base, cohort.candidates)
     if admits:
-        seats = seats_for_more(factory.settings, seats, cohort.base)
+        seats = seats_for_more(factory.settings, cohort.base, seats)
     cohort.plan = usual_plan(factory.settings, seats, cohort.candidates[0].recipe, cohort.base.quantised)
     budget = budget_bytes(factory.settings, cohort.base)
     if budget is None:

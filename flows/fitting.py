@@ -19,6 +19,7 @@ from lora_core.base_model import (
 )
 from lora_core.budget import Weights, check_base_fits
 from lora_core.errors import BaseChanged, BaseModelError, MemoryTooSmall
+from lora_core.height import least_height
 from lora_core.planner import Plan, free_bytes
 from lora_core.recipe import Recipe
 from registry.jobs import ClaimedJob
@@ -85,12 +86,30 @@ def usual_plan(settings: FactorySettings, seats: int, recipe: Recipe, quantised:
     return Plan(slots, recipe.row_tokens, compiled=compiled, recorded=settings.cuda_graph)
 
 
-def seats_for_more(settings: FactorySettings, seats: int, base: BaseModel) -> int:
+def seats_of(settings: FactorySettings, base: BaseModel, candidates: Sequence[Candidate]) -> int:
+    """How many slots they make good use of.
+
+    Where empty ones are not computed a search has one for each trial, else for each that goes on to the end: before
+    that, trials take turns.
+    """
+    if _computes_all(settings, base):
+        return sum(candidate.seats for candidate in candidates)
+    return sum(len(candidate.learners) for candidate in candidates)
+
+
+def seats_for_more(settings: FactorySettings, base: BaseModel, seats: int) -> int:
     """How many seats a cohort should have that lets newcomers in.
 
-    On a GPU as many as there may be: empty ones cost little.  On a CPU one to spare, which doubles its slots at most.
+    As many as there may be where empty ones cost nothing, or little, as on a GPU.  Elsewhere one to spare, which
+    doubles the slots at most.
     """
-    return settings.slots if base.model.device.type == "cuda" else seats + 1
+    costly = base.model.device.type != "cuda" and _computes_all(settings, base)
+    return seats + 1 if costly else settings.slots
+
+
+def _computes_all(settings: FactorySettings, base: BaseModel) -> bool:
+    """Whether a micro-step computes every slot, whoever reads in it."""
+    return settings.compile or least_height(base, settings.slots) == settings.slots
 
 
 def budget_bytes(settings: FactorySettings, base: BaseModel) -> int | None:
@@ -122,7 +141,7 @@ def plan_fitting(
 
 def planned(settings: FactorySettings, base: BaseModel, candidate: Candidate) -> Plan:
     """One user's plan, and that of its search.  Raises MemoryTooSmall."""
-    usual = usual_plan(settings, candidate.seats, candidate.recipe, base.quantised)
+    usual = usual_plan(settings, seats_of(settings, base, [candidate]), candidate.recipe, base.quantised)
     budget = budget_bytes(settings, base)
     if budget is None:
         return usual

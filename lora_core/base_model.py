@@ -23,6 +23,7 @@ from lora_core.base_checks import DENSE, check_sharing, positions, windows_of
 from lora_core.base_files import CONVERT, WEIGHTS, check_quantise, fingerprint, locate
 from lora_core.batch import Batch, Windows, as_batch, fields_of
 from lora_core.data.packing import Row
+from lora_core.elementwise import steady
 from lora_core.errors import BaseModelError, BaseUnfit, DeviceMissing
 from lora_core.products import quick_product, quicken
 from lora_core.quantised import QuantisedLinear, packed_in, quantisation, unpack_on_use
@@ -213,6 +214,7 @@ def freeze(
     """
     unpack_on_use(model)
     quicken(model)
+    steady(model)
     model.requires_grad_(False).eval()
     linears = adaptable(model)
     if not linears:

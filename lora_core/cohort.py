@@ -3,6 +3,7 @@
 A finished user is one row copied out; a new one is one row written in.  Nothing here knows what a row means.
 """
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,18 @@ class Cohort:
         """K."""
         return len(self.weights_KP)
 
+    def lowest(self, slots: int) -> "Cohort":
+        """The lowest so many slots, as a cohort of their own in the same memory."""
+        if slots == self.slots:
+            return self
+        part = copy(self)
+        for name, column in vars(self).items():
+            if isinstance(column, Tensor):
+                setattr(part, name, column[:slots])
+        if self.working_KP is self.weights_KP:
+            part.working_KP = part.weights_KP
+        return part
+
     def admit(self, slot: int, row_P: Tensor, scale: float) -> None:
         """Write a user into a slot: its start row, and no memory of who was there."""
         self.clear(slot)
@@ -88,6 +101,13 @@ class Cohort:
         ):
             if any(row_P.stride()):  # else zeros, and they are there
                 matrix_KP[slot] = row_P
+
+    def move(self, home: int, slot: int) -> None:
+        """Bring a user's rows to a slot that is nobody's; the one they were in is the base model's."""
+        for matrix in (self.weights_KP, self.first_KP, self.second_KP, self.gradient_KP, self.scale_K11):
+            matrix[slot] = matrix[home]
+        self.refresh(slot)
+        self.clear(home)
 
     def lend(self, home: int, lane: int) -> None:
         """Make another slot read as a user's own does."""

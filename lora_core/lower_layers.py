@@ -19,6 +19,7 @@ from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.data.packing import Row, empty_row, pack
 from lora_core.data.rendering import Rendered
+from lora_core.height import least_height
 from lora_core.layers import wrapped
 from lora_core.learner import Lesson
 from lora_core.micro_step import read_rows
@@ -136,7 +137,8 @@ class LowerLayers:
         )
         attention = model.config._attn_implementation
         versions = (torch.__version__, transformers.__version__, KERNELS)
-        facts = (self._owner, self.first, slots, model.dtype, attention, *versions, model.device.type, *machine)
+        shape = least_height(self.base, slots)  # that of more rows rounds alike
+        facts = (self._owner, self.first, shape, model.dtype, attention, *versions, model.device.type, *machine)
         return hashlib.sha256(repr(tuple(map(str, facts))).encode()).hexdigest()
 
 

@@ -28,8 +28,12 @@ Lent = tuple[Seat, int, bool]  # whose row, after how many steps, and whether th
 class Room:
     """K slots, who sits in them, and who waits."""
 
-    def __init__(self, cohort: Cohort, bank: Bank, row_tokens: int, saves: Saves | None = None) -> None:
+    def __init__(
+        self, cohort: Cohort, bank: Bank, row_tokens: int, saves: Saves | None = None, least: int | None = None
+    ) -> None:
+        """A micro-step computes `least` rows or more: all, or as many as are read."""
         self.cohort, self.bank, self.row_tokens, self.saves = cohort, bank, row_tokens, saves
+        self.least = least or cohort.slots
         self.clock = 0  # micro-steps so far
         self._waiting: list[Seat] = []
         self._seated: dict[int, Seat] = {}  # by slot
@@ -97,6 +101,8 @@ class Room:
     def seat(self) -> None:
         """Free slots to whose turn it is; then users of a few rows, or of higher priority, in others' place.
 
+        Whoever sits above a slot that stays free moves down to it, where rows that nobody reads need not be computed.
+
         Raises ValueError where everybody waits for an answer that nobody here can bring about.
         """
         slots = self.cohort.slots
@@ -116,6 +122,20 @@ class Room:
                 slot = seated[victim].slot
                 self._rise(seated[victim])
                 self._sit(slot, comers[comer])
+        if self.least < slots:
+            self._move_down()
+
+    def _move_down(self) -> None:
+        for slot in range(len(self._seated)):
+            if slot not in self._seated:
+                seat = self._seated.pop(max(self._seated))
+                self.cohort.move(seat.slot, slot)
+                self._lent.pop(slot, None)
+                self._seated[slot], seat.slot = seat, slot
+
+    def height(self, slots: Iterable[int]) -> int:
+        """How many rows are computed if these slots are to be among them."""
+        return max([self.least, *(slot + 1 for slot in slots)])
 
     def deal(self) -> list[Lesson | None]:
         """What each slot reads in this micro-step: each user's next lesson in its own, further ones where nobody reads.
@@ -125,7 +145,7 @@ class Room:
         dealt: list[Lesson | None] = [None] * self.cohort.slots
         examined, learning = ([seat for seat in self._seated.values() if seat.learns == does] for does in (False, True))
         pending = [seat.pending for seat in examined if seat.pending]
-        examines = self._rota.examines(pending, len(learning), self.cohort.slots)
+        examines = self._rota.examines(pending, len(learning), self.height(self._seated))
         readers, others = (examined, learning) if examines else (learning, examined)
         free = [slot for slot in range(self.cohort.slots) if slot not in self._seated] + [seat.slot for seat in others]
         left = [seat.rows_left for seat in readers]
@@ -201,7 +221,7 @@ class Room:
         if stepping:
             for seat in stepping:
                 clear_fixed(self.cohort, seat.slot, seat.stretches)
-            found = gradient_norms(self.cohort).tolist()
+            found = gradient_norms(self.cohort.lowest(self.height(seat.slot for seat in stepping))).tolist()
             due: list[RowStep | None] = [None] * self.cohort.slots
             for seat in stepping:
                 norms[seat.slot] = found[seat.slot]

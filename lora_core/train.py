@@ -13,6 +13,7 @@ from lora_core.banks.table import make_bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.door import SHUT, Door
+from lora_core.height import Lowest, least_height
 from lora_core.learner import Learner, Lesson, Trained
 from lora_core.micro_step import read_rows
 from lora_core.referee import Answers
@@ -47,37 +48,40 @@ def train(
     door: Door = SHUT,
     compute: Compute | None = None,
     saves: Saves | None = None,
+    whole: bool = False,
 ) -> Iterator[Trained]:
     """Train every learner, `slots` at a time, and yield each as it finishes.
 
     `door` is asked after every micro-step who comes and who goes; with `saves`, learners go on from where a process
-    before this one was killed or stopped.  At a fixed (slots, row_tokens, bank) a learner's row has the same bytes
-    whoever the others are, whichever slots it had, and whether or not it was taken aside, or saved and resumed.  A
-    learner whose numbers stop being finite is retired alone, with its last good row.  Raises ValueError for two of one
-    name at once.
+    before this one was killed or stopped.  A micro-step computes all slots where layers want one shape (`whole`) or
+    rounding depends on it; else up to the highest that is read in.  At a fixed (slots, row_tokens, bank) a learner's
+    row has the same bytes whoever the others are, whichever slots it had, and whether or not it was taken aside, or
+    saved and resumed.  A learner whose numbers stop being finite is retired alone, with its last good row.  Raises
+    ValueError for two of one name at once.
     """
     tighten(base.model.device)
     learners, compute = list(learners), compute or read_rows
     bank = bank or make_bank(base, [learner.recipe.method for learner in learners])
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
-    room = Room(cohort, bank, row_tokens, saves and saves.shaped(slots, row_tokens, bank, bank.width))
+    least = slots if whole else least_height(base, slots)
+    room = Room(cohort, bank, row_tokens, saves and saves.shaped(slots, row_tokens, bank, bank.width), least)
     room.enter(learners)
-    micro_steps = finished = tokens = rows = 0
+    micro_steps = finished = tokens = rows = computed = 0
 
-    with bank.attached(base, cohort):
+    with Lowest(base, bank, cohort) as lowest:
         while not door.closing and (room.busy or room.enter(door.arrivals(slots))):
             room.seat()
             lessons = room.deal()
             read = room.readers(lessons)
+            height = room.height(slot for slot, lesson in enumerate(lessons) if lesson)
 
-            answers = compute(base, cohort, lessons, row_tokens)
+            answers = compute(base, lowest.slots(height), lessons[:height], row_tokens)
 
             done = [*room.take_in(answers), *room.dismiss(door.dismissed())]
             micro_steps, finished, tokens = micro_steps + 1, finished + len(done), tokens + sum(read.values())
-            rows += sum(lesson is not None for lesson in lessons)
+            rows, computed = rows + sum(lesson is not None for lesson in lessons), computed + height
             if watch:  # before anybody leaves: who counts what a step cost has counted it by then
-                room_tokens = micro_steps * slots * row_tokens
-                counts = (room.waiting, finished, tokens, room_tokens, rows, room.rows_left)
+                counts = (room.waiting, finished, tokens, computed * row_tokens, rows, room.rows_left)
                 watch(Pace(micro_steps, room.names, *counts, read))
             yield from done
             if saves and saves.due():

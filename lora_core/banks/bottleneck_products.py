@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_core.cohort import Cohort
+from lora_core.elementwise import alike
 from lora_core.layers import Forward
 
 Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # act(x); and its gradient of (g, x)
-
-VECTORS = 64  # numbers that a CPU kernel takes at once, at the most: two AVX-512 registers of bf16
 
 # Each is 0 at 0: then what lies beyond a user's own width has no gradient and stays zero.
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -101,7 +100,7 @@ def adapted_gradients(
     biased_K11, width = _on(factors.biased_K11), inner_KWT.shape[1]
     up_g_KVD = torch.bmm(_low(inner_KWT, biased_K11, factors, activations), g_KTD)
     low_g_KWT = torch.bmm(factors.up_KVD[:, :width], g_KTD.mT)
-    ways_KWT = [_each_alike(gradient, low_g_KWT, inner_KWT) for _, gradient in activations]
+    ways_KWT = [alike(gradient, low_g_KWT, inner_KWT) for _, gradient in activations]
     inner_g_KWT = _chosen(ways_KWT, factors.chosen_KA11)
     down_g_KWD = torch.bmm(inner_g_KWT, _seen(x_KTD, keep_KTD))
     bias_g_KW1 = inner_g_KWT.sum(2, keepdim=True) * biased_K11
@@ -138,23 +137,8 @@ class Adapted(torch.autograd.Function):
 
 def _low(inner_KWT: Tensor, biased_K11: Tensor, factors: Factors, activations: Sequence[Activation]) -> Tensor:
     """What up multiplies: the activation's outputs, and a row of ones where the user has biases."""
-    low_KWT = _chosen([_each_alike(act, inner_KWT) for act, _ in activations], factors.chosen_KA11)
+    low_KWT = _chosen([alike(act, inner_KWT) for act, _ in activations], factors.chosen_KA11)
     return torch.cat([low_KWT, biased_K11.expand(-1, 1, low_KWT.shape[2])], dim=1)
-
-
-def _each_alike(function: Callable[..., Tensor], *inputs_KWT: Tensor) -> Tensor:
-    """A function of each number, the same in every slot.
-
-    torch's CPU kernels compute what is left over at the end of a thread's share by other code, which rounds otherwise:
-    so a slot's numbers are made to fill whole vectors of every thread.
-    """
-    shape_WT = inputs_KWT[0].shape[1:]
-    if torch.compiler.is_compiling() or inputs_KWT[0].device.type != "cpu":
-        return function(*inputs_KWT)
-    short = -shape_WT.numel() % (VECTORS * torch.get_num_threads())
-    padded_KN = function(*(F.pad(input_KWT.flatten(1), (0, short)) for input_KWT in inputs_KWT))
-    found_KWT: Tensor = padded_KN[:, : shape_WT.numel()].unflatten(1, shape_WT)
-    return found_KWT
 
 
 def _chosen(ways_KWT: Sequence[Tensor], chosen_KA11: Tensor) -> Tensor:

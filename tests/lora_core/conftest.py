@@ -50,6 +50,15 @@ def llama_base() -> BaseModel:
     return freeze(llama(), None, "llama")
 
 
+@pytest.fixture(params=[1, 2, 3, 6])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Torch computes on so many threads; other tests have as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch computes on one core; other tests have as many as before."""

@@ -165,7 +165,7 @@ def test_rows_that_do_not_come_again_are_not_kept(llama4: BaseModel) -> None:
 
     run(llama4, users, lower_layers(llama4, users, store))
 
-    assert store.memory.used == ROW  # of an idle slot
+    assert store.memory.used <= ROW  # of an idle slot
 
 
 def test_a_small_budget_is_respected(llama4: BaseModel) -> None:
