@@ -233,6 +233,7 @@ def wait_until_running(lora: Lora, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_a_kill_during_training_costs_time_and_nothing_else(
     lora: Lora, base_folder: Path, alice: Path, tmp_path: Path
 ) -> None:

@@ -371,6 +371,7 @@ def test_runs_are_wanted_for_every_group_and_for_dead_workers_jobs(factory: Fact
     assert runs_wanted(factory) == 3
 
 
+@pytest.mark.long
 def test_a_cohort_is_planned_to_fit_into_memory(base_folder: Path, ask: Ask) -> None:
     """Fewer slots than users: some wait for a slot, everybody is published, and the version says how it was made."""
     for user in ("acme/alice", "acme/bob", "acme/eve", "acme/joe"):
@@ -410,6 +411,7 @@ def test_memory_too_small_for_anybody_is_told_with_the_numbers(
     assert [*cohort.published] == ["acme/alice"]
 
 
+@pytest.mark.long
 def test_who_is_too_large_for_the_budget_is_put_off_alone(
     base_folder: Path, factory: Factory, ask: Ask, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def progress_kept(shared: Path) -> list[Path]:
     return [path for path in (shared / "store").rglob("*.safetensors") if "progress" in path.parts]
 
 
+@pytest.mark.long
 def test_newcomers_are_let_in_published_while_others_go_on_and_those_go_on_elsewhere(
     factory: Factory, ask: Ask, base_folder: Path, tmp_path: Path
 ) -> None:

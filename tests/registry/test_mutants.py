@@ -1,11 +1,13 @@
 """The code with any one tenant filter deleted, against a database that keeps tenants apart by itself."""
 
+import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -56,9 +58,11 @@ from registry.store import FolderStore
 from registry.timing import Timing
 from tests.conftest import looking
 from tests.registry.conftest import LEASE, NOW, finished
-from tests.registry.mutants import alive, mutants
+from tests.registry.mutants import Mutant, alive, mutants
 from tests.registry.twins import OURS, TABLES, THEIRS, busy, tenant_of
 from tests.servers import APPLICATION
+
+Calls = dict[str, set[str]]  # functions that each thing to do has run, as module.function
 
 UNDO = "done, and to be undone"
 PARTS = 4
@@ -165,11 +169,37 @@ NAMES = [
 ]  # fmt: skip
 
 
-def observe(engine: Engine, store: FolderStore, cache: Path, job: ClaimedJob) -> str:
-    """What globex sees when it does everything there is to do, each thing in a transaction that is undone; in words."""
+@contextmanager
+def noting(calls: Calls, name: str) -> Iterator[None]:
+    """Write down which functions run inside."""
+    called = calls.setdefault(name, set())
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            called.add(f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def reaching(mutant: Mutant, calls: Calls) -> list[str]:
+    """What runs the mutated function; whatever does not is as it was."""
+    return [name for name, called in calls.items() if f"registry.{mutant.module}.{mutant.function}" in called]
+
+
+def observe(
+    engine: Engine, store: FolderStore, cache: Path, job: ClaimedJob, names: Sequence[str], calls: Calls | None = None
+) -> str:
+    """What globex sees when it does what there is to do, each thing in a transaction that is undone; in words."""
     seen: list[object] = []
-    for name in NAMES:
-        with suppress(RuntimeError, RegistryError, SQLAlchemyError, ValueError), transaction(engine) as session:
+    calls = {} if calls is None else calls
+    for name in names:
+        given_up = (RuntimeError, RegistryError, SQLAlchemyError, ValueError)
+        with suppress(*given_up), noting(calls, name), transaction(engine) as session:
             given = doings(session, job)[name]()
             session.flush()
             seen += [name, _words(given), _words(list(session.identity_map.values()))]
@@ -243,14 +273,15 @@ def intrusions(session: Session, loot: Loot) -> dict[str, Callable[[], object]]:
     }
 
 
-def intrude(engine: Engine, loot: Loot) -> list[str]:
+def intrude(engine: Engine, loot: Loot, names: Sequence[str], calls: Calls | None = None) -> dict[str, str]:
     """What came of each attempt, committed where it went through."""
-    found = []
-    for name in INTRUSIONS:
+    found = {}
+    calls = {} if calls is None else calls
+    for name in names:
         given: object = "refused"
-        with suppress(RegistryError, SQLAlchemyError, KeyError), transaction(engine) as session:
+        with suppress(RegistryError, SQLAlchemyError, KeyError), noting(calls, name), transaction(engine) as session:
             given = _words(intrusions(session, loot)[name]())
-        found.append(f"{name}: {given!r}")
+        found[name] = repr(given)
     return found
 
 
@@ -297,20 +328,24 @@ def test_every_mutant_without_a_tenant_filter_still_sees_and_changes_nothing_for
     ours, theirs = busy(twins, OURS), busy(twins, THEIRS)
     loot = loot_of(twins, replace(theirs, tenant_id=ours.tenant_id))
     foreign, before = marks(twins), belongings(twins)
+    done, tried = Calls(), Calls()
     with copied(twins) as engine:
-        assert OURS in (sane := observe(engine, store, tmp_path, ours))
+        assert OURS in (sane := observe(engine, store, tmp_path, ours, NAMES, done))
         assert not leaks(sane, foreign)
-        nothing = intrude(engine, loot)
+        nothing = intrude(engine, loot, INTRUSIONS, tried)
         assert belongings(engine) == before
 
     leaking = set()
     for mutant in mutants()[part::PARTS]:
+        doing, trying = reaching(mutant, done), reaching(mutant, tried)
+        expected = {name: nothing[name] for name in trying}
         with alive(mutant), copied(twins) as engine:
-            assert not leaks(observe(engine, store, tmp_path, ours), foreign), mutant
-            assert intrude(engine, loot) == nothing, mutant
+            assert not leaks(observe(engine, store, tmp_path, ours, doing), foreign), mutant
+            assert intrude(engine, loot, trying) == expected, mutant
             assert belongings(engine) == before, mutant
         with alive(mutant), copied(twins, "postgres") as engine:
-            if intrude(engine, loot) != nothing or leaks(observe(engine, store, tmp_path, ours), foreign):
+            loose = intrude(engine, loot, trying) != expected
+            if loose or leaks(observe(engine, store, tmp_path, ours, doing), foreign):
                 leaking.add(str(mutant))
     # The others are held by a second filter, or by an id that a caller cannot come by through the first.
     assert len(leaking) >= LEAKING, leaking
