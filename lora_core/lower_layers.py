@@ -57,7 +57,7 @@ class LowerLayers:
     def states(self, lessons: Sequence[Lesson]) -> Tensor:
         """What enters the first adapted layer, K x T x D: kept rows' as they were, the others' computed now.
 
-        A computation always takes K rows, for the bytes' sake; places that no missing row needs go to those that are
+        A computation takes as many rows, for the bytes' sake; places that no missing row needs go to those that are
         about to be missed, so a newcomer among old hands costs few computations.
         """
         context = self._context(len(lessons))

@@ -26,7 +26,7 @@ class SearchSpec(BaseModel):
     layers: tuple[Layers, ...] = ()
     rungs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.125, 0.375)  # shares of a trial's steps
     keep: Annotated[float, Field(gt=0, lt=1)] = 1 / 3  # share of the trials that goes on after a rung
-    finalists: Annotated[int, Field(ge=1, le=MOST_TRIALS)] = 3  # at least so many go on
+    finalists: Annotated[int, Field(ge=1, le=MOST_TRIALS)] | None = None  # at least so many go on; None: see `least`
     tolerance: Annotated[float, Field(ge=0, le=1)] = 0.002  # a loss so near the best, in its share, is as good
 
     @model_validator(mode="after")
@@ -59,6 +59,14 @@ class SearchSpec(BaseModel):
         """How many of them go on after the last rung."""
         return reduce(lambda trials, _: self.places(trials), self.rungs, self.points)
 
+    @property
+    def least(self) -> int:
+        """How many go on at least, if it is not said: three, and a quarter of the grid.
+
+        With the rungs and the share as they are by default, that is 37 % of the grid's steps, whatever its size.
+        """
+        return self.finalists or max(3, ceil(self.points / 4))
+
     def places(self, trials: int) -> int:
         """How many of so many trials go on after a rung."""
-        return min(trials, max(self.finalists, ceil(round(trials * self.keep, 9))))  # 30 * 0.1 is a little above 3
+        return min(trials, max(self.least, ceil(round(trials * self.keep, 9))))  # 30 * 0.1 is a little above 3
