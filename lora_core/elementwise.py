@@ -25,8 +25,9 @@ def alike(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if _as_it_is(*inputs):
         return function(*inputs)
     flat = [F.pad(one.flatten(), (0, -numbers % VECTORS)) for one in inputs]
-    most = len(flat[0]) // (VECTORS * torch.get_num_threads()) * VECTORS * torch.get_num_threads()
-    size = most if most and _fills(most) else ALONE
+    unit = VECTORS * torch.get_num_threads()
+    most = len(flat[0]) // unit * unit
+    size = most if most and _fills(most) else ALONE  # all but the end at once, if that comes out even
     found = torch.cat([function(*parts) for parts in zip(*(one.split(size) for one in flat), strict=True)])
     return found[:numbers].view(shape)
 

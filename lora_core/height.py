@@ -15,10 +15,11 @@ def least_height(base: BaseModel, slots: int) -> int:
 
     In fp32 on a CPU oneDNN multiplies every row alone, and batched products, attention and norms are computed row by
     row once each thread has one: where there are fewer, MKL and torch split a row among threads, which rounds
-    otherwise.  Anywhere else the number of rows chooses the kernel.
+    otherwise.  Anywhere else the number of rows may choose the kernel.
     """
     sample = torch.empty(2, 1, dtype=base.model.dtype, device=base.model.device)
-    alone = multiplies_alone(sample) and len({tensor.device for tensor in base.frozen}) == 1
+    alone = multiplies_alone(sample) and torch.backends.mkl.is_available()  # others' kernels nobody has tried
+    alone = alone and len({tensor.device for tensor in base.frozen}) == 1
     return min(slots, torch.get_num_threads()) if alone else slots
 
 
