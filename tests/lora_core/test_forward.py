@@ -14,7 +14,7 @@ from lora_core import forward
 from lora_core.data.rendering import IGNORED
 from lora_core.forward import head_loss
 
-TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.2, 0.02)}  # absolute, and relative
+TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.1, 0.02)}  # absolute, and relative
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +35,8 @@ def a_batch(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     vocabulary, dtype = draw(st.integers(2, 300)), draw(st.sampled_from([*TOLERANCES]))
     targets_KT = torch.randint(vocabulary, (slots, tokens))
     targets_KT[torch.rand(slots, tokens) >= draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))] = IGNORED
-    return torch.randn(slots, tokens, width, dtype=dtype), torch.randn(vocabulary, width, dtype=dtype), targets_KT
+    hidden_KTD = torch.randn(slots, tokens, width) / width**0.5  # logits of about 1: what bf16 rounds of 40 is much
+    return hidden_KTD.to(dtype), torch.randn(vocabulary, width, dtype=dtype), targets_KT
 
 
 def read(hidden_KTD: Tensor, head_VD: Tensor, targets_KT: Tensor, counted: int | None = None) -> list[Tensor]:
