@@ -50,7 +50,7 @@ def llama_base() -> BaseModel:
     return freeze(llama(), None, "llama")
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Torch computes on so many threads; other tests have as many as before."""
     before = torch.get_num_threads()

@@ -38,6 +38,7 @@ def wide() -> BaseModel:
     return freeze(LlamaForCausalLM(config), None, "wide")
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_has_the_same_bits_in_a_lower_batch(wide: BaseModel, threads: int, method: str) -> None:
     """Its answer, gradient and norm, down to the least height, which for K rows on fewer threads is less than K."""
