@@ -7,6 +7,7 @@ import torch
 from lora_core.banks.bank import Bank
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
+from lora_core.layers import ONE_SHAPE
 from lora_core.products import multiplies_alone
 
 
@@ -15,8 +16,10 @@ def least_height(base: BaseModel, slots: int) -> int:
 
     In fp32 on a CPU oneDNN multiplies every row alone, and batched products, attention and norms are computed row by
     row once each thread has one: where there are fewer, MKL and torch split a row among threads, which rounds
-    otherwise.  Anywhere else the number of rows may choose the kernel.
+    otherwise.  Anywhere else the number of rows may choose the kernel, and compiled layers are for one shape.
     """
+    if hasattr(base.model, ONE_SHAPE):
+        return slots
     sample = torch.empty(2, 1, dtype=base.model.dtype, device=base.model.device)
     alone = multiplies_alone(sample) and torch.backends.mkl.is_available()  # others' kernels nobody has tried
     alone = alone and len({tensor.device for tensor in base.frozen}) == 1

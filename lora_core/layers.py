@@ -20,6 +20,8 @@ from lora_core.errors import TrainingError
 
 KINDS = 24  # of layers to compile: of four sorts, say, to learn from with dropout or without, and to examine
 
+ONE_SHAPE = "one_shape"  # an attribute of a model whose layers are compiled for batches of one shape
+
 Forward = Callable[..., Any]  # a layer's own: what it takes and gives is the architecture's affair
 
 
@@ -73,6 +75,7 @@ def compiled(base: BaseModel, on: bool = True) -> Iterator[None]:
     compile_whole = partial(torch.compile, dynamic=False, fullgraph=True)
     torch.compiler.reset()  # forget cohorts from before: there is a limit to how often one layer may be compiled
     limit = torch._dynamo.config.patch(recompile_limit=KINDS)
+    vars(base.model)[ONE_SHAPE] = True
     try:
         with warnings.catch_warnings(), limit, wrapped(decoder_layers(base), compile_whole):
             warnings.filterwarnings("ignore", "grad and param do not obey")  # views of a matrix cannot
@@ -80,3 +83,5 @@ def compiled(base: BaseModel, on: bool = True) -> Iterator[None]:
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         why = f"its layers cannot be compiled: {str(error).strip().splitlines()[0][:200]}"
         raise TrainingError(base.name, why, "unset LORA_COMPILE; compiling on a CPU needs a C++ compiler") from None
+    finally:
+        del vars(base.model)[ONE_SHAPE]

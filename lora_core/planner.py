@@ -127,7 +127,7 @@ def train_planned(
         try:
             with compiled(base, current.compiled), checkpointed(base, current.checkpointed):
                 shape, listed = (current.slots, current.row_tokens, bank), _Listed(door, inside)
-                for trained in train(base, inside.values(), *shape, watch, listed, how, saves, current.compiled):
+                for trained in train(base, inside.values(), *shape, watch, listed, how, saves):
                     del inside[trained.name]
                     yield trained, current
         except (RuntimeError, MemoryError) as error:

@@ -53,8 +53,8 @@ def train(
     """Train every learner, `slots` at a time, and yield each as it finishes.
 
     `door` is asked after every micro-step who comes and who goes; with `saves`, learners go on from where a process
-    before this one was killed or stopped.  A micro-step computes all slots where layers want one shape (`whole`) or
-    rounding depends on it; else up to the highest that is read in.  At a fixed (slots, row_tokens, bank) a learner's
+    before this one was killed or stopped.  A micro-step computes all slots where rounding depends on it, or if `whole`;
+    else up to the highest that is read in.  At a fixed (slots, row_tokens, bank) a learner's
     row has the same bytes whoever the others are, whichever slots it had, and whether or not it was taken aside, or
     saved and resumed.  A learner whose numbers stop being finite is retired alone, with its last good row.  Raises
     ValueError for two of one name at once.
