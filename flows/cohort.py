@@ -149,10 +149,11 @@ def _fill(factory: Factory, cohort: Cohort, claimed: Sequence[ClaimedJob], admit
 
 def _fit_into_memory(factory: Factory, cohort: Cohort, admits: bool) -> None:
     """Plan as many slots as fit, where it is known how much memory there is; who does not fit is put off alone."""
+    recipe = cohort.candidates[0].recipe
     seats = seats_of(factory.settings, cohort.base, cohort.candidates)
     if admits:
-        seats = seats_for_more(factory.settings, cohort.base, seats)
-    cohort.plan = usual_plan(factory.settings, seats, cohort.candidates[0].recipe, cohort.base.quantised)
+        seats = seats_for_more(factory.settings, cohort.base, seats, recipe)
+    cohort.plan = usual_plan(factory.settings, seats, recipe, cohort.base.quantised)
     budget = budget_bytes(factory.settings, cohort.base)
     if budget is None:
         return

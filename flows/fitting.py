@@ -25,6 +25,8 @@ from lora_core.recipe import Recipe
 from registry.jobs import ClaimedJob
 from registry.models import SharedBase
 
+ENOUGH = 1024  # tokens of a micro-step on a CPU: in a larger one a row costs what a row costs, and takes memory
+
 
 def load_for(factory: Factory, job: ClaimedJob) -> BaseModel:
     """A job's base: the one that this process loaded last, where it is that.
@@ -87,29 +89,29 @@ def usual_plan(settings: FactorySettings, seats: int, recipe: Recipe, quantised:
 
 
 def seats_of(settings: FactorySettings, base: BaseModel, candidates: Sequence[Candidate]) -> int:
-    """How many slots they make good use of.
+    """How many slots they make good use of: of a search as many as go on to its end; trials take turns before that.
 
-    Where empty ones are not computed a search has one for each trial, else for each that goes on to the end: before
-    that, trials take turns.
+    Where empty slots are not computed it has more, as long as rows are short.
     """
-    if _computes_all(settings, base):
-        return sum(candidate.seats for candidate in candidates)
-    return sum(len(candidate.learners) for candidate in candidates)
+    short = _short_rows(settings, base, candidates[0].recipe)
+    return sum(max(one.seats, min(len(one.learners), short)) for one in candidates)
 
 
-def seats_for_more(settings: FactorySettings, base: BaseModel, seats: int) -> int:
+def seats_for_more(settings: FactorySettings, base: BaseModel, seats: int, recipe: Recipe) -> int:
     """How many seats a cohort should have that lets newcomers in.
 
-    As many as there may be where empty ones cost nothing, or little, as on a GPU.  Elsewhere one to spare, which
-    doubles the slots at most.
+    On a GPU as many as there may be: empty ones cost little.  On a CPU one to spare, which doubles its slots at most,
+    or more of short rows where empty ones are not computed.
     """
-    costly = base.model.device.type != "cuda" and _computes_all(settings, base)
-    return seats + 1 if costly else settings.slots
+    most = settings.slots
+    return most if base.model.device.type == "cuda" else max(seats + 1, min(most, _short_rows(settings, base, recipe)))
 
 
-def _computes_all(settings: FactorySettings, base: BaseModel) -> bool:
-    """Whether a micro-step computes every slot, whoever reads in it."""
-    return settings.compile or least_height(base, settings.slots) == settings.slots
+def _short_rows(settings: FactorySettings, base: BaseModel, recipe: Recipe) -> int:
+    """How many rows are quicker together than one after another; 0 where each would be computed, read or not."""
+    compiles = settings.compile and not base.quantised
+    all_computed = compiles or least_height(base, settings.slots) == settings.slots
+    return 0 if all_computed else ENOUGH // recipe.row_tokens
 
 
 def budget_bytes(settings: FactorySettings, base: BaseModel) -> int | None:

@@ -63,7 +63,7 @@ class SearchSpec(BaseModel):
     def least(self) -> int:
         """How many go on at least, if it is not said: three, and a quarter of the grid.
 
-        With the rungs and the share as they are by default, that is 37 % of the grid's steps, whatever its size.
+        With the rungs and the share as they are by default, that is 37 % of the steps of a grid of twelve or more.
         """
         return self.finalists or max(3, ceil(self.points / 4))
 

@@ -48,23 +48,21 @@ def train(
     door: Door = SHUT,
     compute: Compute | None = None,
     saves: Saves | None = None,
-    whole: bool = False,
 ) -> Iterator[Trained]:
     """Train every learner, `slots` at a time, and yield each as it finishes.
 
     `door` is asked after every micro-step who comes and who goes; with `saves`, learners go on from where a process
-    before this one was killed or stopped.  A micro-step computes all slots where rounding depends on it, or if `whole`;
-    else up to the highest that is read in.  At a fixed (slots, row_tokens, bank) a learner's
-    row has the same bytes whoever the others are, whichever slots it had, and whether or not it was taken aside, or
-    saved and resumed.  A learner whose numbers stop being finite is retired alone, with its last good row.  Raises
-    ValueError for two of one name at once.
+    before this one was killed or stopped.  A micro-step computes up to the highest slot that is read in, or all where
+    rounding depends on it.  At a fixed (slots, row_tokens, bank) a learner's row has the same bytes whoever the others
+    are, whichever slots it had, and whether or not it was taken aside, or saved and resumed.  A learner whose numbers
+    stop being finite is retired alone, with its last good row.  Raises ValueError for two of one name at once.
     """
     tighten(base.model.device)
     learners, compute = list(learners), compute or read_rows
     bank = bank or make_bank(base, [learner.recipe.method for learner in learners])
     cohort = Cohort(slots, bank.width, base.model.device, base.model.dtype)
-    least = slots if whole else least_height(base, slots)
-    room = Room(cohort, bank, row_tokens, saves and saves.shaped(slots, row_tokens, bank, bank.width), least)
+    shaped = saves and saves.shaped(slots, row_tokens, bank, bank.width)
+    room = Room(cohort, bank, row_tokens, shaped, least_height(base, slots))
     room.enter(learners)
     micro_steps = finished = tokens = rows = computed = 0
 

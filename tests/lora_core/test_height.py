@@ -14,6 +14,7 @@ from lora_core.base_model import BaseModel, freeze
 from lora_core.cohort import Cohort
 from lora_core.data.packing import pack
 from lora_core.height import Lowest, least_height
+from lora_core.layers import compiled
 from lora_core.learner import Learner, Lesson, Trained
 from lora_core.methods import AnyMethod, BottleneckSpec, LoraSpec, PrefixSpec
 from lora_core.micro_step import backward_rows
@@ -65,13 +66,17 @@ def test_a_row_has_the_same_bits_in_a_lower_batch(wide: BaseModel, threads: int,
 
 
 def test_where_the_number_of_rows_chooses_the_kernel_all_are_computed(llama_base: BaseModel) -> None:
-    """As in bf16."""
+    """As in bf16, and in layers that are compiled for one shape."""
     assert least_height(llama_base, 64) == torch.get_num_threads()
+    with compiled(llama_base):
+        assert least_height(llama_base, 64) == 64
     assert least_height(replace(llama_base, model=llama_base.model.to(torch.bfloat16)), 64) == 64
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_users_train_to_the_same_bytes_in_lower_batches(base: BaseModel, threads: int, seed: int) -> None:
+def test_users_train_to_the_same_bytes_in_lower_batches(
+    base: BaseModel, threads: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Users of many sizes, who leave gaps in the slots: whoever sits above one moves down, and less is computed."""
     generator = random.Random(seed)
     users = [
@@ -82,8 +87,9 @@ def test_users_train_to_the_same_bytes_in_lower_batches(base: BaseModel, threads
         for number in range(9)
     ]  # fmt: skip
 
-    low, room = trained(base, users, whole=False)
-    high, most = trained(base, users, whole=True)
+    low, room = trained(base, users)
+    monkeypatch.setattr("lora_core.train.least_height", lambda _, slots: slots)
+    high, most = trained(base, users)
 
     assert room < most
     for name, one in high.items():
@@ -91,12 +97,12 @@ def test_users_train_to_the_same_bytes_in_lower_batches(base: BaseModel, threads
         assert low[name].held_out == one.held_out
 
 
-def trained(base: BaseModel, users: Sequence[Learner], whole: bool) -> tuple[dict[str, Trained], int]:
+def trained(base: BaseModel, users: Sequence[Learner]) -> tuple[dict[str, Trained], int]:
     """What became of each, and how many tokens were computed."""
     rooms: list[int] = []
 
     def watch(pace: Pace) -> None:
         rooms.append(pace.room)
 
-    found = {one.name: one for one in train(base, users, K, T, watch=watch, whole=whole)}
+    found = {one.name: one for one in train(base, users, K, T, watch=watch)}
     return found, rooms[-1]
