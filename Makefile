@@ -94,9 +94,9 @@ clean:
 	$(BIN)/pip install --quiet --upgrade pip
 
 .venv/.demo-ready: pyproject.toml | .venv/bin/pip
-	$(BIN)/pip install --quiet --editable '.[all]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[all]'
 	touch $@
 
 .venv/.dev-ready: pyproject.toml | .venv/bin/pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@ .venv/.demo-ready

@@ -78,8 +78,15 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture(params=["sqlite", "postgresql"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """A registry with its tables, on each kind of database in turn; on PostgreSQL as the role that owns nothing."""
+    with new_registry(request, tmp_path) as opened:
+        yield opened
+
+
+@contextmanager
+def new_registry(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
+    """The same of the kind that a fixture's parameter names; SQLite's file is in the folder."""
     if request.param == "sqlite":
-        copied = shutil.copyfile(request.getfixturevalue("sqlite_tables"), tmp_path / "registry.db")
+        copied = shutil.copyfile(request.getfixturevalue("sqlite_tables"), folder / "registry.db")
         opened = open_database(f"sqlite:///{copied}")
     else:
         server, tables = (request.getfixturevalue(name) for name in ("postgres_server", "postgres_tables"))

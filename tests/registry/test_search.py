@@ -20,14 +20,24 @@ from registry.publishing import Finished, publish
 from registry.search import ORDERS, Found, Search
 from registry.session import transaction
 from registry.store import FolderStore
+from tests.conftest import new_registry
 from tests.registry.conftest import LEASE, NOW, enqueue, finished
 
 WHO: Any = {"actor": "me", "reason": "because", "now": NOW}  # keywords of unlike types
 USERS = 3000  # so many that PostgreSQL would rather read the table than a worse index
 
 
-@pytest.fixture
-def client(engine: Engine, store: FolderStore, tmp_path: Path) -> Client:
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """What `furnish` makes, on each kind of database, once for all: they only ask."""
+    folder = tmp_path_factory.mktemp("asked")
+    store = FolderStore(folder / "store")
+    store.set_up()
+    with new_registry(request, folder) as engine:
+        yield furnish(engine, store, folder)
+
+
+def furnish(engine: Engine, store: FolderStore, folder: Path) -> Client:
     """Three users with three versions each, that gained 0.1, 0.2 ... 0.9; alice's second is a canary."""
     with transaction(engine) as session:
         asked = {user: enqueue(session, f"acme/{user}", 3) for user in ("alice", "bob", "carol")}
@@ -39,7 +49,7 @@ def client(engine: Engine, store: FolderStore, tmp_path: Path) -> Client:
     with transaction(engine) as session:
         tenant = queries.tenant_id(session, "acme")
         aliases.promote(session, tenant, Reference.parse("acme/alice:2"), "canary", **WHO)
-    return Client(engine, store, tmp_path / "cache")
+    return Client(engine, store, folder / "cache")
 
 
 def gained(tenths: int) -> Finished:
@@ -156,8 +166,9 @@ def why(client: Client, **asked: str) -> dict[str, str]:
     return found
 
 
-def test_who_is_outdated_follows_data_and_latest(client: Client, engine: Engine) -> None:
+def test_who_is_outdated_follows_data_and_latest(engine: Engine, store: FolderStore, tmp_path: Path) -> None:
     """New data, old data again, `latest` moved by hand and back by a fleet, another base or recipe."""
+    client = furnish(engine, store, tmp_path)
     assert why(client) == {}
     with transaction(engine) as session:
         enqueue(session, "acme/dora", 1)
