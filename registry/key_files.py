@@ -9,6 +9,7 @@ from registry.errors import SettingRefused
 
 SIGNING_KEY, VERIFY_KEY = "LORA_SIGNING_KEY", "LORA_VERIFY_KEY"
 CURVES = ("secp256r1", "secp384r1", "secp521r1")  # what model-signing takes
+LIBRARIES = ("cryptography", "model_signing", "OpenSSL")
 _MOST = 1 << 14  # bytes of a key file
 
 
@@ -30,9 +31,9 @@ class PublicKey:
 
 def public_half(path: Path) -> PublicKey:
     """The public key of a private one's file."""
+    data = read_key(SIGNING_KEY, path)
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    data = read_key(SIGNING_KEY, path)
     try:
         return _public(load_pem_private_key(data, None).public_key())
     except Exception as error:  # of bytes that are no key, cryptography raises errors of many kinds
@@ -42,9 +43,9 @@ def public_half(path: Path) -> PublicKey:
 
 def public_key(path: Path) -> PublicKey:
     """The public key in a file."""
+    data = read_key(VERIFY_KEY, path)
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    data = read_key(VERIFY_KEY, path)
     try:
         return _public(load_pem_public_key(data))
     except Exception as error:  # as above
@@ -52,8 +53,8 @@ def public_key(path: Path) -> PublicKey:
 
 
 def read_key(variable: str, path: Path) -> bytes:
-    """What is in a key's file; also refused where the library that would use it is missing."""
-    if find_spec("model_signing") is None:
+    """What is in a key's file; also refused where the libraries that would use it are missing."""
+    if any(find_spec(library) is None for library in LIBRARIES):
         raise SettingRefused(variable, str(path), "it needs another package: pip install 'lora-factory[signing]'")
     try:
         with path.open("rb") as file:

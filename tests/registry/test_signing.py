@@ -14,9 +14,10 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from sqlalchemy.engine import Engine
 
-from registry import jobs
+from registry import jobs, key_files
 from registry.client import Client, Resolved
 from registry.errors import ManifestRefused, ObjectDiffers, ObjectMissing, SettingRefused, SignatureRefused
+from registry.key_files import LIBRARIES
 from registry.publishing import Published, declare, publish, signed
 from registry.pulling import Puller
 from registry.session import transaction
@@ -325,6 +326,19 @@ def test_a_key_that_cannot_be_used_is_told_before_any_work(tmp_path: Path) -> No
         with pytest.raises(SettingRefused, match="LORA_SIGNING_KEY") as caught:
             Signer(path)
         assert len(str(caught.value).splitlines()) == 1, what
+
+
+@pytest.mark.parametrize("missing", LIBRARIES)
+@pytest.mark.parametrize("use", [Signer, lambda key: Verifier([key])])
+def test_a_missing_library_is_told_before_any_work(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, use: Callable[[Path], object], missing: str
+) -> None:
+    """With what to install: not when a version that was trained is to be signed."""
+    monkeypatch.setattr(key_files, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.serialization", None)
+
+    with pytest.raises(SettingRefused, match=r"pip install 'lora-factory\[signing\]'"):
+        use(pair[0])
 
 
 def test_a_public_key_that_is_none_is_told(tmp_path: Path) -> None:
