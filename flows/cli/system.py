@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.printing import AsJson, answer, installed, say
+from flows.errors import Unready
 from flows.factory import Factory
 from lora_core.errors import LoraError
 from registry.errors import RegistryError, StoreError
@@ -35,6 +36,7 @@ LIBRARIES = (
     "pydantic",
     "model-signing",
 )
+DEMO_NEEDS = ("pyarrow", "torch", "prefect")  # one of each extra: the last is used after minutes
 
 
 def register(app: typer.Typer) -> None:
@@ -86,6 +88,8 @@ def demo(
 
     lora demo
     """
+    if missing := [library for library in DEMO_NEEDS if find_spec(library) is None]:
+        raise Unready(f"the demo needs {' and '.join(missing)}", "pip install 'lora-factory[all]'")
     from flows.demo.run import run
 
     run(home)

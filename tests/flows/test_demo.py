@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli import system
 from flows.demo.run import as_typed
 from flows.demo.tiny_base import make_base
 from flows.errors import Unready
@@ -35,3 +36,13 @@ def test_the_demos_base_takes_nobody_elses_place(tmp_path: Path, kind: str) -> N
         make_base(place)
 
     assert target.read_text() == "weights"
+
+
+def test_the_demo_says_what_it_lacks_before_it_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Prefect is wanted after minutes of work on the base, and one extra after another makes three tries of one."""
+    monkeypatch.setattr(system, "find_spec", lambda name: None if name in ("pyarrow", "prefect") else name)
+
+    with pytest.raises(Unready, match=r"needs pyarrow and prefect; pip install 'lora-factory\[all\]'"):
+        system.demo(tmp_path / "demo")
+
+    assert not (tmp_path / "demo").exists()
