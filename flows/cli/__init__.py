@@ -124,6 +124,13 @@ def _in_words(error: Exception) -> str:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    extras = {"prefect": "flows", "psycopg": "postgres", "pyarrow": "data", "zstandard": "data", "gguf": "edge"}
+    extras = {
+        "prefect": "flows",
+        "psutil": "flows",
+        "psycopg": "postgres",
+        "pyarrow": "data",
+        "zstandard": "data",
+        "gguf": "edge",
+    }
     extra = extras.get(str(error.name), "train")
     return f"{error.name} is not installed; pip install 'lora-factory[{extra}]'"
