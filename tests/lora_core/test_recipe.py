@@ -36,6 +36,13 @@ def test_every_spelling_leads_to_a_key() -> None:
     assert set(SPELLINGS.values()) <= LEAVES
 
 
+def test_a_methods_own_names_for_its_settings_need_no_prefix() -> None:
+    """The README's table of methods names them so: `projection` of prefix tuning, `activation` of adapter layers."""
+    own = {leaf.removeprefix("method.") for leaf in LEAVES if leaf.startswith("method.")} - {"name"}
+
+    assert {key: SPELLINGS.get(key) for key in own} == {key: f"method.{key}" for key in own}
+
+
 def test_a_yaml_file_with_overrides_on_top(tmp_path: Path) -> None:
     """The last word is the command line's; 1e-3 is a number although YAML 1.1 says text."""
     path = tmp_path / "recipe.yaml"
