@@ -98,6 +98,8 @@ class Cache:
             try:
                 yield folder
             except Exception as error:
+                if isinstance(error, OSError) and not error.filename:  # of a write to a full disk: which one?
+                    error.filename = str(self.root)
                 _note_failure(handle, failed + 1, error)
                 raise
             finally:

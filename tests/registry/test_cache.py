@@ -1,5 +1,6 @@
 """The cache: bounded, the one asked for longest ago goes first, and never one that somebody needs."""
 
+import errno
 import hashlib
 import json
 import os
@@ -224,6 +225,17 @@ print(Cache(Path(sys.argv[1])).find(Memory().version(1)))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("why", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "no quota")])
+def test_a_disk_that_fills_while_a_version_is_written_is_named(tmp_path: Path, why: OSError) -> None:
+    """A write that fails names no file; the one who is told may have several disks."""
+    cache, source = Cache(tmp_path / "pulled"), Memory()
+
+    with pytest.raises(OSError) as told, cache.fetching(source.version(1)):
+        raise why
+
+    assert told.value.filename == str(tmp_path / "pulled")
+
+
 def test_a_cache_that_may_only_be_read_serves_what_it_has() -> None:
     """Such as one that is part of an image: to a user whom it does not belong to."""
     with tempfile.TemporaryDirectory() as cache:
