@@ -25,6 +25,7 @@ RegistryError
 ├── SignatureRefused     a version is not signed, or not by a key that is trusted here
 ├── ManifestRefused      a manifest is not what a version's must be
 ├── DatabaseUnavailable  the database cannot be reached or is not set up
+├── SchemaUnknown        this release does not know a revision of the tables
 └── StoreError
     ├── ObjectMissing    no object under that key
     ├── ObjectDiffers    other bytes are already under that key, or came back
