@@ -236,8 +236,8 @@ def _problem(detail: Mapping[str, object]) -> str:
         if detail["type"] == "extra_forbidden":
             return f"method.{location[-1]} = {detail['input']!r}: {location[1]} has no such setting; leave it out"
         location = ("method", *location[2:])
-    key = ".".join(map(str, location)) or "recipe"
-    return f"{key} = {repr(detail['input'])[:200]}: {detail['msg']}" if location else str(detail["msg"])
+    key, words = ".".join(map(str, location)), str(detail["msg"]).removeprefix("Value error, ")  # pydantic's word
+    return f"{key} = {repr(detail['input'])[:200]}: {words}" if location else words
 
 
 def _model_leaves(model: type[BaseModel], head: str = "") -> list[str]:

@@ -74,7 +74,9 @@ class Ticket(BaseModel):
         except ValidationError as error:
             wrong = error.errors()[0]
             where = ".".join(ascii(part).strip("'") for part in wrong["loc"])[:80]
-            raise TicketRefused(f"{where or 'it'}: {wrong['msg'][:120]}", _AGAIN) from None
+            raise TicketRefused(
+                f"{where or 'it'}: {wrong['msg'].removeprefix('Value error, ')[:120]}", _AGAIN
+            ) from None
         except (NameRefused, KeyRefused) as error:
             raise TicketRefused(str(error), _AGAIN) from None
 

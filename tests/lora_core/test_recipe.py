@@ -117,6 +117,7 @@ def test_a_wrong_recipe_says_which_key_and_what_it_may_hold(given: dict[str, obj
     with pytest.raises(RecipeError, match=words) as caught:
         make_recipe(given)
 
+    assert "Value error" not in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
