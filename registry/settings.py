@@ -8,6 +8,7 @@ from pydantic import ByteSize, Field, StringConstraints, ValidationError, field_
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from registry.errors import SettingRefused
+from registry.key_files import VERIFY_KEY
 from registry.signing import Signer, Verifier
 
 # A blank or an end of line around it, as a secret's file may have, is no part of a URL.
@@ -85,7 +86,12 @@ class RegistrySettings(BaseSettings):
     @property
     def verifier(self) -> Verifier:
         """What a version must pass before it is used: without keys, nothing.  Raises SettingRefused."""
-        return Verifier([_path(Path(part.strip())) for part in self.verify_key.split(",")] if self.verify_key else [])
+        if not self.verify_key:
+            return Verifier()
+        named = [part.strip() for part in self.verify_key.split(",")]
+        if not all(named):  # never as if there were no keys
+            raise SettingRefused(VERIFY_KEY, self.verify_key, "a key's path is missing beside a comma")
+        return Verifier([_path(Path(one)) for one in named])
 
 
 def _path(given: Path) -> Path:

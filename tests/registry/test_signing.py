@@ -349,6 +349,19 @@ def test_a_public_key_that_is_none_is_told(tmp_path: Path) -> None:
                 _ = Verifier([path]).keys
 
 
+@pytest.mark.parametrize("given", ["{key},", ",{key}", "{key}, ,{key}", ",", " "])
+def test_a_list_of_keys_with_a_gap_is_told_as_it_was_given(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """Taking a rotated key out may leave its comma: neither a key called '.', nor no keys at all."""
+    monkeypatch.setenv("LORA_VERIFY_KEY", given.format(key=pair[1]))
+
+    with pytest.raises(SettingRefused, match="missing beside a comma") as told:
+        _ = RegistrySettings.read().verifier
+
+    assert told.value.args[:2] == ("LORA_VERIFY_KEY", given.format(key=pair[1]))
+
+
 def test_keys_are_read_from_the_environment(
     pair: tuple[Path, Path], other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
