@@ -14,14 +14,12 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from sqlalchemy.engine import Engine
 
-from registry import jobs, key_files
+from registry import jobs
 from registry.client import Client, Resolved
-from registry.errors import ManifestRefused, ObjectDiffers, ObjectMissing, SettingRefused, SignatureRefused
-from registry.key_files import LIBRARIES
+from registry.errors import ManifestRefused, ObjectDiffers, ObjectMissing, SignatureRefused
 from registry.publishing import Published, declare, publish, signed
 from registry.pulling import Puller
 from registry.session import transaction
-from registry.settings import RegistrySettings
 from registry.signing import SIGNATURE, Signer, Verifier
 from registry.store import FolderStore
 from registry.uploads import UPLOAD_LEASE, sweep
@@ -302,77 +300,6 @@ def test_what_is_no_signature_is_told_in_words(
 
     with pytest.raises(SignatureRefused, match="no bundle"):
         Verifier([pair[1]]).check(folder)
-
-
-def ugly_keys(folder: Path) -> dict[str, Path]:
-    """Files that are no private key that can be used."""
-    folder.mkdir()
-    (folder / "garbage").write_bytes(random.Random(0).randbytes(200))
-    (folder / "empty").touch()
-    (folder / "huge").write_bytes(b"-" * 100_000)
-    return {
-        "missing": folder / "nowhere", "a folder": folder, "empty": folder / "empty", "garbage": folder / "garbage",
-        "huge": folder / "huge", "public": write_pair(folder / "a")[1],
-        "encrypted": write_pair(folder / "b", password=b"secret")[0],
-        "rsa": write_pair(folder / "c", rsa.generate_private_key(65537, 2048))[0],
-        "curve": write_pair(folder / "d", ec.generate_private_key(ec.SECP256K1()))[0],
-        "null": Path("a\0b"),
-    }  # fmt: skip
-
-
-def test_a_key_that_cannot_be_used_is_told_before_any_work(tmp_path: Path) -> None:
-    """Which variable, which file, and why."""
-    for what, path in ugly_keys(tmp_path / "ugly").items():
-        with pytest.raises(SettingRefused, match="LORA_SIGNING_KEY") as caught:
-            Signer(path)
-        assert len(str(caught.value).splitlines()) == 1, what
-
-
-@pytest.mark.parametrize("missing", LIBRARIES)
-@pytest.mark.parametrize("use", [Signer, lambda key: Verifier([key])])
-def test_a_missing_library_is_told_before_any_work(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, use: Callable[[Path], object], missing: str
-) -> None:
-    """With what to install: not when a version that was trained is to be signed."""
-    monkeypatch.setattr(key_files, "find_spec", lambda name: None if name == missing else name)
-    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.serialization", None)
-
-    with pytest.raises(SettingRefused, match=r"pip install 'lora-factory\[signing\]'"):
-        use(pair[0])
-
-
-def test_a_public_key_that_is_none_is_told(tmp_path: Path) -> None:
-    """A private one in its place too: it should not lie about on every host."""
-    for what, path in ugly_keys(tmp_path / "ugly").items():
-        if what != "public":
-            with pytest.raises(SettingRefused, match="LORA_VERIFY_KEY"):
-                _ = Verifier([path]).keys
-
-
-@pytest.mark.parametrize("given", ["{key},", ",{key}", "{key}, ,{key}", ",", " "])
-def test_a_list_of_keys_with_a_gap_is_told_as_it_was_given(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, given: str
-) -> None:
-    """Taking a rotated key out may leave its comma: neither a key called '.', nor no keys at all."""
-    monkeypatch.setenv("LORA_VERIFY_KEY", given.format(key=pair[1]))
-
-    with pytest.raises(SettingRefused, match="missing beside a comma") as told:
-        _ = RegistrySettings.read().verifier
-
-    assert told.value.args[:2] == ("LORA_VERIFY_KEY", given.format(key=pair[1]))
-
-
-def test_keys_are_read_from_the_environment(
-    pair: tuple[Path, Path], other: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One private key; public ones with commas between."""
-    monkeypatch.setenv("LORA_SIGNING_KEY", str(pair[0]))
-    monkeypatch.setenv("LORA_VERIFY_KEY", f"{pair[1]}, {other}")
-    settings = RegistrySettings.read()
-
-    assert settings.signer
-    assert settings.signer.public == settings.verifier.keys[0]
-    assert len(settings.verifier.keys) == 2
 
 
 HOSTILE_MANIFESTS = {
