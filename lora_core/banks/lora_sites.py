@@ -75,6 +75,9 @@ class LoraGroup:
     def _compute(self, x_KTI: Tensor) -> Sequence[Tensor]:
         if x_KTI.dim() == 2:  # rows one behind the other, as OPT's MLP reads them
             return [y_KTO.flatten(0, 1) for y_KTO in self._compute(x_KTI.unflatten(0, (self.cohort.slots, -1)))]
+        if x_KTI.dim() > 3:  # head by head, as MiniCPM3 reads its keys and values
+            places = x_KTI.shape[1:-1]
+            return [y_KTO.unflatten(1, places) for y_KTO in self._compute(x_KTI.flatten(1, -2))]
         keep_KTI = self.cohort.dropout_mask(self.number, x_KTI)
         if torch.compiler.is_compiling():
             factors = self.factors(x_KTI.device)

@@ -16,6 +16,8 @@ from transformers import (
     FalconForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -114,7 +116,16 @@ def falcon() -> PreTrainedModel:
     return FalconForCausalLM(FalconConfig(vocab_size=WORDS, alibi=False, **sizes))
 
 
-@pytest.mark.parametrize("make", [opt, falcon])
+def minicpm3() -> PreTrainedModel:
+    """Its latent attention has a linear read keys and values head by head."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "max_position_embeddings": 128}  # fmt: skip
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    return MiniCPM3ForCausalLM(MiniCPM3Config(vocab_size=WORDS, **sizes, **latent))
+
+
+@pytest.mark.parametrize("make", [opt, falcon, minicpm3])
 def test_layers_that_reshape_or_add_in_place_lose_what_a_plain_peft_loop_loses(
     make: Callable[[], PreTrainedModel],
 ) -> None:
