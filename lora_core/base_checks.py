@@ -12,6 +12,7 @@ from lora_core.data.rendering import Rendered
 from lora_core.errors import BaseUnfit
 
 ENDLESS = 1 << 30  # tokens an example may have, or a layer looks back, where a base names no limit
+ALIKE, ROUNDED = {torch.float32: 1e-3}, 0.1  # of a state's norm: how far rounding takes it, in 16 bits far
 FEW = 4  # tokens of a document that is tried
 DENSE = "choose a dense base whose layers all attend under a mask, as those of Llama, Mistral, Qwen3, Gemma or GPT-2 do"
 
@@ -48,6 +49,7 @@ def check_sharing(model: PreTrainedModel, name: str, longest: int, windows: Wind
     length, last = min(FEW, longest), 0 if longest == ENDLESS else longest - 1
     try:
         one, two = _behind(model, windows, length, 0, 0), _behind(model, windows, length, 1, last)
+        own = _by_itself(model, length)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an architecture's own code raises
@@ -57,6 +59,18 @@ def check_sharing(model: PreTrainedModel, name: str, longest: int, windows: Wind
     if not torch.allclose(one, two, rtol=0, atol=0, equal_nan=True):  # broken weights are another matter
         why = "its documents change each other: recurrent, convolutional and linear-attention layers heed no mask"
         raise BaseUnfit(name, why, DENSE)
+    share = ((one - own).norm() / own.norm()).item()
+    if share > ALIKE.get(model.dtype, ROUNDED):
+        why = "in a row it reads a document otherwise than by itself: it looks ahead, or counts positions its own way"
+        raise BaseUnfit(name, why, DENSE)
+
+
+@torch.inference_mode()
+def _by_itself(model: PreTrainedModel, length: int) -> Tensor:
+    """The same document's last hidden states as the model reads it, whatever its masks and positions are."""
+    tokens = torch.tensor([_document(range(length), model.config.get_text_config().vocab_size).tokens])
+    hidden_KTD: Tensor = model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+    return hidden_KTD[0]
 
 
 @torch.inference_mode()

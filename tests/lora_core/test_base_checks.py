@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
     BloomConfig,
     FalconH1Config,
     Gemma3TextConfig,
@@ -70,6 +72,10 @@ MIXED = [
     RwkvConfig(**NARROW, num_hidden_layers=2, context_length=128),
 ]  # fmt: skip
 UNABLE = [BloomConfig(**NARROW, n_layer=2, n_head=4), MambaConfig(**NARROW, **STATES)]
+OTHERWISE = [
+    BertConfig(**NARROW, num_hidden_layers=1, num_attention_heads=4, intermediate_size=56),
+    BartConfig(**TOKENS, d_model=64, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=56),
+]
 OF_EXPERTS = [
     GptOssConfig(**HEADED, **EXPERTS), MixtralConfig(**SMALL, **EXPERTS),
     Qwen3NextConfig(**HEADED, **LINEAR, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32),
@@ -113,6 +119,21 @@ def test_a_base_that_cannot_read_packed_rows_is_refused(config: PreTrainedConfig
         frozen(config)
 
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", OTHERWISE, ids=named)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_base_that_reads_a_document_otherwise_by_itself_is_refused(
+    config: PreTrainedConfig, dtype: torch.dtype
+) -> None:
+    """BERT looks ahead where nobody masks; Bart counts positions from the row's start, whatever it is told."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for weight in model.parameters():
+        weight.data *= 5  # as far apart as trained ones
+
+    with pytest.raises(BaseModelError, match="tiny: in a row it reads a document otherwise than by itself"):
+        freeze(model, None, "tiny")
 
 
 @pytest.mark.parametrize("config", OF_EXPERTS, ids=named)
