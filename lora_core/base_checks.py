@@ -10,6 +10,7 @@ from lora_core.batch import Windows, as_batch, fields_of
 from lora_core.data.packing import pack
 from lora_core.data.rendering import Rendered
 from lora_core.errors import BaseUnfit
+from lora_core.products import GRAIN
 
 ENDLESS = 1 << 30  # tokens an example may have, or a layer looks back, where a base names no limit
 ALIKE, ROUNDED = {torch.float32: 1e-3}, 0.1  # of a state's norm: how far rounding takes it, in 16 bits far
@@ -39,6 +40,22 @@ def _switches(config: PreTrainedConfig) -> Iterator[int | None]:
     for one in (rotary, *rotary.values()):  # of all layers, or by the kind of layer
         if isinstance(one, Mapping) and one.get("rope_type") == "longrope":
             yield one.get("original_max_position_embeddings")
+
+
+def fuses_attention(model: PreTrainedModel) -> bool:
+    """Whether attention is one kernel, which computes each head of each row by itself."""
+    fused: bool = model.config.get_text_config()._attn_implementation == "sdpa"
+    return fused
+
+
+def grain_of(model: PreTrainedModel, widths: Iterable[int]) -> int:
+    """Of how many tokens rows are a multiple, for every slot's numbers to lie alike to MKL's batched products.
+
+    Of any number where widths see to that; but not in products of tokens by tokens, as attention in steps has them.
+    """
+    by_mkl = model.device.type == "cpu" and model.dtype == torch.float32
+    even = fuses_attention(model) and all(width % GRAIN == 0 for width in widths)
+    return GRAIN if by_mkl and not even else 1
 
 
 def check_sharing(model: PreTrainedModel, name: str, longest: int, windows: Windows) -> None:

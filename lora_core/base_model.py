@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.base_checks import DENSE, check_sharing, positions, windows_of
+from lora_core.base_checks import DENSE, check_sharing, grain_of, positions, windows_of
 from lora_core.base_files import CONVERT, WEIGHTS, check_quantise, fingerprint, locate
 from lora_core.batch import Batch, Windows, as_batch, fields_of
 from lora_core.data.packing import Row
@@ -56,6 +56,7 @@ class BaseModel:
     windows: Windows  # how far back its layers look
     plain_head: bool  # logits are the last hidden state times the head's weight: no bias, scale or soft cap
     quantised: str = ""  # 8bit, 4bit, or not: as was asked for, or as its files are
+    grain: int = 1  # rows are filled up to a multiple of so many tokens
 
     @property
     def frozen(self) -> list[Tensor]:
@@ -76,7 +77,7 @@ class BaseModel:
 
     def stack(self, rows: Sequence[Row]) -> Batch:
         """K rows as one batch, on the base's device."""
-        fields_4KT = fields_of(rows, self.model.device)
+        fields_4KT = fields_of(rows, self.model.device, self.grain)
         return as_batch(fields_4KT, self.model.dtype, self.windows, sum(row.counted for row in rows))
 
     @property
@@ -226,7 +227,10 @@ def freeze(
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     plain_head = _has_plain_head(model)
     bits = quantised or packed_in(model.config)
-    return BaseModel(model, tokenizer, name, revision, digest, sites, transposed, longest, windows, plain_head, bits)
+    grain = grain_of(model, [width for site in sites for width in (site.inputs, site.outputs)])
+    return BaseModel(
+        model, tokenizer, name, revision, digest, sites, transposed, longest, windows, plain_head, bits, grain
+    )
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.data.packing import Row
+from lora_core.data.packing import Row, filled
 
 Windows = int | Mapping[str, int | None] | None  # how many tokens back layers look, all or by kind; None: to the start
 Masks = Tensor | Mapping[str, Tensor]  # K 1 T S, added to attention: 0 where a token may look; of all layers or by kind
@@ -35,8 +35,9 @@ class Batch:
         }
 
 
-def fields_of(rows: Sequence[Row], device: torch.device) -> Tensor:
-    """K rows' tokens, targets, positions and documents, 4 K T."""
+def fields_of(rows: Sequence[Row], device: torch.device, grain: int = 1) -> Tensor:
+    """K rows' tokens, targets, positions and documents, 4 K T; T is filled up to a multiple of the grain."""
+    rows = [filled(row, -len(row.tokens) % grain) for row in rows]
     fields = [getattr(row, name) for name in ("tokens", "targets", "positions", "documents") for row in rows]
     fields_4KT = torch.frombuffer(bytearray().join(fields), dtype=torch.int64).view(4, len(rows), -1)
     return fields_4KT.to(device, copy=True)

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 import torch
 
 from lora_core.banks.bank import Bank
+from lora_core.base_checks import fuses_attention
 from lora_core.base_model import BaseModel
 from lora_core.cohort import Cohort
 from lora_core.layers import ONE_SHAPE
@@ -23,7 +24,8 @@ def least_height(base: BaseModel, slots: int) -> int:
     sample = torch.empty(2, 1, dtype=base.model.dtype, device=base.model.device)
     alone = multiplies_alone(sample) and torch.backends.mkl.is_available()  # others' kernels nobody has tried
     alone = alone and len({tensor.device for tensor in base.frozen}) == 1
-    return min(slots, torch.get_num_threads()) if alone else slots
+    fewest = max(torch.get_num_threads(), 1 if fuses_attention(base.model) else 2)
+    return min(slots, fewest) if alone else slots
 
 
 class Lowest(ExitStack):

@@ -27,7 +27,7 @@ from lora_core.referee import Answers
 from lora_core.row_store import RowStore
 
 LOOKED_AT = 8  # rows, for each place that is to be filled
-KERNELS = 2  # one more whenever the engine computes the same states to other bits
+KERNELS = 3  # one more whenever the engine computes the same states to other bits
 
 
 class LowerLayers:

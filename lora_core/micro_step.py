@@ -50,7 +50,8 @@ def hand_over(
     base: BaseModel, cohort: Cohort, lessons: Sequence[Lesson | None], row_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """What the device must know of a micro-step: the rows' fields, each slot's weight, and dropout, in the cohort."""
-    fields_4KT = fields_of([lesson.row if lesson else empty_row(row_tokens) for lesson in lessons], base.model.device)
+    rows = [lesson.row if lesson else empty_row(row_tokens) for lesson in lessons]
+    fields_4KT = fields_of(rows, base.model.device, base.grain)
     weight_K = torch.tensor([lesson.weight if lesson else 0.0 for lesson in lessons]).to(base.model.device)
     cohort.set_dropout(
         [lesson.dropout if lesson else 0.0 for lesson in lessons],

@@ -30,10 +30,10 @@ class Pairs:
         """How many pairs, beta, and the smoothing."""
         return len(self.reference), self.objective.beta, self.objective.label_smoothing
 
-    def lengths(self, documents: int) -> list[int]:
-        """Tokens of each document, as many as are asked for, and of the rest of the row."""
+    def lengths(self, documents: int, tokens: int) -> list[int]:
+        """Tokens of each document, as many as are asked for, and of what is left of so many."""
         found = list(self.row.lengths)
-        return [*found, *[0] * (documents - len(found)), len(self.row.tokens) - sum(found)]
+        return [*found, *[0] * (documents - len(found)), tokens - sum(found)]
 
 
 class Reference:
@@ -96,7 +96,7 @@ def _gains(loss_KT: Tensor, pairs: Sequence[Pairs | None]) -> Tensor:
     """log p(chosen) - log p(rejected) less the reference's, K x N in fp64: sums of many tokens are told apart."""
     most = max(len(one.reference) for one in pairs if one)
     tokens = loss_KT.shape[1]
-    lengths = [one.lengths(2 * most) if one else [0] * 2 * most + [tokens] for one in pairs]
+    lengths = [one.lengths(2 * most, tokens) if one else [0] * 2 * most + [tokens] for one in pairs]
     reference = [list(one.reference) + [0.0] * (most - len(one.reference)) if one else [0.0] * most for one in pairs]
     lengths_KD = torch.tensor(lengths, device=loss_KT.device)
     # Document by document in order, without atomics: the same bits every time, whatever the others' lengths are.

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lora_core.cohort import Cohort
 from lora_core.elementwise import alike
 from lora_core.layers import Forward
+from lora_core.products import gradient_product
 
 Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # act(x); and its gradient of (g, x)
 
@@ -98,11 +99,11 @@ def adapted_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, down, its bias, and up, from that of y."""
     biased_K11, width = _on(factors.biased_K11), inner_KWT.shape[1]
-    up_g_KVD = torch.bmm(_low(inner_KWT, biased_K11, factors, activations), g_KTD)
+    up_g_KVD = gradient_product(_low(inner_KWT, biased_K11, factors, activations), g_KTD)
     low_g_KWT = torch.bmm(factors.up_KVD[:, :width], g_KTD.mT)
     ways_KWT = [alike(gradient, low_g_KWT, inner_KWT) for _, gradient in activations]
     inner_g_KWT = _chosen(ways_KWT, factors.chosen_KA11)
-    down_g_KWD = torch.bmm(inner_g_KWT, _seen(x_KTD, keep_KTD))
+    down_g_KWD = gradient_product(inner_g_KWT, _seen(x_KTD, keep_KTD))
     bias_g_KW1 = inner_g_KWT.sum(2, keepdim=True) * biased_K11
     x_g_KTD = torch.bmm(inner_g_KWT.mT, factors.down_KWD)  # rounded here, whether or not a neighbour drops inputs
     if keep_KTD is not None:

@@ -23,6 +23,7 @@ from lora_core.banks.virtual_tokens import (
     cache_name,
     called,
     check_room,
+    most_tokens,
     one_tensor,
     read_virtual_tokens,
     reader,
@@ -256,7 +257,7 @@ def _make(base: BaseModel, specs: Sequence[PrefixSpec], size: int) -> PrefixBank
     keys = keys_of(base)
     _check_keys(base, keys)
     mlp_width = max((spec.projection_width or keys.token) * spec.projection for spec in specs)
-    return PrefixBank(max(size, *(spec.virtual_tokens for spec in specs)), keys, mlp_width)
+    return PrefixBank(most_tokens(base, specs, size), keys, mlp_width + -mlp_width % base.grain)
 
 
 def _config(base: BaseModel, spec: PrefixSpec, tensors: Mapping[str, Tensor]) -> Facts:

@@ -20,6 +20,7 @@ from lora_core.banks.virtual_tokens import (
     cache_name,
     called,
     check_room,
+    most_tokens,
     one_tensor,
     read_virtual_tokens,
     reader,
@@ -135,7 +136,7 @@ class _Reading:
 
 
 def _make(base: BaseModel, specs: Sequence[PromptSpec], size: int) -> PromptBank:
-    bank = PromptBank(base, max(size, *(spec.virtual_tokens for spec in specs)), _embedding_width(base))
+    bank = PromptBank(base, most_tokens(base, specs, size), _embedding_width(base))
     for spec in specs:
         check_room(base, spec)
         if spec.start == "text":

@@ -6,7 +6,7 @@ K slots, T tokens a slot, V virtual tokens of the bank, S tokens of a row so far
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,6 +148,12 @@ def check_room(base: BaseModel, spec: VirtualTokensSpec) -> None:
     if base.room(spec.virtual_tokens) < LEAST_TEXT:
         why = f"has room for {base.reach} tokens, too few for {spec.virtual_tokens} virtual ones and a text"
         raise TrainingError(base.name, why, "lower num_virtual_tokens")
+
+
+def most_tokens(base: BaseModel, specs: Sequence[VirtualTokensSpec], size: int) -> int:
+    """V of a bank for these users, at least of a size: as rows of text it is filled up to the base's grain."""
+    most = max(size, *(spec.virtual_tokens for spec in specs))
+    return most + -most % base.grain
 
 
 def read_virtual_tokens(config: Facts) -> int:

@@ -8,7 +8,7 @@ import hashlib
 import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -76,6 +76,14 @@ class _Filling:
         self.documents.extend(numbers([len(self.examples)]) * rest)
         fields = (self.tokens, self.targets, self.positions, self.documents)
         return Row(*fields, tuple(self.examples), tuple(self.lengths))
+
+
+def filled(row: Row, tokens: int) -> Row:
+    """The row with so many more tokens of filling."""
+    if not tokens:
+        return row
+    more = {"tokens": 0, "targets": IGNORED, "positions": 0, "documents": len(row.examples)}
+    return replace(row, **{name: getattr(row, name) + numbers([value]) * tokens for name, value in more.items()})
 
 
 def empty_row(row_tokens: int) -> Row:
