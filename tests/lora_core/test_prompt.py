@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig, PreTrainedModel
 
 from lora_core.artifact import write_artifact
 from lora_core.banks.prompt import PROMPT
@@ -130,3 +130,20 @@ def test_a_random_start_is_as_far_from_zero_as_pefts(llama_base: BaseModel) -> N
     row_P = PROMPT.make(llama_base, [spec], 0).start_row(spec, 1)
 
     assert float(row_P.std()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_base_that_reads_more_of_a_token_than_its_embedding_is_refused() -> None:
+    """Gemma 4 looks up what else it reads by the token, and a virtual one is none."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 16, "num_kv_shared_layers": 0,
+             "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+    words = {"vocab_size": WORDS, "vocab_size_per_layer_input": WORDS}
+    for more in (0, 16):
+        config = Gemma4TextConfig(**words, **sizes, hidden_size_per_layer_input=more)
+        base = freeze(Gemma4ForCausalLM(config), None, "gemma4")
+        if more:
+            with pytest.raises(TrainingError, match="gemma4: reads more of a token than its embedding"):
+                make_bank(base, [PromptSpec()])
+        else:
+            make_bank(base, [PromptSpec()])
