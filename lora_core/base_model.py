@@ -23,7 +23,7 @@ from lora_core.base_checks import DENSE, check_sharing, grain_of, positions, win
 from lora_core.base_files import CONVERT, WEIGHTS, check_quantise, fingerprint, locate
 from lora_core.batch import Batch, Windows, as_batch, fields_of
 from lora_core.data.packing import Row
-from lora_core.elementwise import steady
+from lora_core.elementwise import steady, tried
 from lora_core.errors import BaseModelError, BaseUnfit, DeviceMissing
 from lora_core.products import quick_product, quicken
 from lora_core.quantised import QuantisedLinear, packed_in, quantisation, unpack_on_use
@@ -222,7 +222,8 @@ def freeze(
         raise BaseModelError(name, "it has no linear layer to adapt", "choose a transformer language model")
     longest, windows = positions(model.config), windows_of(model.config)
     check_sharing(model, name, longest, windows)
-    reads = _what_is_read(model, linears)
+    with tried(model):
+        reads = _what_is_read(model, linears)
     sites = tuple(Site(path, *widths(linear), reads[path]) for path, linear in linears.items())
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     plain_head = _has_plain_head(model)

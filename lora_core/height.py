@@ -17,7 +17,8 @@ def least_height(base: BaseModel, slots: int) -> int:
 
     In fp32 on a CPU oneDNN multiplies every row alone, and batched products, attention and norms are computed row by
     row once each thread has one: where there are fewer, MKL and torch split a row among threads, which rounds
-    otherwise; so does attention in steps with one row, whose heads are no copies then.  Anywhere else the number of rows may choose the kernel, and compiled layers are for one shape.
+    otherwise; so does attention in steps with one row, whose heads are no copies then.  Anywhere else the number of
+    rows may choose the kernel, and compiled layers are for one shape.
     """
     if hasattr(base.model, ONE_SHAPE):
         return slots

@@ -6,7 +6,15 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, XGLMConfig, XGLMForCausalLM
+from transformers import (
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
 
 from lora_core.banks.table import make_bank
 from lora_core.base_model import freeze
@@ -48,13 +56,30 @@ def in_steps() -> PreTrainedModel:
     return XGLMForCausalLM(XGLMConfig(vocab_size=WORDS, **sizes))
 
 
-BASES: dict[str, Callable[[], PreTrainedModel]] = {"odd": odd, "in steps": in_steps, "both": partial(odd, "eager")}
+def with_powers() -> PreTrainedModel:
+    """Its norms raise numbers to the power of -1/2, whose gradient rounds otherwise at the end of a tensor."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 16,
+             "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+    words = {"vocab_size": WORDS, "vocab_size_per_layer_input": WORDS, "max_position_embeddings": 128}
+    return Gemma4ForCausalLM(Gemma4TextConfig(**words, **sizes))
+
+
+BASES: dict[str, Callable[[], PreTrainedModel]] = {
+    "odd": odd,
+    "in steps": in_steps,
+    "both": partial(odd, "eager"),
+    "powers": with_powers,
+}
 
 
 @pytest.mark.parametrize("threads", [1], indirect=True)
 @pytest.mark.parametrize("row_tokens", [33, 50])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(kind, method) for kind in BASES for method in METHODS if kind != "powers" or method in ("lora", "prefix")],
+)
 @pytest.mark.usefixtures("threads")
 def test_a_row_has_the_same_bits_in_every_slot(kind: str, method: str, row_tokens: int) -> None:
     """Its answer and its gradient; in lower batches too."""
