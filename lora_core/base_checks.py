@@ -11,9 +11,10 @@ from lora_core.data.packing import pack
 from lora_core.data.rendering import Rendered
 from lora_core.errors import BaseUnfit
 from lora_core.products import GRAIN
+from lora_core.quantised import packed_in
 
 ENDLESS = 1 << 30  # tokens an example may have, or a layer looks back, where a base names no limit
-ALIKE, ROUNDED = {torch.float32: 1e-3}, 0.1  # of a state's norm: how far rounding takes it, in 16 bits far
+ALIKE, ROUNDED = 1e-3, 0.1  # of a state's norm: how far rounding takes it in fp32, and in 16 bits
 FEW = 4  # tokens of a document that is tried
 DENSE = "choose a dense base whose layers all attend under a mask, as those of Llama, Mistral, Qwen3, Gemma or GPT-2 do"
 
@@ -77,7 +78,8 @@ def check_sharing(model: PreTrainedModel, name: str, longest: int, windows: Wind
         why = "its documents change each other: recurrent, convolutional and linear-attention layers heed no mask"
         raise BaseUnfit(name, why, DENSE)
     share = ((one - own).norm() / own.norm()).item()
-    if share > ALIKE.get(model.dtype, ROUNDED):
+    whole = model.dtype == torch.float32 and not packed_in(model.config)  # packed weights may compute in 16 bits
+    if share > (ALIKE if whole else ROUNDED):
         why = "in a row it reads a document otherwise than by itself: it looks ahead, or counts positions its own way"
         raise BaseUnfit(name, why, DENSE)
 
