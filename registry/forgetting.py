@@ -101,8 +101,8 @@ def finish(
         intent = _intent(session, tenant, id_)
         served = _stop(session, tenant, intent, now)
     if intent.finished_at is None:
-        assert intent.prefix  # until the receipt
-        store.clear(intent.prefix)
+        if intent.prefix:  # until the rows are gone
+            store.clear(intent.prefix)
         here = clean_here(served)
         with transaction(engine) as session:
             enter(session, tenant)
@@ -219,13 +219,14 @@ def _delete_rows(session: Session, tenant: TenantId, intent: Forgetting, here: F
     # Outlives their events: SQLite counts on from the highest number there is, and gives out none of theirs again.
     note(session, tenant, "user being forgotten", intent.id, {}, now)
     session.flush()
-    intent.deleted, intent.user_id = delete_rows(session, tenant, intent.user_id) | intent.deleted | here, None
+    intent.deleted = delete_rows(session, tenant, intent.user_id) | intent.deleted | here
+    intent.user_id = intent.prefix = None  # before the file is compacted, or it would still hold them
 
 
 def _receipt(session: Session, tenant: TenantId, intent: Forgetting, now: datetime) -> Receipt:
     """The intent as a receipt, once it holds nothing of the user's but the digest of their name."""
     if intent.finished_at is None:
-        intent.prefix, intent.finished_at = None, now
+        intent.prefix, intent.finished_at = None, now  # an earlier release left the prefix until now
         note(session, tenant, "user forgotten", intent.id, {}, now)
         session.flush()
     return _shown(session, tenant, intent)

@@ -151,6 +151,17 @@ def test_no_byte_of_a_forgotten_user_is_left_and_nobody_elses_has_changed(factor
     }  # fmt: skip
 
 
+def test_nor_is_what_stands_for_them_in_keys_left_in_the_file(small: Factory) -> None:
+    """Logs and listings of the store know a user by it; and a registry that is at work is not closed for years."""
+    with reading(small.engine) as session:
+        opaque = session.scalars(text("SELECT opaque FROM users WHERE name = :name"), {"name": ALICE}).one()
+    assert opaque.encode() in database_bytes(small.engine)
+
+    forget(small, wish())
+
+    assert opaque.encode() not in database_bytes(small.engine)
+
+
 def found(factory: Factory) -> dict[str, str]:
     """Where what was planted is still to be seen, with a piece of it."""
     home = factory.settings.home_folder
