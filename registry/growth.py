@@ -51,13 +51,14 @@ def digests(pair: tuple[Dataset | None, Dataset | None]) -> tuple[str, str]:
 def growth(engine: Engine, store: ObjectStore, tenant: TenantId, adapter: AdapterId) -> Growth:
     """Compare a user's newest data with what was trained on last, example by example.  Raises StoreError.
 
-    Examples are lines of canonical JSON, so equal ones are equal bytes; one that moved is not new.
+    Examples are lines of canonical JSON, so equal ones are equal bytes; one that moved is not new.  Beside data that
+    retention has removed every one is.
     """
     with reading(engine) as session:
         newest, trained = pair = pair_of(session, tenant, adapter)
     if newest is None or digests(pair)[0] == digests(pair)[1]:
         return Growth(digests(pair), 0, 0)
     new = Counter(store.get(newest.key).splitlines())
-    if trained:
+    if trained and trained.removed_at is None:
         new -= Counter(store.get(trained.key).splitlines())
     return Growth(digests(pair), new.total(), sum(len(line) * count for line, count in new.items()))

@@ -21,13 +21,13 @@ from flows.settings import FactorySettings
 from flows.wishes import Wish
 from lora_core.recipe import Recipe
 from registry import jobs, orders, queries, schedules, shares
-from registry.models import Adapter, Job, Schedule, User
+from registry.models import Adapter, Dataset, Job, Schedule, User
 from registry.names import Reference
 from registry.schedules import Filter, Terms
 from registry.session import reading, transaction
 from registry.tenancy import enter
 from registry.timing import Quiet, Timing
-from tests.conftest import looking
+from tests.conftest import looking, tampering
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 Set = Callable[..., None]
@@ -123,6 +123,28 @@ def test_new_data_makes_a_schedule_due_once_there_is_enough_of_it(
 
     time.moment += timedelta(minutes=1)
     give(factory, tmp_path, "acme/alice", 20, first=5)
+    assert results(fire_due(factory)) == {"acme/alice": "queued"}
+
+
+def test_where_retention_has_removed_what_was_trained_on_last_all_data_is_new(
+    factory: Factory, set_: Set, time: Clock, tmp_path: Path
+) -> None:
+    """As where two jobs were published in another order than asked for: else the schedule would never fire again."""
+    set_("acme/alice", Timing.on_data(), min_examples=5)
+    give(factory, tmp_path, "acme/alice", 20)
+    fire_due(factory)
+    end_jobs(factory, time())
+    with tampering(factory.engine) as session:
+        trained = session.scalars(select(Dataset)).one()
+        trained.removed_at = time()
+    factory.store.clear(trained.key.rpartition("/")[0])
+
+    time.moment += timedelta(minutes=1)
+    give(factory, tmp_path, "acme/alice", 4)
+    assert results(fire_due(factory)) == {"acme/alice": "held"}
+    assert held(factory, "alice").held == "4 of 5 new examples"
+    time.moment += timedelta(minutes=1)
+    give(factory, tmp_path, "acme/alice", 5)
     assert results(fire_due(factory)) == {"acme/alice": "queued"}
 
 
