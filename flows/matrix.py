@@ -94,7 +94,7 @@ def pull_all(factory: Factory, references: Sequence[str]) -> tuple[BaseModel, li
         base = base or load_recorded(factory.settings, made_on)
         if base.digest != made_on.digest:
             raise Unready(f"{text} was trained on another base than the rest", "compare users of one base")
-        files = read_artifact(factory.client.pull(exactly), base, recorded_methods(version.recipe))
+        files = read_artifact(factory.client.pull_living(exactly), base, recorded_methods(version.recipe))
         recipe = make_recipe(version.recipe)
         snapshot = load_snapshot(factory.store.get(dataset.key), dataset.digest)
         held_out = make_candidate(reference.label, recipe, snapshot, base).learner.held_out

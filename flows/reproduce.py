@@ -50,7 +50,7 @@ def reproduce(factory: Factory, text: str) -> Reproduction:
         version = queries.version(session, tenant, reference)
         dataset, made_on, _ = queries.lineage(session, tenant, version)
         exactly = f"{reference.label}:{version.number}"  # an alias may move meanwhile
-    manifest = json.loads((factory.client.pull(exactly) / MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((factory.client.pull_living(exactly) / MANIFEST).read_text(encoding="utf-8"))
     base = load_recorded(factory.settings, made_on)
     if base.digest != made_on.digest:
         raise Unready(f"the files of {made_on.name} have changed since {text} was trained", "bring them back")

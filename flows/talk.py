@@ -44,7 +44,7 @@ def find(factory: Factory, reference: str) -> Version:
         version = queries.version(session, tenant, wanted)
         _, made_on, _ = queries.lineage(session, tenant, version)
         name = f"{wanted.label}:{version.number}"
-    return Version(wanted.label, name, factory.client.pull(name), made_on, recorded_methods(version.recipe))
+    return Version(wanted.label, name, factory.client.pull_living(name), made_on, recorded_methods(version.recipe))
 
 
 class Talk:

@@ -130,6 +130,13 @@ class Client(Puller):
         self.known.remember(found)
         return folder
 
+    def pull_living(self, reference: str | Reference) -> Path:
+        """As `pull`, with the registry asked what it means, pinned or not.
+
+        For who names a version that it has looked up: where a user was forgotten, the number may be somebody else's.
+        """
+        return self.fetch(self.resolve(reference))
+
     def using(self, reference: str | Reference) -> AbstractContextManager[Path]:
         """The folder as `pull` gives it, for as long as the block lasts: the cache does not evict it meanwhile."""
         return self.holding(self.resolve(reference))

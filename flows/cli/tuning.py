@@ -83,7 +83,7 @@ def _published(factory: Factory, wanted: Reference, job: Enqueued, quiet: bool) 
     from flows.work import run_cohort
 
     if job.unchanged:
-        manifest = factory.client.pull(f"{wanted.label}:{job.number}") / "manifest.json"
+        manifest = factory.client.pull_living(f"{wanted.label}:{job.number}") / "manifest.json"
         trials: Trials = json.loads(manifest.read_text(encoding="utf-8"))["search"]["trials"]
         return trials, not_trained(factory, wanted.label, job)
     with stop_told(), at_work(factory), progress_bar(quiet) as watch:

@@ -14,6 +14,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 
 from flows.factory import Factory, add_data, now, request_training
 from flows.settings import FactorySettings
+from flows.talk import find
 from flows.upkeep import clean_home, forget, keep_up
 from lora_core.recipe import Recipe
 from lora_core.saves import file_stem
@@ -231,6 +232,20 @@ def test_a_user_of_the_same_name_starts_afresh(small: Factory) -> None:
     assert done.number == 1
     assert forget(small, wish()).id != first.id
     assert found(small) == {}
+
+
+def test_who_has_the_name_of_somebody_forgotten_is_heard_as_themselves_on_every_machine(
+    small: Factory, tmp_path: Path
+) -> None:
+    """One that keeps the forgotten version of that number knows nothing of it: that was done elsewhere."""
+    elsewhere = Factory(small.settings.model_copy(update={"home": tmp_path / "elsewhere"}))
+    assert find(elsewhere, f"acme/{ALICE}:1").folder.is_dir()
+    forget(small, wish())
+    done = publish(small.engine, small.store, claimed(small, ALICE, "new"), made_of(ALICE, 1), now())
+
+    heard = find(elsewhere, f"acme/{ALICE}")
+
+    assert (heard.name, heard.folder.name) == (f"acme/{ALICE}:1", done.served_name)
 
 
 def test_once_forgotten_the_receipt_is_all_that_a_repetition_gives(small: Factory) -> None:
