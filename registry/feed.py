@@ -17,6 +17,7 @@ from sqlalchemy import BigInteger, String, cast, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from registry.errors import CursorRefused
+from registry.living import living
 from registry.models import Adapter, AdapterVersion, AliasMove, Event, User
 from registry.names import TenantId, VersionId
 from registry.pages import Page, check_limit, read_cursor, write_cursor
@@ -122,7 +123,7 @@ def _described(session: Session, tenant: TenantId, steps: Sequence[_Step]) -> li
         select(AdapterVersion.id, AdapterVersion.number, AdapterVersion.served_name, Adapter.name, User.name)
         .join(Adapter, Adapter.id == AdapterVersion.adapter_id)
         .join(User, User.id == Adapter.user_id)
-        .where(AdapterVersion.tenant_id == tenant, AdapterVersion.id.in_(set(subjects)))
+        .where(AdapterVersion.tenant_id == tenant, AdapterVersion.id.in_(set(subjects)), living())
     )
     known = {version: (number, served, adapter, user) for version, number, served, adapter, user in rows.tuples()}
     told = []

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, aliased
 from registry import freshness
 from registry.aliases import COPIED, MOVED, ROLLED_BACK
 from registry.errors import NameRefused, PromotionRefused
+from registry.living import living
 from registry.models import (
     Adapter,
     AdapterVersion,
@@ -111,6 +112,7 @@ def promote_all(
             wanted.tenant_id == tenant,
             wanted.name == source,
             or_(current.version_id.is_(None), current.version_id != wanted.version_id),
+            living(),
             *where.terms(),
             *([] if force else [AdapterVersion.state == "accepted"]),
         )

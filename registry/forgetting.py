@@ -27,6 +27,7 @@ from registry.errors import NameRefused, NamesakeLeft, NotFound, NotYetForgotten
 from registry.holds import check_free, keep_holds
 from registry.jobs import BUSY
 from registry.keys import user_prefix
+from registry.living import NAMELESS
 from registry.models import Adapter, AdapterVersion, Facts, Forgetting, Job, Schedule, Tenant, Upload, User
 from registry.names import TenantId, check_user, check_words
 from registry.queries import note, tenant_id
@@ -154,7 +155,7 @@ def _begin(session: Session, tenant: TenantId, wish: Wish, now: datetime) -> For
         actor=wish.actor if wish.actor != wish.user else "the user", reason=wish.reason,
     )  # fmt: skip
     session.add(intent)
-    user.name = f"forgotten-{intent.id.hex}"
+    user.name = f"{NAMELESS}{intent.id.hex}"
     session.flush()
     _stop(session, tenant, intent, now)
     return intent

@@ -17,6 +17,7 @@ from sqlalchemy import BindParameter, ColumnElement, Select, Update, Uuid, bindp
 from sqlalchemy.orm import Session
 
 from registry.listed import listed
+from registry.living import living
 from registry.models import Adapter, AdapterVersion, AliasMove, Dataset, Freshness, Job, SharedBase, User
 from registry.names import AdapterId, DatasetId, TenantId, UserId
 from registry.pages import Page, Place, beyond, check_digest, check_limit, read_cursor, write_cursor
@@ -178,7 +179,7 @@ def _facts(dialect: str) -> Select[Any]:  # an adapter's id, and what an Outdate
         .join(User, User.id == Adapter.user_id)
         .join(Freshness, Freshness.adapter_id == Adapter.id)
         .join(Dataset, Dataset.id == Freshness.newest_id)
-        .where(Adapter.tenant_id == mine)
+        .where(Adapter.tenant_id == mine, living())
     )  # fmt: skip
 
 

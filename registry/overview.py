@@ -12,6 +12,7 @@ from itertools import islice
 from sqlalchemy import ColumnElement, case, func, select, true
 from sqlalchemy.orm import Session
 
+from registry.living import living
 from registry.models import Adapter, AdapterVersion, Event, Facts, Job, Run, Tenant, User
 from registry.names import TenantId
 from registry.tenancy import Across, across
@@ -144,7 +145,7 @@ def costs(session: Session, tenant: TenantId, since: datetime | None = None) -> 
         select(User.name, func.count(), func.sum(AdapterVersion.tokens), seconds)
         .join(Adapter, Adapter.id == AdapterVersion.adapter_id)
         .join(User, User.id == Adapter.user_id)
-        .where(*made)
+        .where(*made, living())
         .group_by(User.name)
         .order_by(func.coalesce(seconds, 0).desc(), User.name)
     )

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from registry import freshness
 from registry.errors import NotFound
+from registry.living import living
 from registry.models import (
     Adapter,
     AdapterVersion,
@@ -203,7 +204,7 @@ def listing(session: Session, tenant: TenantId, limit: int = 1000) -> list[Liste
         .outerjoin(AdapterVersion, AdapterVersion.id == Alias.version_id)
         .outerjoin(candidate, candidate.c.version_id == AdapterVersion.id)
         .outerjoin(base, base.c.version_id == AdapterVersion.id)
-        .where(User.tenant_id == tenant, Adapter.tenant_id == tenant)
+        .where(User.tenant_id == tenant, Adapter.tenant_id == tenant, living())
         .order_by(User.name, Adapter.name)
         .limit(limit)
     )

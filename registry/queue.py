@@ -8,6 +8,7 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Select, case, func, or_, select, true
 from sqlalchemy.orm import Session
 
+from registry.living import living
 from registry.models import Adapter, Dataset, Job, Tenant, User
 from registry.names import DatasetId, JobId, Reference, TenantId, check_words
 from registry.orders import GIVEN_UP, revive
@@ -87,7 +88,7 @@ def retry(session: Session, tenant: TenantId, wanted: Wanted, now: datetime) -> 
         select(Job)
         .join(Adapter, Adapter.id == Job.adapter_id)
         .join(User, User.id == Adapter.user_id)
-        .where(Job.tenant_id == tenant, *given_up.terms())
+        .where(Job.tenant_id == tenant, *given_up.terms(), living())
         .order_by(Job.id)
     )
     found = session.scalars(asked.with_for_update(of=Job)).all()

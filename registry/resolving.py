@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from registry import queries
 from registry.errors import NotFound, VersionGone
 from registry.fleet import Where
+from registry.living import living
 from registry.models import Adapter, AdapterVersion, Alias, SharedBase, Tombstone, User
 from registry.names import Reference, TenantId, check_plain
 from registry.resolved import Resolved
@@ -76,6 +77,7 @@ def versions_at(
         .join(AdapterVersion, AdapterVersion.id == Alias.version_id)
         .join(SharedBase, SharedBase.id == AdapterVersion.base_id)
         .where(User.tenant_id == tenant, Alias.name == alias, tuple_(User.name, Adapter.name) > after, *where.terms())
+        .where(living())
         .order_by(User.name, Adapter.name)
         .limit(PAGE)
     )

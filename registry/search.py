@@ -15,6 +15,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry.errors import NameRefused
 from registry.fleet import Where
+from registry.living import living
 from registry.models import Adapter, AdapterVersion, Alias, SharedBase, User
 from registry.names import TenantId, VersionId, check_plain
 from registry.pages import Page, Place, beyond, check_limit, read_cursor, write_cursor
@@ -89,7 +90,7 @@ def search(session: Session, tenant: TenantId, wanted: Search, *, after: str = "
     asked = (
         select(*_FOUND, *order)
         .select_from(source)
-        .where(source.tenant_id == tenant, order[0].is_not(None), *_terms(session, wanted, source))
+        .where(source.tenant_id == tenant, order[0].is_not(None), *_terms(session, wanted, source), living())
         .join(Adapter, Adapter.id == source.adapter_id)
         .join(User, User.id == Adapter.user_id)
         .join(SharedBase, SharedBase.id == source.base_id)

@@ -3,24 +3,29 @@
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
-from registry import forgetting, holds, queries, schedules
+from registry import fleet, forgetting, holds, jobs, overview, queries, queue, schedules
+from registry.client import Client
 from registry.errors import NameRefused, NamesakeLeft, NotYetForgotten, UnderHold
+from registry.fleet import Where
 from registry.forgetting import Wish
 from registry.models import Adapter, Job, Schedule, User
 from registry.names import Reference
-from registry.publishing import declare
+from registry.orders import GIVEN_UP
+from registry.publishing import declare, publish
+from registry.search import Search
 from registry.session import transaction
 from registry.store import FolderStore
 from registry.tenancy import enter
 from registry.timing import Timing
 from tests.conftest import looking
-from tests.registry.conftest import NOW, Claim, forget
+from tests.registry.conftest import NOW, Claim, finished, forget
 
 LATER = NOW + timedelta(hours=1)
 ALICE = Wish("acme", "alice", "", "me", "request")
@@ -127,3 +132,32 @@ def users(engine: Engine) -> list[str]:
     """Everybody there is."""
     with looking(engine) as session:
         return list(session.scalars(select(User.name)))
+
+
+def test_who_is_being_forgotten_is_in_no_list_and_nobody_elses_work_fails_for_it(
+    engine: Engine, store: FolderStore, claim: Claim, tmp_path: Path
+) -> None:
+    """It may take a quarter of an hour, or as long as a hold is on their tenant: their bytes are gone at once."""
+    done, broken, under_way = claim(3)
+    for job in (done, *claim(1, "acme/bob")):
+        publish(engine, store, job, finished(), NOW)
+    with transaction(engine) as session:
+        jobs.fail(session, broken, "broke", NOW)
+    declare(engine, under_way, "d" * 64, NOW)
+    client = Client(engine, store, tmp_path / "cache")
+    with pytest.raises(NotYetForgotten):
+        forget(engine, store, "alice")
+
+    pulled = [(str(one.reference), one.error) for one in client.pull_all("acme")]
+
+    assert pulled == [("acme/bob@latest", None)]
+    assert {one.user for one in client.search("acme", Search(Where())).rows} == {"bob"}
+    assert {one.user for one in client.outdated("acme", base="f").rows} == {"bob"}
+    assert {one.user for one in client.changes("acme").rows} == {"bob", None}
+    with transaction(engine) as session:
+        acme = queries.tenant_id(session, "acme")
+        assert [one.user for one in queries.listing(session, acme)] == ["bob"]
+        assert [one.user for one in overview.costs(session, acme)] == ["bob"]
+        assert queue.retry(session, acme, queue.Wanted(GIVEN_UP), NOW) == []
+        said: Any = {"actor": "me", "reason": "all of them", "now": NOW}  # keywords of unlike types
+        assert fleet.promote_all(session, acme, "production", "latest", Where(), **said).count == 1
