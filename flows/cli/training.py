@@ -1,5 +1,7 @@
 """`lora train`: the whole job without a Prefect server, on the same steps.  `lora work` goes on with them."""
 
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -104,14 +106,17 @@ def cohorts(
 
 @contextmanager
 def stop_told() -> Iterator[None]:
-    """Whoever stops a training by Ctrl-C has asked for it all the same, and is told so."""
+    """Whoever stops a training by Ctrl-C or SIGTERM has asked for it all the same, and is told so."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as shells tell of it
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         remark(
             "stopped; whoever is not done waits in the queue: run it again, or take it back with `lora queue cancel`"
         )
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ In this process, since each one of its own would cost seconds.
 import getpass
 import json
 import os
+import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -314,19 +315,16 @@ def test_ctrl_c_is_quiet_while_the_command_line_is_loaded(monkeypatch: pytest.Mo
     assert left.value.code == 130
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_who_stops_a_training_is_told_that_it_is_asked_for(
-    lora: LoraHere, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: LoraHere, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     """Its job waits: a worker would train it, and publish."""
-
-    def stopped(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("flows.work.run_cohort", stopped)
+    monkeypatch.setattr("flows.cohort.train_candidates", lambda *_, **__: signal.raise_signal(number))
     data = write_user(tmp_path / "a.jsonl", "hello")
     said = lora("train", "acme/alice", "--data", str(data), "--base", str(base_folder))
 
-    assert (said.code, said.out) == (130, "")
+    assert (said.code, said.out) == (code, "")
     assert "waits in the queue: run it again, or take it back with `lora queue cancel`" in said.err
     assert "queued" in lora("queue", "list").out
 
