@@ -34,7 +34,7 @@ def test_the_version_that_was_looked_up_is_the_one_that_is_pulled(
         (job,) = jobs.claim(session, "worker", timedelta(hours=1), 1, NOW)
     publish(factory.engine, factory.store, job, finished("ada"), NOW)
     pull = Mock(side_effect=Unready("far enough", "stop"))
-    monkeypatch.setattr(factory.client, "pull", pull)
+    monkeypatch.setattr(factory.client, "pull_living", pull)
     monkeypatch.setattr(matrix, "load_recorded", lambda _, made_on: made_on)
 
     with pytest.raises(Unready, match="far enough"):

@@ -301,13 +301,14 @@ def test_the_setting_says_how_many_rows_may_be_bad_where_nobody_else_does(
         assert lora("data", *command, str(path), *words, LORA_MAX_BAD_SHARE="0.6").code == code
 
 
+def ctrl_c(*_: object) -> None:
+    """As Python's own handler of SIGINT, which a shell's background jobs do not have."""
+    raise KeyboardInterrupt
+
+
 def test_ctrl_c_is_quiet_while_the_command_line_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """That takes a second, in which one sees what one has typed."""
-
-    def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.__import__", stopped)
+    monkeypatch.setattr("builtins.__import__", ctrl_c)
     with pytest.raises(SystemExit) as left:
         main()
     monkeypatch.undo()
@@ -315,12 +316,12 @@ def test_ctrl_c_is_quiet_while_the_command_line_is_loaded(monkeypatch: pytest.Mo
     assert left.value.code == 130
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("stop", "code"), [(ctrl_c, 130), (lambda *_: signal.raise_signal(signal.SIGTERM), 143)])
 def test_who_stops_a_training_is_told_that_it_is_asked_for(
-    lora: LoraHere, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    lora: LoraHere, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: object, code: int
 ) -> None:
     """Its job waits: a worker would train it, and publish."""
-    monkeypatch.setattr("flows.cohort.train_candidates", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr("flows.cohort.train_candidates", stop)
     data = write_user(tmp_path / "a.jsonl", "hello")
     said = lora("train", "acme/alice", "--data", str(data), "--base", str(base_folder))
 
