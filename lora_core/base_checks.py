@@ -85,6 +85,21 @@ def check_sharing(model: PreTrainedModel, name: str, longest: int, windows: Wind
 
 
 @torch.inference_mode()
+def reads_embeddings(model: PreTrainedModel, tokens_KT: Tensor) -> bool:
+    """Whether embeddings, any, tell a base as much as tokens do: some architectures look up more by the token."""
+    reader, embedded_KTD = model.base_model, model.get_input_embeddings()(tokens_KT)
+    try:
+        told_KTD = reader(input_ids=tokens_KT, use_cache=False).last_hidden_state
+        found_KTD = reader(inputs_embeds=embedded_KTD, use_cache=False).last_hidden_state
+        reader(inputs_embeds=embedded_KTD + 1, use_cache=False)  # no token's
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever an architecture's own code raises
+        return False
+    return torch.allclose(told_KTD, found_KTD, equal_nan=True)
+
+
+@torch.inference_mode()
 def _by_itself(model: PreTrainedModel, length: int) -> Tensor:
     """The same document's last hidden states as the model reads it, whatever its masks and positions are."""
     tokens = torch.tensor([_document(range(length), model.config.get_text_config().vocab_size).tokens])

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.base_checks import DENSE, check_sharing, grain_of, positions, windows_of
+from lora_core.base_checks import DENSE, check_sharing, grain_of, positions, reads_embeddings, windows_of
 from lora_core.base_files import CONVERT, WEIGHTS, check_quantise, fingerprint, locate
 from lora_core.batch import Batch, Windows, as_batch, fields_of
 from lora_core.data.packing import Row
@@ -57,6 +57,7 @@ class BaseModel:
     plain_head: bool  # logits are the last hidden state times the head's weight: no bias, scale or soft cap
     quantised: str = ""  # 8bit, 4bit, or not: as was asked for, or as its files are
     grain: int = 1  # rows are filled up to a multiple of so many tokens
+    by_embeddings: bool = True  # it reads nothing of a token but its embedding: virtual tokens have no more
 
     @property
     def frozen(self) -> list[Tensor]:
@@ -230,8 +231,9 @@ def freeze(
     bits = quantised or packed_in(model.config)
     grain = grain_of(model, [width for site in sites for width in (site.inputs, site.outputs)])
     return BaseModel(
-        model, tokenizer, name, revision, digest, sites, transposed, longest, windows, plain_head, bits, grain
-    )
+        model, tokenizer, name, revision, digest, sites, transposed, longest, windows, plain_head, bits, grain,
+        reads_embeddings(model, _few_tokens(model)),
+    )  # fmt: skip
 
 
 @torch.inference_mode()
