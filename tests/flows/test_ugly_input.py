@@ -6,7 +6,6 @@ In this process, since each one of its own would cost seconds.
 import getpass
 import json
 import os
-import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -19,7 +18,6 @@ from sqlalchemy.engine import Engine
 
 from flows.cli.printing import shown
 from flows.factory import Factory, pin_base
-from flows.lora import main
 from flows.settings import FactorySettings
 from registry import jobs, queries
 from registry.names import Reference
@@ -299,35 +297,6 @@ def test_the_setting_says_how_many_rows_may_be_bad_where_nobody_else_does(
 
     for command in (("check",), ("add", "acme/alice")):
         assert lora("data", *command, str(path), *words, LORA_MAX_BAD_SHARE="0.6").code == code
-
-
-def ctrl_c(*_: object) -> None:
-    """As Python's own handler of SIGINT, which a shell's background jobs do not have."""
-    raise KeyboardInterrupt
-
-
-def test_ctrl_c_is_quiet_while_the_command_line_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That takes a second, in which one sees what one has typed."""
-    monkeypatch.setattr("builtins.__import__", ctrl_c)
-    with pytest.raises(SystemExit) as left:
-        main()
-    monkeypatch.undo()
-
-    assert left.value.code == 130
-
-
-@pytest.mark.parametrize(("stop", "code"), [(ctrl_c, 130), (lambda *_: signal.raise_signal(signal.SIGTERM), 143)])
-def test_who_stops_a_training_is_told_that_it_is_asked_for(
-    lora: LoraHere, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: object, code: int
-) -> None:
-    """Its job waits: a worker would train it, and publish."""
-    monkeypatch.setattr("flows.cohort.train_candidates", stop)
-    data = write_user(tmp_path / "a.jsonl", "hello")
-    said = lora("train", "acme/alice", "--data", str(data), "--base", str(base_folder))
-
-    assert (said.code, said.out) == (code, "")
-    assert "waits in the queue: run it again, or take it back with `lora queue cancel`" in said.err
-    assert "queued" in lora("queue", "list").out
 
 
 def test_the_command_says_which_version_it_is(lora: LoraHere) -> None:
